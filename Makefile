@@ -1,0 +1,83 @@
+# One command each; `make` alone lists them. Everything is installed into .venv, except what the tests need from the
+# system (a browser, curl, a C compiler), which apt-get installs if it is missing.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+# The least coverage, in percent, of each of the two packages.
+COVERAGE := 90
+
+APT_GET = $$(test "$$(id -u)" = 0 || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120
+INSTALL = $(APT_GET) install -y --no-install-recommends
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_ROOT_USER_ACTION = ignore
+
+.PHONY: help setup setup-dev system run test test-fast lint types format clean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
+
+setup: $(BIN)/statuswire  ## install the server into .venv
+
+setup-dev: $(VENV)/.dev  ## the same with everything for tests and linters
+
+run: setup  ## start the server with a live demo (ARGS="--port 8080" is passed on)
+	@# The shell becomes the server, so a signal for this command reaches it; the demo ends when the server's output does.
+	@exec $(BIN)/statuswire serve $(ARGS) > >(exec $(BIN)/python tools/demo.py --follow)
+
+test: setup-dev system  ## run every test and measure coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --include='protocol/*' --fail-under=$(COVERAGE)
+	$(BIN)/coverage report --include='server/*' --fail-under=$(COVERAGE)
+
+test-fast: setup-dev  ## the tests that take under a minute
+	$(BIN)/pytest -q -m 'not slow' $(PYTEST_ARGS)
+
+lint: setup-dev  ## style
+	$(BIN)/ruff check .
+
+types: setup-dev  ## strict type checks
+	$(BIN)/mypy
+	$(BIN)/mypy --strict tools
+
+format: setup-dev  ## mend the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was installed and built here
+	rm -rf $(VENV) build *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/statuswire: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	@touch $(BIN)/statuswire $@
+
+# The first Python that is new enough. Debian and Ubuntu ship it without `ensurepip`, which `venv` needs.
+$(BIN)/python:
+	@for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+		$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
+	done; \
+	if ! $${python:-false} -c 'import ensurepip' 2>/dev/null; then \
+		$(APT_GET) update && $(INSTALL) $${python:-python3}-venv || exit; \
+	fi; \
+	$${python:-python3} -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")' && \
+	$${python:-python3} -m venv $(VENV)
+
+# nginx is only unpacked: installing it would start a web server on this machine.
+system:  ## install what the tests need from the system
+	@missing=(); \
+	command -v curl >/dev/null || missing+=(curl ca-certificates); \
+	command -v gcc >/dev/null && test -e /usr/include/stdio.h || missing+=(gcc libc6-dev); \
+	browser=$$(command -v chromium chromium-browser google-chrome google-chrome-stable | head -n 1); \
+	nginx=$$(PATH="$$PATH:/usr/sbin" command -v nginx || ls $(VENV)/nginx/usr/sbin/nginx 2>/dev/null); \
+	if test "$${#missing[@]}" != 0 -o -z "$$browser" -o -z "$$nginx"; then $(APT_GET) update; fi; \
+	if test "$${#missing[@]}" != 0; then $(INSTALL) "$${missing[@]}" || exit; fi; \
+	if test -z "$$browser"; then $(INSTALL) chromium || $(INSTALL) chromium-browser || exit; fi; \
+	if test -z "$$nginx"; then \
+		mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && apt-get -qq download nginx && dpkg -x nginx_*.deb . || exit; fi

@@ -1,0 +1,157 @@
+"""All benchmarks, one table: `python -m perf.bench [--quick] [--only fanout,publish,connect] [--json FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from perf import connect, fanout, publish
+from perf.load import LoadError, build
+from perf.measure import LOAD_CORE, Row, Start, bare, server
+
+TRANSPORTS = ("ws", "sse")
+
+
+def parts(start: Start, quick: bool) -> dict[str, Callable[[], list[Row]]]:
+    """What can be run, by name."""
+    return {
+        **{f"fanout-{transport}": partial(fanout.run, start, transport, quick=quick) for transport in TRANSPORTS},
+        "publish": partial(publish.run, start, quick=quick),
+        **{f"connect-{transport}": partial(connect.run, start, transport, quick=quick) for transport in TRANSPORTS},
+    }
+
+
+def number(value: float | None, digits: int) -> str:
+    """Right for reading: grouped thousands, or a dash."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def table(rows: list[Row]) -> str:
+    """The one table."""
+    lines = [("", "statuswire", "bare", "ratio", "", "load busy")]
+    scenario = ""
+    for row in rows:
+        measure = row.measure
+        if row.scenario != scenario:
+            scenario = row.scenario
+            lines.append((scenario, "", "", "", "", ""))
+        theirs = statistics.median(row.bare) if row.bare else None
+        lines.append(
+            (
+                f"  {measure.label}{f' [{measure.unit}]' if measure.unit else ''}",
+                number(statistics.median(row.server), measure.digits),
+                number(theirs, measure.digits),
+                number(row.ratio(), 2),
+                row.verdict() + promise(row),
+                f"{statistics.median(row.load):.0f} %",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(6)]
+    text = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0]), *(line[column].rjust(widths[column]) for column in (1, 2, 3))]
+        text.append("  ".join([*cells, line[4].ljust(widths[4]), line[5].rjust(widths[5])]).rstrip())
+    return "\n".join(text)
+
+
+def promise(row: Row) -> str:
+    """What must hold, in a few characters."""
+    measure = row.measure
+    if measure.ratio_most is not None:
+        return f" (≤ {measure.ratio_most:g}x)"
+    if measure.value_most is not None:
+        return f" (≤ {measure.value_most:,.0f})"
+    if measure.value_least is not None:
+        return f" (≥ {measure.value_least:,.0f})"
+    return ""
+
+
+def machine() -> dict[str, object]:
+    """Where the numbers come from."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in ("statuswire", "trio", "h11", "wsproto", "msgspec")},
+        "load_average": os.getloadavg(),
+    }
+
+
+def as_json(rows: list[Row], seconds: float, quick: bool) -> str:
+    """Everything, the single rounds too."""
+    out = []
+    for row in rows:
+        out.append(
+            {
+                "scenario": row.scenario,
+                "measure": asdict(row.measure),
+                "server": row.server,
+                "bare": row.bare,
+                "load_percent": row.load,
+                "ratio": row.ratio(),
+                "verdict": row.verdict(),
+            }
+        )
+    return json.dumps({"machine": machine(), "seconds": seconds, "quick": quick, "rows": out}, indent=1)
+
+
+def main() -> int:
+    """Exit status 1 with `--check` when a promise was missed, 2 when something did not run."""
+    parser = argparse.ArgumentParser(prog="perf.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smoke run: one short round each, 1,000 idle connections")
+    parser.add_argument("--only", default="", help="comma list of fanout, publish, connect; -ws or -sse narrows")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's numbers there")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a promise was missed")
+    parser.add_argument("--program", help="another statuswire to measure (default: .venv/bin/statuswire)")
+    parser.add_argument(
+        "--null", action="store_true", help="the bare loop in the server's place: how good the method is"
+    )
+    options = parser.parse_args()
+    start: Start = (lambda _store: bare()) if options.null else partial(server, program=options.program)
+    wanted = [name for name in options.only.split(",") if name]
+    if (os.cpu_count() or 1) < 2:
+        print("perf.bench: needs two cores, one for the server and one for the load", file=sys.stderr)
+        return 2
+    os.sched_setaffinity(0, {LOAD_CORE})
+    build()
+    began = time.monotonic()
+    rows: list[Row] = []
+    failed = []
+    for name, run in parts(start, options.quick).items():
+        if wanted and not any(name.startswith(prefix) for prefix in wanted):
+            continue
+        print(f"{name} …", file=sys.stderr, flush=True)
+        try:
+            rows += run()
+        except (OSError, LoadError) as error:
+            failed.append(f"{name}: {error}")
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - began
+    if rows:
+        print(table(rows))
+        print(f"\nMedians of rounds by turns with the bare loop; {seconds:.0f} s. How to read this: perf/README.md")
+    if options.json:
+        options.json.write_text(as_json(rows, seconds, options.quick) + "\n")
+    if failed:
+        return 2
+    return int(options.check and any(row.verdict() == "MISSED" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+/* Load client for the benchmarks: many raw-socket readers (WebSocket, SSE) and HTTP publishers in one epoll loop.
+ *
+ * Build: gcc -O3 -std=gnu11 -o build/load load.c        (perf/load.py does it when the sources are newer)
+ *
+ * Controlled by one flat JSON object a line on stdin, answers by one a line on stdout:
+ *   {"cmd":"start","transport":"ws"|"sse","host","port","path","headers","subscribe","connections","rate","window","sources",
+ *    "rcvbuf","sample","full_every","check","churn_seconds"}   -> {"event":"ready",...} once all have their first snapshot or failed
+ *        rate: arrivals per second (0: as many as answered, at most "window" on their way); sources: spread over that many
+ *        addresses of 127.0.0.0/8; churn_seconds: each connection is closed after its first snapshot and opened anew until then
+ *        (no "ready": watch "pending" in the report)
+ *   {"cmd":"mark"}    sets all counters and histograms to zero               -> {"event":"marked"}
+ *   {"cmd":"report"}  counters since the mark                                -> {"event":"report",...}
+ *   {"cmd":"sample"}  the newest update on connection 0, as sent (hex)       -> {"event":"sample",...}
+ *   {"cmd":"publish","host","port","job","jobs","fields","headers","connections","depth","batch","ndjson","rate","requests",
+ *    "seconds","lockstep"}                                                   -> {"event":"published",...} at its end
+ *        batch 0: one update a request to /api/v2/jobs/{job}/updates, else batches to /api/v2/updates; rate: updates per second,
+ *        0 as fast as answered; jobs above 1: updates go in turn to {job}-0, {job}-1, ...
+ *   {"cmd":"close"}   closes the readers                                     -> {"event":"closed"}
+ *   {"cmd":"quit"}
+ */
+#include <signal.h>
+#include <stddef.h>
+
+#include "common.h"
+#include "publisher.h"
+#include "readers.h"
+
+static void command(const char *line) {
+    char *name = json_string(line, "cmd", "");
+    if (!strcmp(name, "start")) readers_start(line);
+    else if (!strcmp(name, "publish")) publish_start(line);
+    else if (!strcmp(name, "report")) readers_report();
+    else if (!strcmp(name, "sample")) readers_sample();
+    else if (!strcmp(name, "mark")) { readers_mark(); puts("{\"event\":\"marked\"}"); }
+    else if (!strcmp(name, "close")) { readers_close(); puts("{\"event\":\"closed\"}"); }
+    else if (!strcmp(name, "quit")) exit(0);
+    else puts("{\"event\":\"error\",\"error\":\"unknown command\"}");
+    free(name);
+}
+
+/* Commands that have come; the end of stdin ends the program. */
+static void read_commands(void) {
+    static char text[65536];
+    static size_t length;
+    ssize_t n = read(STDIN_FILENO, text + length, sizeof text - 1 - length);
+    if (n <= 0) exit(0);
+    length += (size_t)n;
+    text[length] = 0;
+    char *line = text, *end;
+    while ((end = strchr(line, '\n'))) {
+        *end = 0;
+        if (end > line) command(line);
+        line = end + 1;
+    }
+    length -= (size_t)(line - text);
+    memmove(text, line, length);
+}
+
+int main(void) {
+    static struct epoll_event events[512];
+    signal(SIGPIPE, SIG_IGN);
+    setvbuf(stdout, NULL, _IOFBF, 1 << 16);
+    if ((epoll_fd = epoll_create1(EPOLL_CLOEXEC)) < 0) die("epoll_create1");
+    watch(STDIN_FILENO, EPOLLIN, TAG_STDIN, 0);
+    R.arrivals = timer_open(TAG_ARRIVALS);
+    P.schedule = timer_open(TAG_SCHEDULE);
+    readers_mark();
+    for (;;) {
+        fflush(stdout);
+        int n = epoll_wait(epoll_fd, events, 512, -1);
+        if (n < 0 && errno != EINTR) die("epoll_wait");
+        for (int i = 0; i < n; i++) {
+            uint32_t index = (uint32_t)events[i].data.u64;
+            switch ((enum tag)(events[i].data.u64 >> 32)) {
+            case TAG_STDIN: read_commands(); break;
+            case TAG_ARRIVALS: timer_clear(R.arrivals); readers_arrive(); break;
+            case TAG_SCHEDULE: timer_clear(P.schedule); publish_more(); break;
+            case TAG_READER: if (index < R.opened) reader_event(&R.all[index], events[i].events); break;
+            case TAG_PUBLISHER: publisher_event(&P.all[index], events[i].events); break;
+            }
+        }
+        if (R.opened < R.wanted && R.rate <= 0) readers_arrive();
+        tell_ready();
+        if (P.active && P.lockstep && R.deliveries >= P.expected_deliveries) publish_more();
+    }
+}

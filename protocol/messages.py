@@ -1,0 +1,201 @@
+"""Messages beside updates: what a WebSocket client may say, and what the server says on its own account.
+
+Client messages are typed structs told apart by ``type``; a wrong one becomes an ``ApiError`` that names the
+field. Server messages are built here as JSON text; transports frame them through ``protocol.wire``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from protocol.errors import ApiError, invalid_field
+from protocol.update import STATUSES
+from protocol.watch import ID, RECORD_FIELDS, UPDATE_TYPES, Filter
+
+Ref: TypeAlias = str | int | None
+
+MAX_MIN_INTERVAL_MS = 60_000
+# A snapshot in one message would have no bound; parts of this size also let live traffic in between.
+SNAPSHOT_PART_BYTES = 256 * 1024
+
+
+class _ClientMessage(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, rename="camel", kw_only=True):
+    ref: str | int | None = None
+
+
+class Subscribe(_ClientMessage, tag="subscribe"):
+    """Watch jobs, a user's jobs, or (as admin) all; with ``last_seen`` what was missed comes first."""
+
+    job_ids: list[str] | None = None
+    user_id: str | None = None
+    all: bool = False
+    types: list[str] | None = None
+    kind: str | list[str] | None = None
+    status: str | list[str] | None = None
+    fields: list[str] | None = None
+    last_seen: str | int | None = msgspec.field(default=None, name="last_seen")
+    min_interval: int | float | None = None
+
+
+class Unsubscribe(_ClientMessage, tag="unsubscribe"):
+    """Stop watching what is named; without names, everything."""
+
+    job_ids: list[str] | None = None
+    user_id: str | None = None
+    all: bool = False
+
+
+class Get(_ClientMessage, tag="get"):
+    """Ask for the records of some jobs, once."""
+
+    job_ids: list[str]
+
+
+class PublishMessage(_ClientMessage, tag="publish"):
+    """Updates, each checked by itself."""
+
+    updates: list[msgspec.Raw]
+
+
+class Ack(_ClientMessage, tag="ack"):
+    """Everything up to this cursor has arrived."""
+
+    id: str
+
+
+class AuthMessage(_ClientMessage, tag="auth"):
+    """A token: the first one, or a newer one for the same user."""
+
+    token: str
+
+
+class PingMessage(_ClientMessage, tag="ping"):
+    """Answered by ``pong``: for clients that cannot send protocol pings, browsers above all."""
+
+
+ClientMessage: TypeAlias = Subscribe | Unsubscribe | Get | PublishMessage | Ack | AuthMessage | PingMessage
+
+_DECODER: Final[msgspec.json.Decoder[ClientMessage]] = msgspec.json.Decoder(ClientMessage)
+_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+
+
+def decode_client_message(text: str | bytes) -> ClientMessage:
+    """Read one client message.
+
+    Raises:
+        ApiError: 400 ``malformed_json``, 422 ``invalid_field`` with the field's name.
+    """
+    try:
+        return _DECODER.decode(text)
+    except msgspec.ValidationError as error:
+        complaint = str(error)
+        match = _PATH.search(complaint)
+        field = match[1] if match and match[1] else None
+        if field is None and (unknown := re.search(r"unknown field `([^`]*)`", complaint)):
+            field = unknown[1]
+        if field is None and "missing required field" in complaint:
+            field = complaint.split("`")[1]
+        message = _PATH.sub("", complaint)
+        raise ApiError(422, "invalid_field", f"{field}: {message}" if field else message, field=field) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, "malformed_json", f"the message is not JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, "malformed_json", "the message is nested too deeply") from None
+
+
+def subscribe_filter(message: Subscribe) -> Filter:
+    """The filter of a ``subscribe``.
+
+    Raises:
+        ApiError: 422 for an unknown type or status.
+    """
+    types = _known("types", message.types, UPDATE_TYPES)
+    statuses = _known("status", _many(message.status), frozenset(STATUSES))
+    kinds = _many(message.kind)
+    return Filter(types, None if kinds is None else frozenset(kinds), statuses)
+
+
+def subscribe_fields(message: Subscribe) -> frozenset[str] | None:
+    """The record fields a ``subscribe`` asks for, None for all.
+
+    Raises:
+        ApiError: 422 for a name that no record has.
+    """
+    return _known("fields", message.fields, RECORD_FIELDS)
+
+
+def min_interval_s(message: Subscribe) -> float | None:
+    """The wanted pause between updates of a job, in seconds; None if the message says nothing of it.
+
+    Raises:
+        ApiError: 422 if it is negative or above a minute.
+    """
+    if message.min_interval is None:
+        return None
+    if not 0 <= message.min_interval <= MAX_MIN_INTERVAL_MS:
+        raise invalid_field("minInterval", f"{message.min_interval} is not 0 to {MAX_MIN_INTERVAL_MS} milliseconds")
+    return message.min_interval / 1000
+
+
+def split_ids(job_ids: Iterable[str], room: int) -> tuple[list[str], list[str]]:
+    """Tell ids that can be watched from those denied: malformed ones, and those beyond ``room``."""
+    good: list[str] = []
+    denied: list[str] = []
+    for job_id in dict.fromkeys(job_ids):
+        if len(good) < room and ID.fullmatch(job_id):
+            good.append(job_id)
+        else:
+            denied.append(job_id[:128])
+    return good, denied
+
+
+def server_message(type_: str, **fields: Any) -> bytes:
+    """JSON text of ``{"type":…, …fields}``; fields that are None are left out, and names are sent as they are."""
+    return msgspec.json.encode({"type": type_} | {name: value for name, value in fields.items() if value is not None})
+
+
+def error_message(error: ApiError, ref: Ref = None) -> bytes:
+    """``{"type":"error","code","message","field"?,"ref"?}``."""
+    return server_message("error", code=error.code, message=error.message, field=error.field, ref=ref)
+
+
+def snapshot_parts(records: Iterable[bytes], list_name: str, head: bytes, last: bytes) -> Iterable[tuple[bytes, bool]]:
+    """Cut a snapshot into messages of bounded size.
+
+    Args:
+        records: JSON texts of the records.
+        list_name: the member they are listed under, ``jobs`` or ``snapshot``.
+        head: members every part has, as JSON object text such as ``{"type":"snapshot"}``.
+        last: further members of the last part, as JSON object text; ``{}`` for none.
+
+    Yields:
+        (message, is_last). All parts but the last carry ``"more":true``.
+    """
+    start = head[:-1] + b',"%b":[' % list_name.encode()
+    part: list[bytes] = []
+    size = 0
+    for record in records:
+        if part and size + len(record) > SNAPSHOT_PART_BYTES:
+            yield start + b",".join(part) + b'],"more":true}', False
+            part, size = [], 0
+        part.append(record)
+        size += len(record)
+    tail = b"}" if last == b"{}" else b"," + last[1:]
+    yield start + b",".join(part) + b"]" + tail, True
+
+
+def _many(value: str | list[str] | None) -> list[str] | None:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _known(name: str, words: Iterable[str] | None, known: frozenset[str]) -> frozenset[str] | None:
+    if words is None:
+        return None
+    wanted = frozenset(words)
+    if unknown := sorted(wanted - known):
+        raise invalid_field(name, f"{unknown[0]!r} is not one of {', '.join(sorted(known))}")
+    return wanted

@@ -1,0 +1,126 @@
+"""One update as bytes on each transport, encoded at most once per wire form.
+
+A ``WireForm`` is what two readers must share to be sent the same bytes: the framing and the record fields
+asked for. The hub keeps one encoding per form and flush, so the cost of a reader is one ``send``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from functools import lru_cache
+
+import msgspec
+
+from protocol.frames import deflated_text_frame, text_frame
+from protocol.http1 import encode_chunk
+from protocol.update import Update
+
+# Below this a compressed frame saves less than one packet and costs some 15 µs; above it a record has text
+# or results worth compressing. One Ethernet segment less headers is the natural line.
+DEFLATE_FROM_BYTES = 1200
+
+_ALWAYS = ("jobId", "status", "version")
+
+
+class Framing(Enum):
+    """How a message is put on the wire."""
+
+    JSON = "json"  # bare message text: poll bodies, history
+    WEBSOCKET = "websocket"  # RFC 6455 text frame
+    WEBSOCKET_DEFLATE = "websocket-deflate"  # the same, compressed without context takeover (RFC 7692)
+    SSE = "sse"  # event stream, delimited by the end of the connection
+    SSE_CHUNKED = "sse-chunked"  # event stream in HTTP/1.1 chunks
+
+
+class WireForm:
+    """Framing plus field selection. Compare by identity: ``wire_form`` interns them.
+
+    Attributes:
+        framing: how messages are framed.
+        fields: record fields to send besides jobId, status and version; None for all.
+    """
+
+    __slots__ = ("fields", "framing")
+
+    def __init__(self, framing: Framing, fields: frozenset[str] | None) -> None:
+        self.framing = framing
+        self.fields = fields
+
+    def updates(self, updates: Sequence[Update], epoch: str) -> bytes:
+        """Frame several updates, each with its own position, to be sent in one go."""
+        parts = [(update_message(update, f"{epoch}:{update.offset}", self.fields), update.offset) for update in updates]
+        framing = self.framing
+        if framing is Framing.WEBSOCKET:
+            return b"".join([text_frame(message) for message, _ in parts])
+        if framing is Framing.WEBSOCKET_DEFLATE:
+            return b"".join([_deflated(message) for message, _ in parts])
+        if framing is Framing.JSON:
+            return b",".join([message for message, _ in parts])
+        prefix = f"id: {epoch}:"
+        events = b"".join([b"%b%d\ndata: %b\n\n" % (prefix.encode(), offset, message) for message, offset in parts])
+        return encode_chunk(events) if framing is Framing.SSE_CHUNKED else events
+
+    def update(self, update: Update, cursor: str) -> bytes:
+        """Frame one update under a cursor that is not its own position (held-back delivery)."""
+        return self.message(update_message(update, cursor, self.fields), cursor)
+
+    def message(self, message: bytes, cursor: str | None = None, retry_ms: int | None = None) -> bytes:
+        """Frame any one message (JSON text). ``cursor`` and ``retry_ms`` only show on event streams."""
+        framing = self.framing
+        if framing is Framing.WEBSOCKET:
+            return text_frame(message)
+        if framing is Framing.WEBSOCKET_DEFLATE:
+            return _deflated(message)
+        if framing is Framing.JSON:
+            return message
+        event = b"%b%bdata: %b\n\n" % (
+            b"" if retry_ms is None else b"retry: %d\n" % retry_ms,
+            b"" if cursor is None else b"id: %b\n" % cursor.encode(),
+            message,
+        )
+        return encode_chunk(event) if framing is Framing.SSE_CHUNKED else event
+
+
+@lru_cache(maxsize=4096)
+def wire_form(framing: Framing, fields: frozenset[str] | None = None) -> WireForm:
+    """The one ``WireForm`` of this framing and these fields, so that forms compare by identity.
+
+    The cache is bounded: should more than 4,096 field selections be in use, some are merely encoded twice.
+    """
+    return WireForm(framing, fields)
+
+
+def update_message(update: Update, cursor: str, fields: frozenset[str] | None = None) -> bytes:
+    """``{"type":…,"id":<cursor>,…record}`` as JSON text; the record's own text is reused as it is."""
+    body = update.body if fields is None else select_fields(update.body, fields)
+    return b'{"type":"%b","id":"%b",%b' % (update.type.encode(), cursor.encode(), body[1:])
+
+
+def select_fields(body: bytes, fields: frozenset[str]) -> bytes:
+    """Cut a record's JSON text down to the asked fields plus jobId, status and version, in record order."""
+    record = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    return msgspec.json.encode({name: value for name, value in record.items() if name in fields or name in _ALWAYS})
+
+
+def json_list(parts: Iterable[bytes], before: bytes, after: bytes, piece_bytes: int = 65536) -> Iterable[bytes]:
+    """Stream ``before[a,b,c]after`` in pieces of about ``piece_bytes``, never holding the whole text."""
+    pending = [before, b"["]
+    size = len(before)
+    first = True
+    for part in parts:
+        if not first:
+            pending.append(b",")
+        first = False
+        pending.append(part)
+        size += len(part)
+        if size >= piece_bytes:
+            yield b"".join(pending)
+            pending, size = [], 0
+    pending.append(b"]")
+    pending.append(after)
+    yield b"".join(pending)
+
+
+def _deflated(message: bytes) -> bytes:
+    return deflated_text_frame(message) if len(message) >= DEFLATE_FROM_BYTES else text_frame(message)

@@ -1,0 +1,170 @@
+"""Starting, running and stopping one server process."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import resource
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
+
+import trio
+
+from server.brokers.base import StoreError
+from server.config import Config, ConfigError
+from server.listener import ListenError, accept_forever, close_listener, describe, open_tcp, open_unix
+from server.logs import log_event
+from server.node import LOG, Node
+
+# After the drain: for requests that were being answered, say a batch that is still committing.
+FINISH_S: Final = 5.0
+# How often rate tables are swept and garbage policy is looked at.
+HOUSEKEEPING_S: Final = 60.0
+# Once this many more connections are open than at the last freeze, what they consist of is taken out of the
+# collector's sight: a full collection over 10,000 connections is a pause of some 100 ms that finds nothing.
+FREEZE_EVERY_CONNECTIONS: Final = 1000
+
+
+class StartError(ConfigError):
+    """The server cannot start; the message says why and what to do."""
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
+    """Run a server within this block. Gives the node and the addresses it listens on.
+
+    Leaving the block stops at once what still runs and closes the store; ``drain`` first for a graceful stop.
+
+    Raises:
+        StartError: an address or the store cannot be used.
+    """
+    _raise_descriptor_limit(config.server.max_connections)
+    async with AsyncExitStack() as stack:
+        listeners = _listen(config)
+        for listener in listeners:
+            stack.callback(close_listener, listener)
+        try:
+            node = Node(config)
+            await node.broker.start()
+        except (StoreError, ConfigError) as error:
+            raise StartError(str(error)) from error
+        node.hub.flushed = node.history.last
+        try:
+            async with trio.open_nursery() as services:
+                services.start_soon(node.broker.run)
+                services.start_soon(node.hub.run)
+                services.start_soon(node.wheel.run)
+                services.start_soon(_housekeeping, node)
+                async with trio.open_nursery() as connections:
+                    for listener in listeners:
+                        services.start_soon(accept_forever, node, listener, connections)
+                    yield node, [describe(listener) for listener in listeners]
+                    connections.cancel_scope.cancel()
+                services.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await node.broker.close()
+
+
+async def serve(config: Config, reload: Callable[[], Config]) -> int:
+    """Serve until a signal says otherwise: SIGTERM or SIGINT drains, a second one ends at once, SIGHUP rereads.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        StartError: see ``running``.
+    """
+    async with running(config) as (node, addresses):
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            print(f"statuswire listening on {', '.join(addresses)} (store {config.store.url})", flush=True)
+            gc.collect()
+            gc.freeze()
+            async with trio.open_nursery() as nursery:
+                async for number in signals:
+                    if number == signal.SIGHUP:
+                        _reload(node, reload)
+                    elif node.draining:
+                        log_event(LOG, logging.WARNING, "stopped", reason="second signal")
+                        break
+                    else:
+                        # A person at the keyboard with nobody connected need not wait; a supervisor's proxies
+                        # must have the time to see that this server is going.
+                        seconds = config.server.drain if number == signal.SIGTERM or node.streams else 0.0
+                        log_event(LOG, logging.INFO, "draining", seconds=seconds)
+                        nursery.start_soon(_drain_then, node, seconds, nursery.cancel_scope)
+                nursery.cancel_scope.cancel()
+    return 0
+
+
+async def drain(node: Node, seconds: float) -> None:
+    """Stop gracefully: refuse new work, answer polls, end live streams spread over ``seconds``, finish requests."""
+    ends = trio.current_time() + seconds
+    node.start_drain()
+    await node.drain_streams(seconds)
+    await trio.sleep_until(ends)
+    with trio.move_on_after(FINISH_S):
+        await node.wait_quiet()
+
+
+async def _drain_then(node: Node, seconds: float, scope: trio.CancelScope) -> None:
+    await drain(node, seconds)
+    log_event(LOG, logging.INFO, "stopped", reason="drained")
+    scope.cancel()
+
+
+def _reload(node: Node, reload: Callable[[], Config]) -> None:
+    try:
+        node.reload(reload())
+    except ConfigError as error:
+        log_event(LOG, logging.ERROR, "reload_failed", reason=str(error))
+    else:
+        log_event(LOG, logging.INFO, "reloaded")
+
+
+def _listen(config: Config) -> list[socket.socket]:
+    listeners: list[socket.socket] = []
+    try:
+        if config.server.tcp:
+            listeners += open_tcp(config.server.host, config.server.port)
+        if config.server.unix_socket:
+            listeners.append(open_unix(config.server.unix_socket))
+    except ListenError as error:
+        for listener in listeners:
+            close_listener(listener)
+        raise StartError(str(error)) from error
+    return listeners
+
+
+def _raise_descriptor_limit(connections: int) -> None:
+    """One descriptor a connection, plus some for files: as far as this process may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + 1024
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+        if hard < wanted:
+            log_event(
+                LOG,
+                logging.WARNING,
+                "few_descriptors",
+                limit=hard,
+                wanted=wanted,
+                advice="raise LimitNOFILE (ulimit -n), or lower server.max_connections",
+            )
+
+
+async def _housekeeping(node: Node) -> None:
+    frozen = 0
+    while True:
+        await trio.sleep(HOUSEKEEPING_S)
+        node.limits.sweep(trio.current_time())
+        if node.connections > frozen + FREEZE_EVERY_CONNECTIONS:
+            gc.collect()
+            gc.freeze()
+            frozen = node.connections
+        elif node.connections < frozen // 2:
+            gc.unfreeze()
+            frozen = node.connections

@@ -1,0 +1,384 @@
+"""What the memory and the sqlite broker have in common: deciding operations in order, on one node.
+
+There are two states of a job. The *shown* one (``Jobs``) is kept and may be told to anyone; the *working* one, an overlay,
+has what was accepted since. Decisions are made on the working state, so submissions need not wait for each other; if
+the store fails, the overlay is thrown away and with it the offsets it used, which nobody has seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import trio
+from msgspec import UNSET
+
+from protocol import job as rules
+from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
+from protocol.fields import check_id, is_id
+from protocol.rollup import climb
+from protocol.update import Job, Parts, Update
+from server.brokers.base import (
+    Accepted,
+    Cancel,
+    Delete,
+    Deliver,
+    Expire,
+    Operation,
+    Publish,
+    Result,
+    Submission,
+)
+from server.brokers.keys import Kept, Keys, digest_of, fingerprint_of
+from server.history import History
+from server.jobs import Jobs
+from server.leases import Leases
+from server.wheel import Wheel
+
+log = logging.getLogger("statuswire.broker")
+
+HOUSEKEEPING_S: Final = 30.0  # how often an idle broker looks for what has grown too old
+
+_EPOCH_ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def new_epoch() -> str:
+    """A name for a new incarnation of the log: 12 random letters and digits, 62 bits."""
+    return "".join(secrets.choice(_EPOCH_ALPHABET) for _ in range(12))
+
+
+class Group:
+    """What is kept together or not at all: the outcome of all submissions since the last group was taken."""
+
+    __slots__ = ("bytes", "entries", "keys", "newest", "silent", "submissions", "taken")
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Update, Job | None]] = []
+        self.newest: dict[str, Job | None] = {}  # state of every touched job; None: gone
+        self.silent: set[str] = set()  # of these, the ones whose newest state has no entry of its own
+        self.keys: list[Kept] = []
+        self.taken: list[Job] = []  # old jobs that make room for new ones
+        self.submissions: list[Submission] = []
+        self.bytes = 0
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to write; there may be submissions that wait for earlier groups."""
+        return not self.entries and not self.newest
+
+
+class LocalBroker:
+    """Decides; a subclass says when a group is kept.
+
+    Args:
+        jobs: the shown records; filled by ``start``, then through ``deliver``.
+        history: the ring of shown updates; likewise.
+        deliver: shows what was kept, see ``base.Deliver``.
+        wheel: for leases.
+        clock: unix time in seconds.
+    """
+
+    # Bounds of what was accepted and is not yet kept. 64 MiB or 100,000 entries are seconds of a disk's work;
+    # beyond that it is kinder to say so than to let everyone wait longer and longer.
+    max_waiting_bytes = 64 * 1024 * 1024
+    max_waiting_entries = 100_000
+
+    def __init__(
+        self, jobs: Jobs, history: History, deliver: Deliver, wheel: Wheel, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._jobs = jobs
+        self._history = history
+        self._deliver = deliver
+        self._clock = clock
+        self._leases = Leases(wheel, self._lease_ended)
+        self._keys = Keys()
+        self._working: dict[str, Job | None] = {}
+        self._group = Group()
+        self._offset = 0  # highest offset given
+        self._kept_offset = 0  # highest offset kept
+        self._at_ms = 0  # time of the newest entry: the log's time never goes back, whatever the wall clock does
+        self._count = 0  # number of jobs in the working state
+        self._waiting_entries = 0
+        self._waiting_bytes = 0
+        self._on_unkept = False  # the operation at hand was decided on something that is not kept yet
+        self._closing = False
+        self._away: str | None = None
+
+    @property
+    def epoch(self) -> str:
+        """Names this incarnation of the log."""
+        return self._history.epoch
+
+    @property
+    def available(self) -> str | None:
+        """None while the store works, else why it does not."""
+        return "closed" if self._closing else self._away
+
+    def submit(self, operations: Sequence[Operation]) -> Submission:
+        """Decide operations in order, now; see ``base.Broker``."""
+        self._on_unkept = False
+        before = self._group
+        entries = len(before.entries)
+        results = [self._decide(operation) for operation in operations]
+        submission = Submission(results)
+        if self._on_unkept or len(before.entries) > entries or before.silent:
+            before.submissions.append(submission)
+            self._gathered()
+        else:
+            submission.settle()
+        return submission
+
+    def _gathered(self) -> None:
+        """Something was added to the current group."""
+        raise NotImplementedError
+
+    # Deciding
+
+    def _decide(self, operation: Operation) -> Result:
+        try:
+            if self._closing:
+                raise ApiError(503, "shutting_down", "the server is shutting down", retry_after=5)
+            if self._waiting_entries >= self.max_waiting_entries or self._waiting_bytes >= self.max_waiting_bytes:
+                raise ApiError(503, "overloaded", "the store cannot keep up, try again in a moment", retry_after=1)
+            now_ms = max(self._at_ms, int(self._clock() * 1000))
+            match operation:
+                case Publish():
+                    return self._publish(operation, now_ms)
+                case Cancel():
+                    return self._cancel(operation, now_ms)
+                case Delete():
+                    return self._delete(operation, now_ms)
+                case Expire():
+                    return self._expire(operation, now_ms)
+        except ApiError as error:
+            return error
+
+    def _publish(self, operation: Publish, now_ms: int) -> Accepted:
+        fields, job_id = operation.fields, operation.job_id
+        if job_id is None:
+            job_id = None if fields.job_id is UNSET else fields.job_id
+        elif not is_id(job_id):
+            raise invalid_parameter("jobId", "must be 1 to 128 of letters, digits and _ . : @ -")
+        elif fields.job_id is not UNSET and fields.job_id != job_id:
+            raise invalid_field("jobId", f"is {fields.job_id!r} in the body, but {job_id!r} in the path")
+        key = operation.key
+        if key is None and fields.event_id is not UNSET:
+            key = fields.event_id
+        digest = fingerprint = b""
+        if key is not None:
+            digest = digest_of(operation.sub, key)
+            fingerprint = fingerprint_of(job_id, operation.create, fields)
+            first = self._keys.find(digest, now_ms)
+            if first is not None:
+                return self._first_answer(first, fingerprint)
+        if job_id is None:
+            if operation.create != "must":
+                raise invalid_field("jobId", "is required")
+            job_id = f"job_{secrets.token_hex(10)}"
+        before = self._get(job_id)
+        offset = self._offset + 1
+        if before is not None:
+            if rules.is_repeat(before, fields):
+                return self._unchanged(before)
+            if operation.create == "must":
+                raise ApiError(409, "job_exists", f"there is a job {job_id!r} already", field="jobId")
+        if key is not None:
+            self._keys.make_room(now_ms)
+        if before is not None:
+            after = rules.apply(before, fields, offset=offset, now_ms=now_ms)
+        else:
+            after = self._create(operation, job_id, offset, now_ms)
+        self._stage(before, after, after.latest)
+        latest = after.latest
+        if key is not None:
+            kept = Kept(digest, fingerprint, latest.job_id, latest.offset, latest.version, now_ms)
+            self._keys.add(kept)
+            self._group.keys.append(kept)
+        return Accepted(latest.offset, latest.version, False, after.private.cancel_requested, after)
+
+    def _create(self, operation: Publish, job_id: str, offset: int, now_ms: int) -> Job:
+        fields = operation.fields
+        if fields.user_id is not UNSET:
+            user_id = fields.user_id
+        elif operation.create == "must":
+            user_id = check_id(operation.sub, "userId")
+        else:
+            raise job_not_found(job_id)
+        if operation.create == "never":
+            raise job_not_found(job_id)
+        # One text per owner and id, however many jobs and updates name them.
+        after = rules.create(
+            fields,
+            job_id=job_id,
+            user_id=sys.intern(user_id),
+            parent=self._get(fields.parent_id) if fields.parent_id is not UNSET else None,
+            offset=offset,
+            now_ms=now_ms,
+        )
+        if self._count >= self._jobs.max_jobs:
+            self._forget_oldest_ended()
+        self._count += 1
+        return after
+
+    def _cancel(self, operation: Cancel, now_ms: int) -> Accepted:
+        before = self._must_get(operation.job_id)
+        after = rules.request_cancel(before, offset=self._offset + 1, now_ms=now_ms)
+        if after is None:
+            return self._unchanged(before)
+        self._stage(before, after, after.latest)
+        return Accepted(after.latest.offset, after.latest.version, False, True, after)
+
+    def _delete(self, operation: Delete, now_ms: int) -> Accepted:
+        before = self._must_get(operation.job_id)
+        update = rules.delete(before, offset=self._offset + 1, now_ms=now_ms)
+        self._count -= 1
+        self._stage(before, None, update)
+        return Accepted(update.offset, update.version, False, False, None)
+
+    def _expire(self, operation: Expire, now_ms: int) -> Accepted:
+        before = self._must_get(operation.job_id)
+        private = before.private
+        if before.latest.ended or private.ttl is None or private.heard != operation.heard:
+            return self._unchanged(before)
+        after = rules.expire(before, offset=self._offset + 1, now_ms=now_ms)
+        self._stage(before, after, after.latest)
+        return Accepted(after.latest.offset, after.latest.version, False, private.cancel_requested, after)
+
+    def _unchanged(self, job: Job) -> Accepted:
+        return Accepted(job.latest.offset, job.latest.version, True, job.private.cancel_requested, job)
+
+    def _first_answer(self, first: Kept, fingerprint: bytes) -> Accepted:
+        if first.fingerprint != fingerprint:
+            raise ApiError(
+                422, "idempotency_key_reused", "this idempotency key was used for something else within 10 minutes"
+            )
+        if first.offset > self._kept_offset:
+            self._on_unkept = True
+        job = self._get(first.job_id)
+        return Accepted(first.offset, first.version, True, job is not None and job.private.cancel_requested, job)
+
+    # The working state
+
+    def _get(self, job_id: str) -> Job | None:
+        if job_id in self._working:
+            self._on_unkept = True
+            return self._working[job_id]
+        return self._jobs.get(job_id)
+
+    def _must_get(self, job_id: str) -> Job:
+        job = self._get(job_id)
+        if job is None:
+            raise job_not_found(job_id)
+        return job
+
+    def _stage(self, before: Job | None, after: Job | None, update: Update) -> None:
+        """Take a decided change into the current group, and carry it up to the job's ancestors."""
+        at_ms = update.at_ms
+
+        def roll_up(parent: Job, parts: Parts | None, started: bool, offset: int) -> Job:
+            return rules.roll_up(parent, parts, part_started=started, offset=offset, now_ms=at_ms)
+
+        some = after or before
+        linked = some is not None and some.private.link is not None
+        ancestors = climb(before, after, self._get, roll_up, update.offset) if linked else ()
+        self._at_ms = at_ms
+        self._add_entry(update, after)
+        for job in ancestors:
+            if job.latest.offset > self._offset:
+                self._add_entry(job.latest, job)
+            else:
+                self._add_silent(job.latest.job_id, job)
+
+    def _add_entry(self, update: Update, job: Job | None) -> None:
+        self._offset = update.offset
+        group = self._group
+        group.entries.append((update, job))
+        group.newest[update.job_id] = self._working[update.job_id] = job
+        group.silent.discard(update.job_id)
+        group.bytes += len(update.body)
+        self._waiting_entries += 1
+        self._waiting_bytes += len(update.body)
+
+    def _add_silent(self, job_id: str, job: Job | None) -> None:
+        self._group.newest[job_id] = self._working[job_id] = job
+        self._group.silent.add(job_id)
+
+    def _forget_oldest_ended(self) -> None:
+        """Make room for a new job. Raises ApiError 503 ``too_many_jobs`` when none has ended."""
+        while True:
+            oldest = self._jobs.take_oldest_ended()
+            if oldest is None:
+                raise ApiError(
+                    503,
+                    "too_many_jobs",
+                    f"all {self._jobs.max_jobs} jobs are live; wait for some to end, or raise history.max_jobs",
+                    retry_after=10,
+                )
+            self._group.taken.append(oldest)
+            job_id = oldest.latest.job_id
+            if job_id not in self._working:  # else it was reopened or deleted since
+                self._add_silent(job_id, None)
+                self._count -= 1
+                return
+
+    # What became of a group
+
+    def _kept(self, group: Group) -> None:
+        """The store has it: show it, then answer."""
+        for job_id, job in group.newest.items():
+            if self._working.get(job_id) is job:
+                self._working.pop(job_id, None)
+        self._waiting_entries -= len(group.entries)
+        self._waiting_bytes -= group.bytes
+        if group.entries:
+            self._kept_offset = group.entries[-1][0].offset
+            self._deliver(group.entries)
+            self._leases.follow(group.entries)
+        for job_id in group.silent:
+            job = group.newest[job_id]
+            if job is None:
+                self._jobs.forget(job_id)
+            else:
+                self._jobs.put(job)
+        for submission in group.submissions:
+            submission.settle()
+
+    def _lost(self, groups: Sequence[Group], error: ApiError) -> None:
+        """The store does not have it: back to what is shown. ``groups`` are all that are not kept, in order."""
+        for group in reversed(groups):
+            for job in reversed(group.taken):
+                self._jobs.give_back(job)
+            self._keys.remove(group.keys)
+        self._group = Group()
+        self._working.clear()
+        self._offset = self._kept_offset
+        self._count = len(self._jobs)
+        self._waiting_entries = self._waiting_bytes = 0
+        for group in groups:
+            for submission in group.submissions:
+                submission.settle(error)
+
+    def _started(self, *, at_ms: int) -> None:
+        """``Jobs`` and ``History`` are filled: go on from there."""
+        self._offset = self._kept_offset = self._history.last
+        self._at_ms = at_ms
+        self._count = len(self._jobs)
+        self._leases.restart(self._jobs.jobs.values())
+
+    def _lease_ended(self, job_id: str, heard: int) -> None:
+        self.submit([Expire(job_id, heard)])
+
+    def _housekeep(self) -> None:
+        now_ms = max(self._at_ms, int(self._clock() * 1000))
+        self._history.trim(now_ms)
+        self._keys.prune(now_ms)
+
+    async def run(self) -> None:
+        """Look after what grows old, until cancelled."""
+        while True:
+            await trio.sleep(HOUSEKEEPING_S)
+            self._housekeep()

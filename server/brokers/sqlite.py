@@ -1,0 +1,184 @@
+"""The embedded default: one file, group commit in a worker thread, shown and answered only after the commit.
+
+Natural batching: while one group is being committed, the next one gathers; no timer. An idle server commits a lone update
+at once, a busy one as many together as arrived during the last commit.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from protocol.errors import ApiError
+from server.brokers.base import Deliver
+from server.brokers.local import HOUSEKEEPING_S, Group, LocalBroker, log, new_epoch
+from server.brokers.sqlite_file import Loaded, SqliteFile
+from server.history import History
+from server.jobs import Jobs
+from server.wheel import Wheel
+
+_PROBE_EVERY_S = 1.0
+
+
+class SqliteBroker(LocalBroker):
+    """Keeps everything in one SQLite file.
+
+    Args:
+        path: of the file.
+        jobs, history, deliver, wheel: see ``LocalBroker``. The history's bounds of count and age hold for the file too.
+        on_new_epoch: called with the new epoch when the log had to start anew while running: ``Jobs`` and ``History``
+            have been filled again by then, and every reader needs a snapshot.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        jobs: Jobs,
+        history: History,
+        deliver: Deliver,
+        wheel: Wheel,
+        *,
+        on_new_epoch: Callable[[str], object] | None = None,
+    ) -> None:
+        super().__init__(jobs, history, deliver, wheel)
+        self._file = SqliteFile(path, max_updates=history.max_updates, max_age=history.max_age)
+        self._on_new_epoch = on_new_epoch
+        self._wake = trio.Event()
+        self._writing = trio.Lock()  # run() and close() take turns
+        self._in_doubt = False  # after an error it could not be read whether the commit took place
+        self._open = False
+
+    async def start(self) -> None:
+        """Open the file and load it. Raises StoreError with a message for the operator."""
+        loaded = await trio.to_thread.run_sync(self._open_and_load)
+        self._open = True
+        self._adopt(loaded)
+        while self._count > self._jobs.max_jobs:  # the bound may have been lowered since
+            oldest = self._jobs.take_oldest_ended()
+            if oldest is None:
+                break
+            self._add_silent(oldest.latest.job_id, None)
+            self._count -= 1
+        if not self._group.empty:
+            await self._keep_group()
+
+    def _open_and_load(self) -> Loaded:
+        self._file.open(new_epoch())
+        try:
+            return self._file.load(new_epoch=new_epoch())
+        except BaseException:
+            self._file.close()
+            raise
+
+    async def run(self) -> None:
+        """Commit what gathers, until cancelled; look for the store's return while it is away."""
+        while True:
+            if self._group.empty and not self._group.submissions:
+                self._wake = trio.Event()
+                with trio.move_on_after(_PROBE_EVERY_S if self._away else HOUSEKEEPING_S):
+                    await self._wake.wait()
+            if not self._group.empty or self._group.submissions:
+                await self._keep_group()
+            elif self._away:
+                await self._probe()
+            else:
+                self._housekeep()
+
+    async def close(self) -> None:
+        """Refuse what comes later, commit what waits, release the file."""
+        self._closing = True
+        self._leases.clear()
+        with trio.CancelScope(shield=True):  # bounded by the disk; an accepted update is not thrown away
+            while not self._group.empty or self._group.submissions:
+                await self._keep_group()
+            async with self._writing:
+                if self._open:
+                    self._open = False
+                    await trio.to_thread.run_sync(self._file.close)
+
+    def _gathered(self) -> None:
+        self._wake.set()
+
+    async def _keep_group(self) -> None:
+        """Commit what has gathered, then show and answer it."""
+        async with self._writing:
+            group, self._group = self._group, Group()
+            if group.empty:  # only answers that waited for an earlier group
+                self._kept(group)
+                return
+            with trio.CancelScope(shield=True):  # a commit under way cannot be taken back
+                try:
+                    await trio.to_thread.run_sync(self._write, group)
+                except Exception as error:
+                    await self._failed(group, error)
+                else:
+                    self._recovered()
+                    self._kept(group)
+
+    async def _probe(self) -> None:
+        async with self._writing:
+            with trio.CancelScope(shield=True):
+                try:
+                    await trio.to_thread.run_sync(self._write, None)
+                except Exception as error:
+                    await self._failed(Group(), error)
+                else:
+                    self._recovered()
+
+    def _write(self, group: Group | None) -> None:
+        """In a worker thread: commit a group, or try whether that would work."""
+        if self._in_doubt:
+            if self._file.last_offset() != self._kept_offset:
+                raise _DivergedError(f"{self._file.path} has another end than expected")
+            self._in_doubt = False
+        if group is not None:
+            self._file.write(group)
+        else:
+            self._file.probe()
+
+    def _recovered(self) -> None:
+        if self._away is not None:
+            self._away = None
+            log.info("the store works again")
+
+    async def _failed(self, group: Group, error: Exception) -> None:
+        """A group was not kept, as far as one can know: take back all that is not shown, and see where the log stands."""
+        loaded: Loaded | None = None
+        self._in_doubt = True
+        try:
+            if await trio.to_thread.run_sync(self._file.last_offset) != self._kept_offset:
+                load = partial(self._file.load, renew_epoch=new_epoch(), new_epoch=new_epoch())
+                loaded = await trio.to_thread.run_sync(load)
+            self._in_doubt = False
+        except Exception as worse:
+            log.error("the store cannot be read: %s", worse)
+        if self._away is None:
+            # A sqlite3 error is the disk's; anything else is a mistake of ours and worth a traceback.
+            log.error("the store failed: %s", error, exc_info=not isinstance(error, sqlite3.Error))
+        self._away = f"sqlite: {error}"
+        refusal = ApiError(503, "store_unavailable", f"the update could not be kept ({error})", retry_after=2)
+        self._lost([group, self._group], refusal)
+        if loaded is not None:
+            # What a failed commit left behind was refused to its publishers; nobody was shown it under the old
+            # epoch, and under the new one everybody starts from a snapshot that has it.
+            self._adopt(loaded)
+            log.warning("the log starts anew as epoch %s", loaded.epoch)
+            if self._on_new_epoch is not None:
+                self._on_new_epoch(loaded.epoch)
+
+    def _adopt(self, loaded: Loaded) -> None:
+        """Show what the file has."""
+        self._jobs.load(loaded.jobs)
+        self._history.restart(loaded.epoch, loaded.last - len(loaded.tail))
+        for update in loaded.tail:
+            self._history.append(update)
+        self._keys.load(loaded.keys)
+        self._started(at_ms=loaded.at_ms)
+        self._housekeep()
+
+
+class _DivergedError(Exception):
+    """The file's last offset is not the one that was last shown."""

@@ -1,0 +1,340 @@
+"""The file of the sqlite broker: tables, writing a group in one transaction, reading everything back.
+
+Runs in worker threads, one call at a time. Nothing here knows Trio or the rules of jobs.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from protocol.update import ENDED, JOB_DELETED, Job, Private, Update
+from server.brokers.base import StoreError
+from server.brokers.keys import KEEP_MS, Kept
+from server.brokers.local import Group
+
+SCHEMA_VERSION: Final = 1
+
+_TABLES: Final = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE log (offset INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, type TEXT NOT NULL, job_id TEXT NOT NULL,"
+    " user_id TEXT NOT NULL, kind TEXT, status TEXT NOT NULL, version INTEGER NOT NULL, urgent INTEGER NOT NULL,"
+    " body BLOB NOT NULL)",
+    "CREATE TABLE jobs (job_id TEXT PRIMARY KEY, created INTEGER NOT NULL, offset INTEGER NOT NULL,"
+    " at_ms INTEGER NOT NULL, type TEXT NOT NULL, user_id TEXT NOT NULL, kind TEXT, status TEXT NOT NULL,"
+    " version INTEGER NOT NULL, urgent INTEGER NOT NULL, body BLOB NOT NULL, private BLOB NOT NULL)",
+    "CREATE TABLE keys (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, fingerprint BLOB NOT NULL,"
+    " job_id TEXT NOT NULL, offset INTEGER NOT NULL, version INTEGER NOT NULL, at_ms INTEGER NOT NULL)",
+    "CREATE TABLE probe (filler BLOB NOT NULL)",
+)
+
+# Rows of one statement. The sqlite3 module releases the GIL around every step of a statement; with executemany that is
+# once per row, and a busy main thread gives it back only after the switch interval (5 ms). Measured, 1,000 rows while
+# the main thread computes: executemany 5.2 s, statements of 256 rows 30 ms (idle: 3.5 and 4.9 ms). A few fixed
+# sizes keep the statements in the module's cache.
+_ROWS: Final = (256, 32, 4, 1)
+
+# A trim takes at most this many rows, or twice what the group adds: it catches up without ever making one commit long.
+_TRIM_STEP: Final = 1000
+_TRIM_SLACK: Final = 256  # rows over the bound before a trim is worth it
+_TRIM_EVERY_S: Final = 1.0
+
+_encode_private = msgspec.json.Encoder().encode
+_decode_private = msgspec.json.Decoder(Private).decode
+
+
+class Loaded(NamedTuple):
+    """All that a file remembers. ``jobs`` by ``created``, ``tail`` and ``keys`` oldest first, ``tail`` without gaps."""
+
+    epoch: str
+    last: int
+    at_ms: int
+    jobs: list[Job]
+    tail: list[Update]
+    keys: list[Kept]
+
+
+class SqliteFile:
+    """One database file, ours alone.
+
+    Args:
+        path: of the file; its directory must exist.
+        max_updates: log entries kept.
+        max_age: seconds that log entries are kept.
+    """
+
+    def __init__(self, path: str, *, max_updates: int, max_age: float) -> None:
+        self.path = path
+        self.max_updates = max_updates
+        self.max_age = max_age
+        self._first = 1  # lowest offset in the log, or lower
+        self._trimmed_at = 0.0  # time.monotonic()
+
+    def open(self, epoch: str) -> None:
+        """Open or create the file and lock it.
+
+        Args:
+            epoch: for a new file.
+
+        Raises:
+            StoreError: it cannot be used; the message says what to do.
+        """
+        path = self.path
+        directory = Path(path).absolute().parent
+        if not path or path.startswith(":"):
+            raise StoreError(f"store.url: 'sqlite:{path}' names no file; use sqlite:PATH, or memory: to keep nothing")
+        if not directory.is_dir():
+            raise StoreError(f"store.url: {path}: the directory {directory} does not exist; create it first")
+        try:
+            # The server may be restarting: give its predecessor a moment to let go of the file.
+            self._db = sqlite3.connect(path, timeout=0.5, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        try:
+            self._prepare(epoch)
+        except sqlite3.Error as error:
+            self._db.close()
+            raise self._unusable(error) from error
+        except StoreError:
+            self._db.close()
+            raise
+
+    def _prepare(self, epoch: str) -> None:
+        db = self._db
+        # Exclusive: a second server on this file fails at once instead of forking the log, and no memory file is needed.
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("BEGIN EXCLUSIVE")
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
+            for statement in _TABLES:
+                db.execute(statement)
+            db.execute("INSERT INTO meta VALUES ('schema', ?), ('epoch', ?)", (str(SCHEMA_VERSION), epoch))
+        elif not {"meta", "log", "jobs", "keys"} <= tables:
+            raise StoreError(f"store.url: {self.path} is a database of another application; name another file")
+        db.execute("COMMIT")
+        found = self._meta("schema")
+        if found != str(SCHEMA_VERSION):
+            raise StoreError(
+                f"store.url: {self.path} has format {found}, this version reads format {SCHEMA_VERSION}; "
+                "use the version that wrote it, or another file"
+            )
+        # WAL: one sync per commit, readers of the file (backups) do not stop us. FULL: an answered update is on disk.
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA journal_size_limit = 67108864")
+
+    def _meta(self, name: str) -> str | None:
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else None
+
+    def _unusable(self, error: sqlite3.Error) -> StoreError:
+        text = str(error)
+        if "locked" in text or "busy" in text:
+            return StoreError(f"store.url: {self.path} is in use by another server; stop it, or name another file")
+        if "not a database" in text or "malformed" in text:
+            return StoreError(
+                f"store.url: {self.path} is damaged or no database ({text}); restore a copy, or move it away to start anew"
+            )
+        if "readonly" in text or "unable to open" in text:
+            return StoreError(f"store.url: {self.path} cannot be written ({text}); check its owner and permissions")
+        return StoreError(f"store.url: {self.path} cannot be used ({text})")
+
+    def load(self, *, renew_epoch: str | None = None, new_epoch: str) -> Loaded:
+        """Read everything.
+
+        Args:
+            renew_epoch: start a new incarnation of the log under this name.
+            new_epoch: likewise, but only if the log's tail is missing.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        try:
+            return self._load(renew_epoch, new_epoch)
+        except (sqlite3.DatabaseError, msgspec.MsgspecError) as error:
+            raise StoreError(f"store.url: {self.path} is damaged ({error}); restore a copy, or move it away") from error
+
+    def _load(self, renew_epoch: str | None, new_epoch: str) -> Loaded:
+        db = self._db
+        last_in_log, at_ms = db.execute("SELECT max(offset), max(at_ms) FROM log").fetchone()
+        last = self.last_offset()
+        if last > (
+            last_in_log or 0
+        ):  # rows that were there are gone: offsets may have been used that we cannot vouch for
+            renew_epoch = renew_epoch or new_epoch
+        if renew_epoch is not None:
+            db.execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (renew_epoch,))
+        epoch = self._meta("epoch")
+        if epoch is None:
+            raise StoreError(f"store.url: {self.path} is damaged (no epoch); restore a copy, or move it away")
+        tail: dict[int, Update] = {}
+        previous = last - self.max_updates
+        for row in db.execute(
+            "SELECT offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent FROM log"
+            " WHERE offset > ? ORDER BY offset",
+            (previous,),
+        ):
+            update = _update(row)
+            if update.offset != previous + 1:
+                tail.clear()
+            tail[update.offset] = update
+            previous = update.offset
+        if previous != last:
+            tail.clear()
+        self._first = db.execute("SELECT coalesce(min(offset), 1) FROM log").fetchone()[0]
+        jobs = []
+        for created, private, *row in db.execute(
+            "SELECT created, private, offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent FROM jobs"
+            " ORDER BY created"
+        ):
+            update = tail.get(row[0]) or _update(row)
+            jobs.append(Job(update, created, _decode_private(private)))
+        keys = [
+            Kept(*row)
+            for row in db.execute("SELECT digest, fingerprint, job_id, offset, version, at_ms FROM keys ORDER BY id")
+        ]
+        return Loaded(epoch, last, at_ms or 0, jobs, list(tail.values()), keys)
+
+    def last_offset(self) -> int:
+        """Highest offset of any kept entry, 0 without one."""
+        row = self._db.execute(
+            "SELECT max(coalesce((SELECT max(offset) FROM log), 0), coalesce((SELECT max(offset) FROM jobs), 0))"
+        ).fetchone()
+        return int(row[0])
+
+    def write(self, group: Group) -> None:
+        """Keep a group, on disk when this returns. Raises sqlite3.Error; whether it is kept then, ``last_offset`` tells."""
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            self._insert("INSERT INTO log VALUES", 10, [_log_row(update) for update, _ in group.entries])
+            gone = [(job_id,) for job_id, job in group.newest.items() if job is None]
+            for rows in _chunks(gone):
+                places = ", ".join("?" * len(rows))
+                db.execute(f"DELETE FROM jobs WHERE job_id IN ({places})", [job_id for (job_id,) in rows])
+            self._insert("REPLACE INTO jobs VALUES", 12, [_job_row(job) for job in group.newest.values() if job])
+            self._insert(
+                "REPLACE INTO keys (digest, fingerprint, job_id, offset, version, at_ms) VALUES",
+                6,
+                [
+                    (kept.digest, kept.fingerprint, kept.job_id, kept.offset, kept.version, kept.at_ms)
+                    for kept in group.keys
+                ],
+            )
+            if group.entries:
+                self._trim(group.entries[-1][0], len(group.entries))
+            db.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def probe(self) -> None:
+        """Find out whether a commit works: one that needs some room. Raises sqlite3.Error."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("INSERT INTO probe VALUES (zeroblob(65536))")
+            self._db.execute("DELETE FROM probe")
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def close(self) -> None:
+        """Release the file."""
+        self._db.close()
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # some errors roll back by themselves
+            self._db.execute("ROLLBACK")
+
+    def _insert(self, head: str, columns: int, rows: Sequence[tuple[object, ...]]) -> None:
+        places = f"({', '.join('?' * columns)})"
+        for chunk in _chunks(rows):
+            self._db.execute(f"{head} {', '.join([places] * len(chunk))}", [value for row in chunk for value in row])
+
+    def _trim(self, newest: Update, added: int) -> None:
+        """Drop what is over the bounds of count and age; never the newest entry, which says where the log stands."""
+        now = time.monotonic()
+        floor = newest.offset - self.max_updates  # highest offset that is over the count
+        if floor < self._first + _TRIM_SLACK and now < self._trimmed_at + _TRIM_EVERY_S:
+            return
+        self._trimmed_at = now
+        step = max(_TRIM_STEP, 2 * added)
+        (aged,) = self._db.execute(
+            "SELECT max(offset) FROM (SELECT offset, at_ms FROM log ORDER BY offset LIMIT ?) WHERE at_ms < ?",
+            (step, newest.at_ms - int(self.max_age * 1000)),
+        ).fetchone()
+        upto = min(max(floor, aged or 0), self._first + step - 1, newest.offset - 1)
+        if upto >= self._first:
+            self._db.execute("DELETE FROM log WHERE offset <= ?", (upto,))
+            self._first = upto + 1
+        self._db.execute(
+            "DELETE FROM keys WHERE id <= (SELECT max(id) FROM (SELECT id, at_ms FROM keys ORDER BY id LIMIT ?)"
+            " WHERE at_ms < ?)",
+            (step, newest.at_ms - KEEP_MS),
+        )
+
+
+def _chunks(rows: Sequence[tuple[object, ...]]) -> Iterator[Sequence[tuple[object, ...]]]:
+    start = 0
+    for size in _ROWS:
+        while len(rows) - start >= size:
+            yield rows[start : start + size]
+            start += size
+
+
+def _log_row(update: Update) -> tuple[object, ...]:
+    return (
+        update.offset,
+        update.at_ms,
+        update.type,
+        update.job_id,
+        update.user_id,
+        update.kind,
+        update.status,
+        update.version,
+        update.urgent,
+        update.body,
+    )
+
+
+def _job_row(job: Job) -> tuple[object, ...]:
+    latest = job.latest
+    return (
+        latest.job_id,
+        job.created,
+        latest.offset,
+        latest.at_ms,
+        latest.type,
+        latest.user_id,
+        latest.kind,
+        latest.status,
+        latest.version,
+        latest.urgent,
+        latest.body,
+        _encode_private(job.private),
+    )
+
+
+def _update(row: Sequence[object]) -> Update:
+    offset, at_ms, type_, job_id, user_id, kind, status, version, body, urgent = row
+    assert isinstance(type_, str) and isinstance(user_id, str) and isinstance(status, str)
+    return Update(
+        offset,  # type: ignore[arg-type]
+        at_ms,  # type: ignore[arg-type]
+        sys.intern(type_),
+        job_id,  # type: ignore[arg-type]
+        sys.intern(user_id),
+        sys.intern(kind) if isinstance(kind, str) else None,
+        sys.intern(status),
+        version,  # type: ignore[arg-type]
+        body,  # type: ignore[arg-type]
+        type_ == JOB_DELETED or status in ENDED,
+        bool(urgent),
+    )

@@ -1,0 +1,249 @@
+"""One connection from accept to close: HTTP cycles, until it ends or becomes a stream.
+
+Nothing that goes wrong here leaves here: an exception ends this connection and no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from protocol.errors import ApiError
+from protocol.http1 import BodyData, EndOfBody, HttpConnection, PeerClosed
+from protocol.request import Request
+from server.answers import Response, error_answer
+from server.auth import Identity
+from server.limits import client_address
+from server.logs import log_event
+from server.node import LOG, Node
+from server.origins import cors_headers
+from server.socketio import linger, prepare, receive, send_all
+
+# A head that takes longer than this to come is an attack or a broken peer: a person's slowest link needs 2 s.
+HEAD_TIMEOUT_S: Final = 10.0
+# Longer than the 60 s for which nginx keeps an upstream connection, so that it is never we who close under it.
+IDLE_TIMEOUT_S: Final = 75.0
+# Between two pieces of a body.
+BODY_TIMEOUT_S: Final = 30.0
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
+
+
+class Disconnected(Exception):
+    """The peer went away in the middle of a request: there is nobody to answer."""
+
+
+class Exchange:
+    """One request and what is known about it while it is answered.
+
+    Attributes:
+        connection: where it came in.
+        request: its head.
+        request_id: the client's ``X-Request-Id`` if it is usable, else one of ours.
+        address: the client's address as far as our proxies vouch for it.
+        identity: who asks; set once that is known.
+        params: the variable segments of its path, by name.
+    """
+
+    __slots__ = ("address", "connection", "identity", "node", "params", "request", "request_id")
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self.connection = connection
+        self.node = connection.node
+        self.request = request
+        given = request.headers.get("x-request-id", "")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        self.address = client_address(connection.peer, request, connection.node.proxies)
+        self.identity: Identity | None = None
+        self.params: dict[str, str] = {}
+
+    @property
+    def caller(self) -> Identity:
+        """Who asks, on routes that need to know."""
+        assert self.identity is not None
+        return self.identity
+
+    def headers(self) -> list[tuple[str, str]]:
+        """The headers that every answer has."""
+        return [
+            ("Date", self.node.http_date()),
+            ("X-Request-Id", self.request_id),
+            *cors_headers(self.request, self.node.origins),
+        ]
+
+    def log(self, status: int, code: str | None = None, exc_info: BaseException | None = None) -> None:
+        """Log an answer: refusals always, others at debug level."""
+        log_event(
+            LOG,
+            logging.ERROR if status == 500 else logging.INFO if status >= 400 else logging.DEBUG,
+            "request",
+            method=self.request.method,
+            path=self.request.path,
+            status=status,
+            code=code,
+            requestId=self.request_id,
+            user=self.identity.user if self.identity else None,
+            address=self.address,
+            exc_info=exc_info,
+        )
+
+
+class Connection:
+    """The shell round ``HttpConnection``: reads, deadlines, answers.
+
+    Args:
+        node: the server.
+        sock: accepted, non-blocking.
+        peer: address at the other end, ``unix`` for a Unix socket.
+        nursery: ends with the connection.
+        refusal: the connection came over a limit: what every request on it but health checks is told.
+    """
+
+    __slots__ = ("_over", "http", "node", "nursery", "peer", "refusal", "sock")
+
+    def __init__(
+        self, node: Node, sock: socket.socket, peer: str, nursery: trio.Nursery, refusal: ApiError | None
+    ) -> None:
+        self.node = node
+        self.sock = sock
+        self.peer = peer
+        self.nursery = nursery
+        self.refusal = refusal
+        self.http = HttpConnection()
+        self._over = False
+
+    async def run(self) -> None:
+        """Serve requests in order until either side ends the connection."""
+        from server.routes import answer  # imported late: routes know transports, which know connections
+
+        first = True
+        while not self._over:
+            request = await self._next_request(HEAD_TIMEOUT_S if first else IDLE_TIMEOUT_S)
+            if request is None:
+                return
+            first = False
+            exchange = Exchange(self, request)
+            with self.node.answering():
+                await answer(exchange)
+            if not self._over and not self.http.next_request():
+                await linger(self.sock)
+                return
+            # Pipelined requests that never wait must not keep the loop to themselves.
+            await trio.lowlevel.checkpoint()
+
+    async def _next_request(self, patience_s: float) -> Request | None:
+        """The next request; None when there is none to answer any more."""
+        begun = False
+        with trio.move_on_after(patience_s) as patience:
+            try:
+                while True:
+                    event = self.http.next_event()
+                    if isinstance(event, Request):
+                        return event
+                    if isinstance(event, PeerClosed):
+                        return None
+                    data = await receive(self.sock)
+                    if not begun and data:
+                        begun = True
+                        patience.deadline = trio.current_time() + HEAD_TIMEOUT_S
+                    self.http.receive(data)
+            except ApiError as error:
+                await self._refuse(error)
+                return None
+        if begun:
+            await self._refuse(ApiError(408, "request_timeout", f"the head took more than {HEAD_TIMEOUT_S:g} s"))
+        return None
+
+    async def _refuse(self, error: ApiError) -> None:
+        """Answer what never became a request, and close."""
+        request_id = secrets.token_hex(8)
+        log_event(
+            LOG,
+            logging.INFO,
+            "request",
+            status=error.status,
+            code=error.code,
+            message=error.message,
+            requestId=request_id,
+            address=self.peer,
+        )
+        response = error_answer(error, request_id)
+        headers = [("Date", self.node.http_date()), ("X-Request-Id", request_id), *response.headers]
+        assert isinstance(response.body, bytes)
+        await send_all(self.sock, self.http.respond(error.status, headers, response.body, close=True))
+        await linger(self.sock)
+
+    async def body_pieces(self, limit: int) -> AsyncIterator[bytes]:
+        """The request's body as it comes.
+
+        Raises:
+            ApiError: 413 over ``limit`` bytes, 408 if it stops coming, 400 if it is malformed.
+            Disconnected: the peer went away before its end.
+        """
+        self.http.limit_body(limit)
+        while True:
+            event = self.http.next_event()
+            if isinstance(event, BodyData):
+                yield event.data
+            elif isinstance(event, EndOfBody):
+                return
+            elif isinstance(event, PeerClosed):
+                raise Disconnected
+            else:
+                if self.http.expects_continue:
+                    await send_all(self.sock, self.http.send_continue())
+                with trio.move_on_after(BODY_TIMEOUT_S) as patience:
+                    data = await receive(self.sock)
+                if patience.cancelled_caught:
+                    raise ApiError(408, "request_timeout", f"no more of the body came for {BODY_TIMEOUT_S:g} s")
+                self.http.receive(data)
+
+    async def read_body(self, limit: int) -> bytes:
+        """The whole body; raises what ``body_pieces`` raises."""
+        pieces = [piece async for piece in self.body_pieces(limit)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def respond(self, exchange: Exchange, response: Response) -> None:
+        """Send an answer whole, or in pieces if its body comes in pieces."""
+        headers = [*exchange.headers(), *response.headers]
+        close = self.node.draining or self.refusal is not None
+        if isinstance(response.body, bytes):
+            await send_all(self.sock, self.http.respond(response.status, headers, response.body, close=close))
+            return
+        await send_all(self.sock, self.http.start_stream(response.status, headers, close=close))
+        for piece in response.body:
+            await send_all(self.sock, self.http.stream_chunk(piece))
+        await send_all(self.sock, self.http.end_stream())
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether the request under way has had no answer yet, not even the head of one."""
+        return self.http.pending
+
+    def take_over(self) -> None:
+        """No more HTTP on this connection: it is closed when the request's handler returns."""
+        self._over = True
+
+
+async def serve_connection(node: Node, sock: socket.socket, peer: str, refusal: ApiError | None = None) -> None:
+    """Serve one accepted socket and close it. Raises nothing but cancellation."""
+    try:
+        prepare(sock)
+        async with trio.open_nursery() as nursery:
+            with suppress(OSError, Disconnected):  # the peer may go at any time
+                await Connection(node, sock, peer, nursery, refusal).run()
+            nursery.cancel_scope.cancel()
+    except OSError:
+        pass
+    except Exception as error:
+        log_event(LOG, logging.ERROR, "connection_failed", address=peer, exc_info=error)
+    finally:
+        sock.close()
+        node.connections -= 1

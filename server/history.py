@@ -1,0 +1,141 @@
+"""The tail of the log in memory: a ring of shown updates, from which readers catch up."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from protocol.position import Position
+from protocol.update import Update
+
+# What one entry costs beside its body: the struct, three integers, the bytes header, three list slots.
+# Measured with tracemalloc over 100,000 entries (CPython 3.11): 254 bytes.
+ENTRY_OVERHEAD = 256
+
+# The lists are cut when this many dead slots are in front and make up half of them: then each entry is moved
+# at most once on average, and a cut of a full ring of 100,000 takes about 50 µs.
+_CUT_FROM = 1024
+
+
+class History:
+    """Shown updates, newest kept, bounded by count, age and bytes.
+
+    Two indexes, by job and by user, are chains: every entry knows the offset of the entry before it of the same
+    job and of the same user, and a table has the newest of each. So appending and evicting are O(1), reading
+    a job's or a user's updates costs what it returns, and nothing is left behind of a job without kept updates.
+
+    Args:
+        epoch: the log's epoch; the broker sets it when it starts.
+        max_updates: most entries kept.
+        max_age: seconds after which an entry goes.
+        max_bytes: most bytes of memory, estimated.
+        last: highest offset already used.
+
+    Attributes:
+        epoch: name of the log's incarnation.
+        last: highest offset shown so far; 0 before the first.
+    """
+
+    def __init__(self, epoch: str = "", *, max_updates: int, max_age: float, max_bytes: int, last: int = 0) -> None:
+        self.max_updates = max_updates
+        self.max_age = max_age
+        self.max_bytes = max_bytes
+        self.restart(epoch, last)
+
+    def restart(self, epoch: str, last: int = 0) -> None:
+        """Forget everything and go on as another incarnation of the log, after offset ``last``."""
+        self.epoch = epoch
+        self.last = last
+        self.bytes = 0
+        self._entries: list[Update | None] = []  # None: evicted, waiting for the next cut
+        self._before_in_job: list[int] = []
+        self._before_of_user: list[int] = []
+        self._head = 0  # index of the oldest kept entry
+        self._newest_in_job: dict[str, int] = {}
+        self._newest_of_user: dict[str, int] = {}
+
+    @property
+    def first(self) -> int:
+        """Lowest offset still kept, ``last + 1`` if none is. A cursor below ``first - 1`` is lost."""
+        return self.last - (len(self._entries) - self._head) + 1
+
+    def __len__(self) -> int:
+        return len(self._entries) - self._head
+
+    def reaches(self, position: Position) -> bool:
+        """Whether everything after this position is still here: right epoch, not trimmed, not ahead of the log."""
+        return position.epoch == self.epoch and self.first - 1 <= position.offset <= self.last
+
+    def append(self, update: Update) -> None:
+        """Add the next update, whose offset is ``last + 1``; evict what is over the bounds."""
+        offset = update.offset
+        if offset != self.last + 1:
+            raise ValueError(f"offset {offset} after {self.last}: the log has no gaps")
+        self.last = offset
+        self._entries.append(update)
+        self._before_in_job.append(self._newest_in_job.get(update.job_id, 0))
+        self._before_of_user.append(self._newest_of_user.get(update.user_id, 0))
+        self._newest_in_job[update.job_id] = offset
+        self._newest_of_user[update.user_id] = offset
+        self.bytes += len(update.body) + ENTRY_OVERHEAD
+        self.trim(update.at_ms)
+
+    def trim(self, now_ms: int) -> None:
+        """Evict what is over the bounds at this time (unix milliseconds)."""
+        entries, head = self._entries, self._head
+        oldest_ms = now_ms - self.max_age * 1000
+        while head < len(entries):
+            oldest = entries[head]
+            assert oldest is not None
+            if oldest.at_ms >= oldest_ms and len(entries) - head <= self.max_updates and self.bytes <= self.max_bytes:
+                break
+            entries[head] = None
+            head += 1
+            self.bytes -= len(oldest.body) + ENTRY_OVERHEAD
+            if self._newest_in_job[oldest.job_id] == oldest.offset:
+                del self._newest_in_job[oldest.job_id]
+            if self._newest_of_user[oldest.user_id] == oldest.offset:
+                del self._newest_of_user[oldest.user_id]
+        if head >= _CUT_FROM and head * 2 >= len(entries):
+            del entries[:head], self._before_in_job[:head], self._before_of_user[:head]
+            head = 0
+        self._head = head
+
+    def of_job(self, job_id: str, after: int) -> list[Update]:
+        """Kept updates of a job with an offset above ``after``, oldest first."""
+        return self._chain(self._newest_in_job.get(job_id, 0), self._before_in_job, after)
+
+    def last_of_job(self, job_id: str) -> Update | None:
+        """The newest kept update of a job, its deletion included; None if there is none."""
+        offset = self._newest_in_job.get(job_id)
+        return None if offset is None else self._entries[offset - self.last - 1]
+
+    def of_user(self, user_id: str, after: int) -> list[Update]:
+        """Kept updates of a user's jobs with an offset above ``after``, oldest first."""
+        return self._chain(self._newest_of_user.get(user_id, 0), self._before_of_user, after)
+
+    def everything(self, after: int) -> list[Update]:
+        """All kept updates with an offset above ``after``, oldest first."""
+        start = max(self._head, len(self._entries) - max(0, self.last - after))
+        return [update for update in self._entries[start:] if update is not None]
+
+    def offset_at(self, unix_ms: int) -> int:
+        """The offset just before the first kept entry accepted at or after that time; ``last`` if there is none."""
+        index = bisect_left(self._entries, unix_ms, lo=self._head, key=_accepted_at)
+        return self.first - 1 + index - self._head
+
+    def _chain(self, offset: int, before: list[int], after: int) -> list[Update]:
+        base = self.last + 1 - len(self._entries)  # offset of the entry at index 0
+        stop = max(after, self.first - 1)
+        found = []
+        while offset > stop:
+            update = self._entries[offset - base]
+            assert update is not None
+            found.append(update)
+            offset = before[offset - base]
+        found.reverse()
+        return found
+
+
+def _accepted_at(update: Update | None) -> int:
+    assert update is not None
+    return update.at_ms

@@ -1,0 +1,161 @@
+"""The shown state of every job: what readers get as a snapshot. Written only by what a broker delivers."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+
+from protocol.update import Job, Update
+
+
+class Jobs:
+    """Records by id, by owner and by age, bounded.
+
+    Args:
+        max_jobs: most jobs kept. The broker enforces it: it takes the oldest ended job out before it lets a
+            new one in, and refuses a new one when all are live.
+
+    Attributes:
+        jobs: every shown job by id.
+        by_user: ids and jobs of each owner, oldest first; an owner without jobs has no entry.
+    """
+
+    def __init__(self, *, max_jobs: int) -> None:
+        self.max_jobs = max_jobs
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything (the log starts anew)."""
+        self.jobs: dict[str, Job] = {}
+        self.by_user: dict[str, dict[str, Job]] = {}
+        # All jobs by age for paging: ``created`` offsets, ascending, and the id of each. A removed job leaves its
+        # slot until half of them are dead.
+        self._created: list[int] = []
+        self._ids: list[str] = []
+        # The updates that ended jobs, oldest first. One that is no longer its job's latest is stale.
+        self._ended: deque[Update] = deque()
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def get(self, job_id: str) -> Job | None:
+        """The job, or None."""
+        return self.jobs.get(job_id)
+
+    def show(self, update: Update, job: Job | None) -> None:
+        """An entry was kept: ``job`` is the state after it, None after a deletion."""
+        if job is None:
+            self.forget(update.job_id)
+        else:
+            self.put(job)
+
+    def put(self, job: Job) -> None:
+        """Set a job's state."""
+        latest = job.latest
+        known = self.jobs.get(latest.job_id)
+        if known is None or known.created != job.created:
+            if known is not None:
+                self.forget(latest.job_id)
+            self._created.append(job.created)
+            self._ids.append(latest.job_id)
+        self.jobs[latest.job_id] = job
+        owned = self.by_user.get(latest.user_id)
+        if owned is None:
+            owned = self.by_user[latest.user_id] = {}
+        owned[latest.job_id] = job
+        if latest.ended and (known is None or known.latest is not latest):
+            self._ended.append(latest)
+            if len(self._ended) > 2 * len(self.jobs) + 64:
+                self._ended = deque(update for update in self._ended if self._is_latest(update))
+
+    def forget(self, job_id: str) -> None:
+        """Remove a job and every trace of it. Unknown ids are fine."""
+        job = self.jobs.pop(job_id, None)
+        if job is None:
+            return
+        owned = self.by_user[job.latest.user_id]
+        del owned[job_id]
+        if not owned:
+            del self.by_user[job.latest.user_id]
+        if len(self._ids) > 2 * len(self.jobs) + 64:
+            live = [slot for slot in range(len(self._ids)) if self._in_slot(slot) is not None]
+            self._created = [self._created[slot] for slot in live]
+            self._ids = [self._ids[slot] for slot in live]
+
+    def load(self, jobs: Iterable[Job]) -> None:
+        """Start from these, which must come in order of ``created``."""
+        self.clear()
+        for job in jobs:
+            self.put(job)
+        self._ended = deque(sorted(self._ended, key=lambda update: update.offset))
+
+    def take_oldest_ended(self) -> Job | None:
+        """Pick the job that ended longest ago; it is still shown, but will not be picked again."""
+        while self._ended:
+            update = self._ended.popleft()
+            if self._is_latest(update):
+                return self.jobs[update.job_id]
+        return None
+
+    def give_back(self, job: Job) -> None:
+        """Undo ``take_oldest_ended``; the last one taken first."""
+        self._ended.appendleft(job.latest)
+
+    def page(
+        self,
+        *,
+        user_id: str | None = None,
+        status: Container[str] | None = None,
+        kind: Container[str | None] | None = None,
+        limit: int,
+        after: int | None = None,
+        may_read: Callable[[str, str], bool] | None = None,
+    ) -> tuple[list[Job], int | None]:
+        """Jobs from the newest to the oldest.
+
+        Args:
+            user_id: only this owner's.
+            status: only these statuses.
+            kind: only these kinds.
+            limit: most jobs returned, at least 1.
+            after: go on after this: what the previous page returned.
+            may_read: asked with job id and owner.
+
+        Returns:
+            The jobs, and what to pass as ``after`` for the next page, or None if this is the last.
+        """
+        found: list[Job] = []
+        candidates = self._all_from(after) if user_id is None else self._of_user_from(user_id, after)
+        for job in candidates:
+            latest = job.latest
+            if (
+                (status is None or latest.status in status)
+                and (kind is None or latest.kind in kind)
+                and (may_read is None or may_read(latest.job_id, latest.user_id))
+            ):
+                if len(found) == limit:
+                    return found, found[-1].created
+                found.append(job)
+        return found, None
+
+    def _all_from(self, after: int | None) -> Iterator[Job]:
+        slot = len(self._created) if after is None else bisect_left(self._created, after)
+        while slot:
+            slot -= 1
+            job = self._in_slot(slot)
+            if job is not None:
+                yield job
+
+    def _of_user_from(self, user_id: str, after: int | None) -> Iterator[Job]:
+        for job in reversed(self.by_user.get(user_id, {}).values()):
+            if after is None or job.created < after:
+                yield job
+
+    def _in_slot(self, slot: int) -> Job | None:
+        job = self.jobs.get(self._ids[slot])
+        return job if job is not None and job.created == self._created[slot] else None
+
+    def _is_latest(self, update: Update) -> bool:
+        job = self.jobs.get(update.job_id)
+        return job is not None and job.latest is update

@@ -1,0 +1,281 @@
+"""How much one user or one address may do: connections at a time, and connects, messages, publishes per second.
+
+A limit of 0 is no limit and keeps no table. Every table is bounded, and holds nothing about those who are gone or
+have been quiet long enough to be as good as new. Nothing here waits: what is too much is refused with 429
+(RFC 6585 section 4) and says when to come back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from math import ceil
+from typing import TYPE_CHECKING
+
+from protocol.errors import ApiError
+from protocol.ratelimit import TokenBucket
+from server import config
+from server.config import ConfigError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from protocol.request import Request
+
+# Buckets of one table, about 300 bytes each. When it is full the one longest unused is forgotten, so an attacker with
+# this many addresses gets fresh buckets, but no memory.
+MAX_BUCKETS = 65_536
+# When a user's connection will end is unknown; soon enough to be no nuisance, late enough to be no load.
+CONNECTION_RETRY = 5  # seconds
+# More proxies in a row than anyone has; a forwarded list longer than this comes from somebody who wants us to work.
+MAX_HOPS = 32
+UNIX = "unix"  # the peer of a connection over a Unix socket, and its name in the list of trusted proxies
+
+
+class Limits:
+    """The limits of one server. Times are monotonic seconds, of one clock."""
+
+    def __init__(self, limits: config.Limits) -> None:
+        self._connections: dict[str, int] = {}
+        self.reload(limits)
+
+    def reload(self, limits: config.Limits) -> None:
+        """Take new limits. Open connections stay counted; rates start anew."""
+        self._max_connections = limits.connections_per_user
+        self._connects = Rates(limits.connects_per_second, "connections from your address")
+        self._messages = Rates(limits.messages_per_second, "messages")
+        self._publishes = Rates(limits.publishes_per_second, "updates")
+
+    def acquire(self, user: str) -> Lease:
+        """Count one more open connection of a user until the lease is released.
+
+        Raises:
+            ApiError: 429 ``rate_limited``: the user has ``connections_per_user`` already.
+        """
+        limit = self._max_connections
+        if not limit:
+            return Lease(None, user)
+        held = self._connections.get(user, 0)
+        if held >= limit:
+            raise _too_much(f"you have {held} connections open, which is the limit; close one first", CONNECTION_RETRY)
+        self._connections[user] = held + 1
+        return Lease(self._connections, user)
+
+    def check_connect(self, address: str, now: float) -> None:
+        """Take one of the connects an address may make; ``address`` as ``client_address`` gives it.
+
+        Raises:
+            ApiError: 429 ``rate_limited``.
+        """
+        if self._connects.rate:
+            self._connects.take(_network_of(address), now, 1)
+
+    def check_message(self, user: str, now: float) -> None:
+        """Take one of a user's WebSocket messages.
+
+        Raises:
+            ApiError: 429 ``rate_limited``.
+        """
+        if self._messages.rate:
+            self._messages.take(user, now, 1)
+
+    def check_publish(self, user: str, now: float, n: int = 1) -> None:
+        """Take ``n`` of a user's updates: all or none. A batch larger than the rate passes alone, then it is paid off.
+
+        Raises:
+            ApiError: 429 ``rate_limited``.
+        """
+        if self._publishes.rate:
+            self._publishes.take(user, now, n)
+
+    def sweep(self, now: float) -> None:
+        """Forget all who have been quiet long enough. For a server without traffic; taking does the same in passing."""
+        for rates in (self._connects, self._messages, self._publishes):
+            rates.sweep(now)
+
+    @property
+    def entries(self) -> int:
+        """How many table entries there are, over all tables."""
+        return len(self._connections) + len(self._connects) + len(self._messages) + len(self._publishes)
+
+
+class Lease:
+    """One counted connection: a context manager, synchronous, so that cancellation cannot leak it."""
+
+    __slots__ = ("_counts", "_user")
+
+    def __init__(self, counts: dict[str, int] | None, user: str) -> None:
+        self._counts = counts
+        self._user = user
+
+    def release(self) -> None:
+        """Give it back; again does nothing."""
+        counts, self._counts = self._counts, None
+        if counts is None:
+            return
+        left = counts[self._user] - 1
+        if left:
+            counts[self._user] = left
+        else:
+            del counts[self._user]
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Rates:
+    """A token bucket per key, each with a burst of one second's worth. A rate of 0 is no limit: do not take then."""
+
+    __slots__ = ("_buckets", "_what", "rate")
+
+    def __init__(self, rate: float, what: str) -> None:
+        """``rate`` per second; ``what`` is counted, in words for the refusal."""
+        self.rate = rate
+        self._what = what
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()  # the longest unused first
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def take(self, key: str, now: float, n: int) -> None:
+        """Take ``n`` tokens of ``key``.
+
+        Raises:
+            ApiError: 429 ``rate_limited``; nothing was taken.
+        """
+        buckets = self._buckets
+        bucket = buckets.get(key)
+        if bucket is None:
+            self.sweep(now)
+            if len(buckets) >= MAX_BUCKETS:
+                buckets.popitem(last=False)
+            bucket = buckets[key] = TokenBucket(self.rate, max(self.rate, 1.0))
+        else:
+            buckets.move_to_end(key)
+        wait = bucket.take(now, n)
+        if wait > 0.0:
+            raise _too_much(f"too many {self._what}: at most {self.rate:g} per second", max(1, ceil(wait)))
+
+    def sweep(self, now: float) -> None:
+        """Forget full buckets, the longest unused first, up to the first that is not full.
+
+        A large batch can leave a bucket in debt and so hold up those behind it, but only until it is paid.
+        """
+        buckets = self._buckets
+        while buckets:
+            key, bucket = next(iter(buckets.items()))
+            if not bucket.full(now):
+                return
+            del buckets[key]
+
+
+def _too_much(message: str, retry_after: int) -> ApiError:
+    return ApiError(429, "rate_limited", message, retry_after=retry_after)
+
+
+def _network_of(address: str) -> str:
+    """What counts as one address: an IPv4 address, or the /64 of an IPv6 one, which a single host is given whole."""
+    if ":" not in address:
+        return address
+    parsed = _parse_address(address)
+    if not isinstance(parsed, IPv6Address):
+        return address
+    return str(IPv6Address(int(parsed) >> 64 << 64))
+
+
+# --- where a request came from ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedProxies:
+    """Whose ``X-Forwarded-For`` is believed."""
+
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    unix: bool = False
+
+    def trusts(self, peer: str) -> bool:
+        """Whether a peer, as ``client_address`` takes it, is one of ours."""
+        if peer in ("", UNIX):
+            return self.unix
+        address = _parse_address(peer)
+        return address is not None and self._contains(address)
+
+    def _contains(self, address: IPv4Address | IPv6Address) -> bool:
+        return any(address in network for network in self.networks)
+
+
+def parse_proxies(entries: Sequence[str]) -> TrustedProxies:
+    """Addresses, networks such as ``10.0.0.0/8``, and ``unix`` for whoever connects over the Unix socket.
+
+    Raises:
+        ConfigError: an entry that is none of these.
+    """
+    networks = []
+    for entry in entries:
+        if entry == UNIX:
+            continue
+        try:
+            networks.append(ip_network(entry, strict=False))
+        except ValueError as error:
+            raise ConfigError(
+                f"server.trusted_proxies: {entry!r} is neither an address, nor a network such as 10.0.0.0/8, nor {UNIX}"
+            ) from error
+    return TrustedProxies(tuple(networks), UNIX in entries)
+
+
+def client_address(peer: str, request: Request, trusted: TrustedProxies) -> str:
+    """The address a request came from: the last hop before our own proxies.
+
+    Each proxy appends the address it was called from to ``X-Forwarded-For``, so only what our own proxies wrote, the
+    right end, is to be believed. What is not an address ends the search at the hop that reported it.
+
+    Args:
+        peer: IP address at the other end of the socket, without port; ``unix`` (or empty) for a Unix socket.
+
+    Returns:
+        An IP address in its usual form, IPv4 where it is IPv4 mapped into IPv6; ``unix`` if nothing more is known.
+    """
+    if peer in ("", UNIX):
+        client, believed = UNIX, trusted.unix
+    else:
+        address = _parse_address(peer)
+        if address is None:
+            return peer
+        client, believed = str(address), trusted._contains(address)
+    forwarded = request.headers.get("x-forwarded-for")
+    if not believed or forwarded is None:
+        return client
+    for hop in reversed(forwarded.rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
+        address = _parse_hop(hop.strip())
+        if address is None:
+            break
+        client = str(address)
+        if not trusted._contains(address):
+            break
+    return client
+
+
+def _parse_hop(text: str) -> IPv4Address | IPv6Address | None:
+    """An address as proxies write it: bare, or with a port (``1.2.3.4:80``, ``[::1]:80``)."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    return _parse_address(text)
+
+
+def _parse_address(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(text.partition("%")[0])  # without the interface of a link-local address
+    except ValueError:
+        return None
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address

@@ -1,0 +1,151 @@
+"""Accepting connections: TCP and Unix sockets, limits, and what to do when descriptors run out."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from protocol.errors import ApiError
+from server.connection import serve_connection
+from server.limits import UNIX
+from server.logs import log_event
+from server.node import LOG, Node
+
+# Connections that may queue in the kernel: as many as arrive while the loop is busy elsewhere for a moment. The
+# kernel caps it at net.core.somaxconn.
+BACKLOG: Final = 4096
+# Accepted per wake-up: enough to share the cost of waking, few enough to let others in between.
+ACCEPT_BATCH: Final = 32
+# Without descriptors there is nothing to accept; each wait gives connections the time to end.
+EXHAUSTED_PAUSE_S: Final = 0.1
+# Over max_connections a client is still told so, on this many sockets more; beyond, it is closed unheard.
+REFUSED_SOCKETS: Final = 256
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class ListenError(Exception):
+    """The address cannot be listened on; the message says why and what to do."""
+
+
+def open_tcp(host: str, port: int) -> list[socket.socket]:
+    """Listen on every address that ``host`` names; with port 0 on the first one only.
+
+    Raises:
+        ListenError: the name is unknown, or the port is taken or forbidden.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ListenError(f"server.host: {host!r} is no address of this machine ({error.strerror})") from error
+    sockets: list[socket.socket] = []
+    for family, kind, protocol, _, address in found[: 1 if port == 0 else None]:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+        except OSError as error:
+            sock.close()
+            for other in sockets:
+                other.close()
+            hint = {
+                errno.EADDRINUSE: "another program listens there; stop it, or choose another --port",
+                errno.EACCES: "ports below 1024 need privileges; choose another --port",
+                errno.EADDRNOTAVAIL: "this machine does not have that address",
+            }.get(error.errno or 0, error.strerror)
+            raise ListenError(f"cannot listen on {host} port {port}: {hint}") from error
+        sockets.append(sock)
+    return sockets
+
+
+def open_unix(path: str) -> socket.socket:
+    """Listen on a Unix socket; one left behind by a dead server is replaced.
+
+    Raises:
+        ListenError: another server listens there, something else is in the way, or the directory is not writable.
+    """
+    try:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise ListenError(f"server.unix_socket: another server listens on {path}")
+            os.unlink(path)
+        else:
+            raise ListenError(f"server.unix_socket: {path} exists and is no socket")
+    except FileNotFoundError:
+        pass
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(path)
+        # Whoever may reach the socket may ask; the group is how a proxy is let in.
+        os.chmod(path, 0o660)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"server.unix_socket: cannot listen on {path}: {error.strerror}") from error
+    return sock
+
+
+def close_listener(sock: socket.socket) -> None:
+    """Stop listening; a Unix socket's path goes with it."""
+    if sock.family == socket.AF_UNIX:
+        path = sock.getsockname()
+        sock.close()
+        Path(path).unlink(missing_ok=True)
+    else:
+        sock.close()
+
+
+def describe(sock: socket.socket) -> str:
+    """The address of a listener as one would type it into a client."""
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    host, port, *_ = sock.getsockname()
+    return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+async def accept_forever(node: Node, listener: socket.socket, connections: trio.Nursery) -> None:
+    """Accept until cancelled; each connection is served in ``connections``. Survives every failing accept."""
+    while True:
+        await trio.lowlevel.wait_readable(listener)
+        for _ in range(ACCEPT_BATCH):
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    log_event(LOG, logging.WARNING, "accept_paused", reason=error.strerror)
+                    await trio.sleep(EXHAUSTED_PAUSE_S)
+                    break
+                continue  # this one was gone before it was accepted
+            peer = UNIX if listener.family == socket.AF_UNIX else address[0]
+            refusal = _refusal(node, peer)
+            if refusal is not None and node.connections >= node.config.server.max_connections + REFUSED_SOCKETS:
+                sock.close()
+                continue
+            node.connections += 1
+            connections.start_soon(serve_connection, node, sock, peer, refusal)
+
+
+def _refusal(node: Node, peer: str) -> ApiError | None:
+    """Why a new connection is not to be served, or None."""
+    if node.connections >= node.config.server.max_connections:
+        return ApiError(503, "too_many_connections", "the server is full; try again", retry_after=5)
+    if not node.proxies.trusts(peer):  # behind a proxy the client is known only with its request
+        try:
+            node.limits.check_connect(peer, trio.current_time())
+        except ApiError as error:
+            return error
+    return None

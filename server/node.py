@@ -1,0 +1,167 @@
+"""One server process: what all its connections share, and how an update passes through it."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from email.utils import formatdate
+from typing import Final, Protocol
+
+import trio
+
+from protocol.errors import ApiError
+from protocol.update import Job, Update
+from server.auth import Authenticator
+from server.brokers.base import Broker
+from server.brokers.memory import MemoryBroker
+from server.brokers.sqlite import SqliteBroker
+from server.config import Config
+from server.cursors import Cursors
+from server.history import History
+from server.hub import Hub
+from server.jobs import Jobs
+from server.limits import Limits, parse_proxies
+from server.logs import log_event
+from server.origins import parse_origins
+from server.wheel import Wheel
+
+LOG: Final = logging.getLogger("statuswire")
+
+# Reconnects after a drain come back spread over at least this long.
+MIN_SPREAD_S: Final = 2.0
+
+
+class Stream(Protocol):
+    """A live connection that must be told when the server goes away."""
+
+    def drain(self, delay_ms: int) -> None:
+        """End it now, asking the client to come back after ``delay_ms``. Must not wait."""
+
+
+class Node:
+    """Everything with the lifetime of the process.
+
+    Attributes:
+        streams: live WebSocket and event-stream connections.
+        connections: open sockets.
+        polls: wake-ups of the polls that wait.
+        draining: set from SIGTERM on.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.wheel = Wheel()
+        self.jobs = Jobs(max_jobs=config.history.max_jobs)
+        self.history = History(
+            "",
+            max_updates=config.history.max_updates,
+            max_age=config.history.max_age,
+            max_bytes=config.history.max_bytes,
+        )
+        self.hub = Hub(self.history)
+        self.broker: Broker
+        if config.store.kind == "memory":
+            self.broker = MemoryBroker(self.jobs, self.history, self.deliver, self.wheel)
+        else:
+            self.broker = SqliteBroker(
+                config.store.path, self.jobs, self.history, self.deliver, self.wheel, on_new_epoch=self.log_lost
+            )
+        self.authenticator = Authenticator(config.auth)
+        self.limits = Limits(config.limits)
+        self.cursors = Cursors()
+        self.streams: dict[Stream, None] = {}
+        self.polls: dict[trio.Event, None] = {}
+        self.connections = 0
+        self._busy = 0
+        self._quiet: trio.Event | None = None
+        self.draining = False
+        self._date = (0, "")
+        self._apply(config)
+
+    def _apply(self, config: Config) -> None:
+        self.config = config
+        self.origins = parse_origins(config.cors.origins)
+        self.proxies = parse_proxies(config.server.trusted_proxies)
+
+    def reload(self, config: Config) -> None:
+        """Take new keys, limits and origins; what only a restart can change stays as it is.
+
+        Raises:
+            ConfigError: a new key is unfit; nothing was changed.
+        """
+        self.authenticator.reload(config.auth)
+        self.limits.reload(config.limits)
+        self._apply(config)
+
+    # Updates
+
+    def deliver(self, kept: Sequence[tuple[Update, Job | None]]) -> None:
+        """Show what the broker kept, in order: records, history, readers. Never waits."""
+        for update, job in kept:
+            self.jobs.show(update, job)
+            self.history.append(update)
+            self.hub.deliver(update)
+
+    def log_lost(self, epoch: str) -> None:
+        """The broker began a new epoch: tell every reader."""
+        log_event(LOG, logging.WARNING, "log_lost", epoch=epoch)
+        self.hub.log_lost()
+
+    # Small things every answer needs
+
+    def http_date(self) -> str:
+        """The time for ``Date`` (RFC 9110 section 6.6.1), formatted once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, formatdate(now, usegmt=True))
+        return self._date[1]
+
+    def retry_delay_ms(self) -> int:
+        """How long a client that is turned away should wait: spread, so that not all come back at once."""
+        return int(1000 * random.uniform(0.5, max(MIN_SPREAD_S, self.config.server.drain)))
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While a request is being answered, or a stream is live."""
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            if self._quiet is not None and not self._busy:
+                self._quiet.set()
+
+    # Going away
+
+    def start_drain(self) -> None:
+        """From now on only health is answered; polls that wait are answered now."""
+        self.draining = True
+        for wake in self.polls:
+            wake.set()
+
+    async def drain_streams(self, seconds: float) -> None:
+        """End the live streams evenly over so many seconds, in random order."""
+        streams = list(self.streams)
+        random.shuffle(streams)
+        started = trio.current_time()
+        for position, stream in enumerate(streams):
+            await trio.sleep_until(started + seconds * (position + 0.5) / len(streams))
+            if stream in self.streams:
+                stream.drain(self.retry_delay_ms())
+
+    async def wait_quiet(self) -> None:
+        """Wait until no request is being answered."""
+        if self._busy:
+            self._quiet = trio.Event()
+            await self._quiet.wait()
+
+    def check_accepting(self) -> None:
+        """Refuse new work while draining.
+
+        Raises:
+            ApiError: 503 ``try_later``.
+        """
+        if self.draining:
+            raise ApiError(503, "try_later", "this server is going away; try again", retry_after=1)

@@ -1,0 +1,402 @@
+"""A connection that is written to by the hub: write-through while its socket takes everything, latest-wins after.
+
+The flusher writes to the socket itself as long as nothing is held back. A socket that is full gets a drain
+task in its connection's nursery, and updates are held: all of them while they are few, then the newest per
+job, ended jobs always. Past the bound the connection is ended and resumes from its cursor elsewhere.
+
+What is owed to the peer, in the order in which it is sent: ``tail`` (the unsent rest of what was begun),
+``queue`` (snapshots, replays and answers, in pieces), ``held`` (updates that came meanwhile).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Final
+
+import trio
+
+from protocol.update import Update
+from protocol.watch import ANY, channels_of
+from protocol.wire import WireForm
+from server.hub import Hub, Want
+from server.reading import missed_updates
+from server.wheel import Timer, Wheel
+
+# One turn of writing gives at most this much to one socket before other tasks run.
+TURN_BYTES: Final = 256 * 1024
+# Held updates are put on the wire in pieces of this many, so a piece is some tens of kilobytes.
+PIECE_UPDATES: Final = 64
+# A peer that takes nothing for this long is gone (RFC 9112 section 9.5 leaves the time to us); it is below
+# the two minutes after which a silent connection is called stale.
+STALL_TIMEOUT_S: Final = 60.0
+
+
+class PushReader:
+    """The hub's side of one WebSocket or event-stream connection.
+
+    Args:
+        sock: connected, non-blocking.
+        nursery: the connection's own; a drain task starts in it when the socket is full.
+        form: wire form of messages, and of updates unless a want says otherwise.
+        backlog_bytes: bound of what is held back.
+
+    Transports are subclasses and say what to do ``on_end`` and ``on_log_lost``.
+    """
+
+    __slots__ = (
+        "_drained",
+        "_draining",
+        "_due",
+        "_nursery",
+        "_patience",
+        "_timer",
+        "backlog_bytes",
+        "conflating",
+        "direct",
+        "ended",
+        "form",
+        "held",
+        "held_bytes",
+        "hub",
+        "min_interval_s",
+        "offset",
+        "open_jobs",
+        "queue",
+        "sock",
+        "sock_send",
+        "tail",
+        "wants",
+        "wheel",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        nursery: trio.Nursery,
+        hub: Hub,
+        wheel: Wheel,
+        form: WireForm,
+        *,
+        backlog_bytes: int,
+    ) -> None:
+        self.sock = sock
+        self.sock_send = sock.send
+        self.hub = hub
+        self.wheel = wheel
+        self.form = form
+        self.backlog_bytes = backlog_bytes
+        self.direct = True
+        self.offset = hub.history.last
+        self.open_jobs: set[str] | None = None
+        self.wants: dict[str, Want] = {}
+        self.tail: bytes | memoryview = b""
+        self.queue: deque[bytes | Iterator[bytes]] | None = None  # made when first needed: idle readers are many
+        self.held: dict[int | str, Update] | None = None
+        self.held_bytes = 0
+        self.conflating = False
+        self.min_interval_s = 0.0
+        self.ended = ""
+        self._due = False
+        self._timer: Timer | None = None
+        self._draining = False
+        self._drained: trio.Event | None = None
+        self._patience: trio.CancelScope | None = None
+        self._nursery = nursery
+
+    # What subclasses say
+
+    def on_end(self) -> None:
+        """This side ends the connection, for the reason in ``ended``: ``finished`` after the last named job ended
+        and everything is written, ``broken`` after a socket error or stall, ``overflow`` past the bound of what
+        may be held, or one of the subclass's own. Must not wait."""
+        raise AssertionError("a transport must say how it ends")
+
+    def on_log_lost(self) -> None:
+        """The log was lost: queue a reset and a fresh snapshot. Must not wait."""
+        raise AssertionError("a transport must say how it restarts")
+
+    # What the hub calls
+
+    def take(self, batch: Sequence[Update]) -> None:
+        """Accept a batch when something is held back, filtered, spaced out, or may be the last."""
+        if self.ended:
+            return
+        for update in batch:
+            if update.offset <= self.offset:
+                continue
+            self.offset = update.offset
+            if self._form_for(update) is not None and not self._hold(update):
+                return
+            if update.ended and self.open_jobs is not None:
+                self.open_jobs.discard(update.job_id)
+        self.pump()
+
+    def stalled(self, wire: bytes, sent: int) -> None:
+        """Keep the rest of a write the socket did not take whole."""
+        self.tail = memoryview(wire)[sent:]
+        self.direct = False
+        self._start_drain()
+
+    def broken(self) -> None:
+        """The socket failed."""
+        self.finish("broken")
+
+    def log_lost(self) -> None:
+        """What was held belongs to a log that is gone: begin anew, behind what is half written."""
+        self.queue = None
+        self._drop_held()
+        self.offset = self.hub.history.last
+        self.on_log_lost()
+
+    # What transports call
+
+    def post(self, *pieces: bytes | Iterator[bytes]) -> None:
+        """Send messages that are already framed, in order, behind what is queued. Never waits."""
+        if self.ended:
+            return
+        if self.queue is None:
+            self.queue = deque()
+        self.queue.extend(pieces)
+        self.direct = False
+        self.pump()
+
+    def catch_up(self) -> None:
+        """Give at once what is pending in the hub, so that everything up to the log's end has been given or queued.
+
+        Needed before more channels are joined: a channel's snapshot is as of the log's end, and the reader
+        has one offset for all of its channels.
+        """
+        history = self.hub.history
+        missed = missed_updates(history, ((name, ANY) for name in self.wants), self.offset)
+        if missed:
+            self.take(missed)
+        if self.held:  # full or spaced out: what is held goes ahead of the answer that follows
+            self.post(*[self._release(keys) for keys in _pieces(list(self.held))])
+        self.offset = history.last
+
+    def settle(self) -> None:
+        """Work out whether the hub may write directly, after wants, interval or queue changed."""
+        wants = self.wants.values()
+        forms = {want.form for want in wants}
+        if len(forms) == 1:
+            self.form = next(iter(forms))
+        plain = len(forms) <= 1 and all(want.filter.is_any for want in wants) and not self.min_interval_s
+        self.direct = plain and not (self.tail or self.queue or self.held or self._draining or self.ended)
+
+    def cursor(self) -> str:
+        """The reader's cursor: everything up to it has been given (or was not for this reader)."""
+        offset = max(self.offset, self.hub.given())
+        if self.held:
+            offset = min(offset, next(iter(self.held.values())).offset - 1)
+        return f"{self.hub.history.epoch}:{offset}"
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether nothing is owed to the peer."""
+        return not (self.tail or self.queue or self.held)
+
+    async def wait_drained(self) -> None:
+        """Wait while the socket is full: a peer may ask no faster than it reads the answers."""
+        while self._draining:
+            self._drained = trio.Event()
+            await self._drained.wait()
+
+    async def say_last(self, data: bytes, patience_s: float) -> None:
+        """After the end: finish what is half written, send ``data``, and give up after ``patience_s`` seconds."""
+        with trio.move_on_after(patience_s, shield=True):
+            await self.wait_drained()
+            rest = memoryview(bytes(self.tail) + data)
+            self.tail = b""
+            while rest:
+                try:
+                    rest = rest[self.sock_send(rest) :]
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self.sock)
+                except OSError:
+                    return
+
+    def finish(self, why: str) -> None:
+        """End this side, once; later calls do nothing."""
+        if self.ended:
+            return
+        self.ended = why
+        self.direct = False
+        self.queue = None
+        self._drop_held()
+        if self._patience is not None:
+            self._patience.cancel()
+        self.on_end()
+
+    # Holding
+
+    def _form_for(self, update: Update) -> WireForm | None:
+        """The form in which this reader wants the update, None if it does not."""
+        if len(self.wants) == 1:
+            (want,) = self.wants.values()
+            return want.form if want.filter.passes(update) else None
+        for name in channels_of(update):
+            want_ = self.wants.get(name)
+            if want_ is not None and want_.filter.passes(update):
+                return want_.form
+        return None
+
+    def _hold(self, update: Update) -> bool:
+        """Keep an update for later; False if that was too much and ended the reader."""
+        held = self.held
+        if held is None:
+            held = self.held = {}
+        if not self.conflating:
+            held[update.offset] = update
+            self.held_bytes += len(update.body)
+            if self.min_interval_s or self.held_bytes > self.backlog_bytes // 4:
+                self._conflate()
+        else:
+            self._hold_newest(held, update)
+        if self.held_bytes > self.backlog_bytes:
+            self.finish("overflow")
+            return False
+        self._due = self._due or update.urgent
+        return True
+
+    def _conflate(self) -> None:
+        """From now on keep the newest per job only, and every end of a job."""
+        updates = list((self.held or {}).values())
+        self.conflating = True
+        self.held_bytes = 0
+        self.held = {}
+        for update in updates:
+            self._hold_newest(self.held, update)
+
+    def _hold_newest(self, held: dict[int | str, Update], update: Update) -> None:
+        # Popping first keeps the dict in offset order, which sending relies on.
+        older = held.pop(update.job_id, None)
+        if older is not None:
+            self.held_bytes -= len(older.body)
+        held[update.offset if update.ended else update.job_id] = update
+        self.held_bytes += len(update.body)
+
+    def _drop_held(self) -> None:
+        self.held = None
+        self.held_bytes = 0
+        self.conflating = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # Sending
+
+    def pump(self) -> None:
+        """Write what the socket takes now; a drain task does the rest."""
+        if not self._draining and not self.ended and not self._write_turn():
+            self._start_drain()
+
+    def _start_drain(self) -> None:
+        if not self._draining:
+            self._draining = True
+            self._nursery.start_soon(self._drain)
+
+    async def _drain(self) -> None:
+        try:
+            while not self.ended:
+                with trio.move_on_after(STALL_TIMEOUT_S) as self._patience:
+                    await trio.lowlevel.wait_writable(self.sock)
+                if self._patience.cancelled_caught:
+                    self.finish("broken")
+                elif self._write_turn():
+                    return
+        except (OSError, trio.ClosedResourceError):
+            self.finish("broken")
+        finally:
+            self._draining = False
+            self._patience = None
+            if self._drained is not None:
+                self._drained.set()
+                self._drained = None
+            self.settle()
+
+    def _write_turn(self) -> bool:
+        """Write until nothing is owed (True), or the socket is full or the turn is over (False)."""
+        budget = TURN_BYTES
+        while budget > 0:
+            data = self.tail or self._piece()
+            if not data:
+                if self.open_jobs is not None and not self.open_jobs and not self.held:
+                    self.finish("finished")
+                else:
+                    self.settle()
+                return True
+            try:
+                sent = self.sock_send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.finish("broken")
+                return True
+            budget -= sent
+            if sent < len(data):
+                self.tail = memoryview(data)[sent:]
+                self.direct = False
+                return False
+            self.tail = b""
+        self.direct = False
+        return False
+
+    def _piece(self) -> bytes:
+        """The next bytes to send, b"" when nothing is due."""
+        while self.queue:
+            head = self.queue[0]
+            if isinstance(head, bytes):
+                self.queue.popleft()
+                return head
+            piece = next(head, None)
+            if piece is not None:
+                return piece
+            self.queue.popleft()
+        while self.held and not self.min_interval_s:
+            if piece := self._release(list(islice(self.held, PIECE_UPDATES))):
+                return piece
+        if self.held:
+            return self._release_spaced()
+        self.conflating = False
+        return b""
+
+    def _release(self, keys: Sequence[int | str]) -> bytes:
+        """Frame held updates and let go of them.
+
+        Spaced-out updates carry the cursor behind which nothing is held back any more: an urgent update that
+        overtakes a held one must not take the reader's cursor past it.
+        """
+        assert self.held is not None
+        epoch = self.hub.history.epoch
+        parts: list[bytes] = []
+        for key in keys:
+            update = self.held.pop(key)
+            self.held_bytes -= len(update.body)
+            form = self._form_for(update)
+            if form is None:  # unsubscribed while it was held
+                continue
+            parts.append(form.update(update, self.cursor() if self.min_interval_s else f"{epoch}:{update.offset}"))
+        return b"".join(parts)
+
+    def _release_spaced(self) -> bytes:
+        """Latest-wins delivery (``minInterval``): all that is held once per interval, and what is urgent at once."""
+        assert self.held is not None
+        if self._timer is None:
+            self._timer = self.wheel.after(self.min_interval_s, self._interval_over)
+            return self._release(list(self.held))
+        if self._due:
+            self._due = False
+            return self._release([key for key, update in self.held.items() if update.urgent])
+        return b""
+
+    def _interval_over(self) -> None:
+        self._timer = None
+        if self.held:
+            self.pump()
+
+
+def _pieces(keys: list[int | str]) -> list[list[int | str]]:
+    return [keys[start : start + PIECE_UPDATES] for start in range(0, len(keys), PIECE_UPDATES)]

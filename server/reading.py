@@ -1,0 +1,128 @@
+"""What a reader may see, and what it has missed: channels, snapshots and replays, all without waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from protocol.errors import ApiError
+from protocol.position import Position, Since, parse_cursor
+from protocol.update import ENDED, Job, Update
+from protocol.watch import EVERYTHING, Filter, Watch, job_channel, user_channel
+from server.auth import Identity
+from server.history import History
+from server.jobs import Jobs
+
+# One reader may name this many jobs, over all its subscriptions.
+MAX_WATCHED_JOBS = 10_000
+
+
+def channels_for(identity: Identity, watch: Watch, *, all_jobs: bool = False) -> list[str]:
+    """The channels on which this reader gets what it asks for and nothing it may not see.
+
+    Raises:
+        ApiError: 403 for another user's jobs, or all jobs, by other than an admin.
+    """
+    if all_jobs and not identity.admin:
+        raise ApiError(403, "forbidden", "all: only an admin may watch all jobs", field="all")
+    user_id = watch.user_id
+    if user_id is not None and user_id != identity.user and not identity.admin:
+        raise ApiError(403, "forbidden", "userId: only an admin may read another user's jobs", field="userId")
+    if watch.job_ids is not None:
+        return [_channel_of_job(identity, job_id, user_id) for job_id in watch.job_ids]
+    if user_id is not None:
+        return [user_channel(user_id)]
+    return [EVERYTHING if identity.admin else user_channel(identity.user)]
+
+
+def _channel_of_job(identity: Identity, job_id: str, user_id: str | None) -> str:
+    if user_id is not None:
+        return job_channel(job_id, user_id)
+    return job_channel(job_id) if identity.admin or identity.names_job(job_id) else job_channel(job_id, identity.user)
+
+
+def may_watch(identity: Identity, name: str) -> bool:
+    """Whether this identity may (still) be on a channel."""
+    if identity.admin or name == EVERYTHING:
+        return identity.admin
+    kind, rest, *owner = name.split("/")
+    if kind == "u":
+        return rest == identity.user
+    return identity.names_job(rest) if not owner else owner[0] == identity.user
+
+
+def channel_updates(history: History, name: str, after: int) -> Sequence[Update]:
+    """The kept updates of one channel after an offset, oldest first."""
+    if name == EVERYTHING:
+        return history.everything(after)
+    kind, rest, *owner = name.split("/")
+    if kind == "u":
+        return history.of_user(rest, after)
+    updates = history.of_job(rest, after)
+    return [update for update in updates if update.user_id == owner[0]] if owner else updates
+
+
+def missed_updates(history: History, wants: Iterable[tuple[str, Filter]], after: int) -> list[Update]:
+    """What came after ``after`` on these channels and passes their filters, in log order, each once."""
+    found = {
+        update.offset: update
+        for name, wanted in wants
+        for update in channel_updates(history, name, after)
+        if wanted.passes(update)
+    }
+    return [found[offset] for offset in sorted(found)]
+
+
+def snapshot(jobs: Jobs, names: Iterable[str], wanted: Filter) -> list[Job]:
+    """The jobs of these channels that pass the filter, each once, channel by channel, oldest first."""
+    found = {job.latest.job_id: job for name in names for job in _channel_jobs(jobs, name) if wanted.passes(job.latest)}
+    return list(found.values())
+
+
+def _channel_jobs(jobs: Jobs, name: str) -> Iterable[Job]:
+    if name == EVERYTHING:
+        return jobs.jobs.values()
+    kind, rest, *owner = name.split("/")
+    if kind == "u":
+        return jobs.by_user.get(rest, {}).values()
+    job = jobs.get(rest)
+    return [job] if job is not None and (not owner or job.latest.user_id == owner[0]) else []
+
+
+def over(jobs: Jobs, history: History, name: str) -> bool:
+    """Whether the job of this channel has ended, or has been deleted as far as the log remembers."""
+    _, job_id, *owner = name.split("/")
+    job = jobs.get(job_id)
+    if job is not None and (not owner or job.latest.user_id == owner[0]):
+        return job.latest.status in ENDED
+    last = history.last_of_job(job_id)
+    return last is not None and last.type == "job_deleted" and (not owner or last.user_id == owner[0])
+
+
+class Start(NamedTuple):
+    """Where a reader begins.
+
+    Attributes:
+        given: the cursor text the client came with, if it is one of this log's form; else None.
+        after: resume behind this offset; None means from a snapshot.
+        lost: a cursor was given that the log cannot serve: tell the reader with ``reset``.
+    """
+
+    given: str | None
+    after: int | None
+    lost: bool
+
+
+def start_from(history: History, cursor: str | None) -> Start:
+    """Decide between snapshot, replay and reset for a reader's cursor (None or empty: it has none)."""
+    if not cursor:
+        return Start(None, None, False)
+    parsed = parse_cursor(cursor)
+    if isinstance(parsed, Since):
+        # What was trimmed is not a loss here: a time asks for what is still kept.
+        return Start(None, history.offset_at(parsed.unix_ms), False)
+    if isinstance(parsed, Position):
+        if parsed.epoch == history.epoch and history.first - 1 <= parsed.offset <= history.last:
+            return Start(str(parsed), parsed.offset, False)
+        return Start(str(parsed), None, True)
+    return Start(None, None, True)

@@ -1,0 +1,169 @@
+"""Every path this server answers, as one table, and the way a request takes to its handler."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, NamedTuple
+
+from protocol.errors import ApiError
+from server.answers import Response, error_answer
+from server.auth import unauthorized
+from server.connection import Disconnected, Exchange
+from server.origins import check_host, check_origin, preflight_headers
+from server.routes import health, jobs, page
+from server.transports.longpoll import poll
+from server.transports.sse import stream, try_later
+from server.transports.websocket import echo_socket, jobs_socket
+
+Handler = Callable[[Exchange], Awaitable[Response | None]]
+
+
+class Route(NamedTuple):
+    """How one method of one path is answered.
+
+    Attributes:
+        handler: gives the answer, or None if it has answered by itself.
+        capability: what the caller must be allowed, "" if being known is enough.
+        public: nobody is asked who they are.
+        always: answered while draining and over connection limits, too.
+    """
+
+    handler: Handler
+    capability: str = ""
+    public: bool = False
+    always: bool = False
+
+
+# A segment in braces matches any one segment; a literal one is preferred.
+ROUTES: Final[dict[str, Mapping[str, Route]]] = {
+    "/": {"GET": Route(page.index, public=True)},
+    "/page.js": {"GET": Route(page.script, public=True)},
+    "/page.css": {"GET": Route(page.style, public=True)},
+    "/health": {"GET": Route(health.health, public=True, always=True)},
+    "/ready": {"GET": Route(health.ready, public=True, always=True)},
+    "/api/v2/jobs": {"GET": Route(jobs.list_jobs), "POST": Route(jobs.create, "publish")},
+    "/api/v2/jobs/poll": {"GET": Route(poll)},
+    "/api/v2/jobs/stream": {"GET": Route(stream)},
+    "/api/v2/jobs/{jobId}": {"GET": Route(jobs.show), "DELETE": Route(jobs.delete, "publish")},
+    "/api/v2/jobs/{jobId}/updates": {"POST": Route(jobs.update, "publish")},
+    "/api/v2/jobs/{jobId}/history": {"GET": Route(jobs.history)},
+    "/api/v2/jobs/{jobId}/cancel": {"POST": Route(jobs.cancel)},
+    "/api/v2/updates": {"POST": Route(jobs.publish_batch, "publish")},
+    "/ws/jobs": {"GET": Route(jobs_socket, public=True)},  # says who it is after the handshake, if not in it
+}
+# Streams and polls are no resource that HEAD could describe.
+_NO_HEAD: Final = frozenset({"/api/v2/jobs/poll", "/api/v2/jobs/stream", "/ws/jobs", "/ws/echo"})
+_ECHO: Final = {"GET": Route(echo_socket, public=True)}
+
+
+async def answer(exchange: Exchange) -> None:
+    """Answer one request, whatever happens, and log it.
+
+    Raises:
+        OSError: the connection failed while the answer was sent.
+        Disconnected: the peer went away while its request was read.
+    """
+    connection, request = exchange.connection, exchange.request
+    code: str | None = None
+    failure: Exception | None = None
+    try:
+        response = await _route(exchange)
+    except ApiError as error:
+        if error.status in (429, 503) and request.method == "GET" and request.accepts_event_stream:
+            exchange.log(error.status, "try_later")
+            connection.take_over()
+            await try_later(exchange, error)
+            return
+        code = error.code
+        response = error_answer(error, exchange.request_id)
+    except (OSError, Disconnected):
+        raise
+    except Exception as error:
+        failure, code = error, "internal_error"
+        message = "something went wrong here; the log has it under this request id"
+        response = error_answer(ApiError(500, code, message), exchange.request_id)
+    if response is None:
+        exchange.log(200)
+        return
+    exchange.log(response.status, code, failure)
+    if failure is not None and not connection.can_answer:
+        connection.take_over()  # a stream had begun: all that can be said is that it ends
+        return
+    await connection.respond(exchange, response)
+
+
+async def _route(exchange: Exchange) -> Response | None:
+    node, request = exchange.node, exchange.request
+    check_host(request, node.authenticator.open)
+    check_origin(request, node.origins, websocket=False)
+    path, methods = _find(exchange)
+    if request.method == "OPTIONS":
+        allow = ("Allow", ", ".join(_methods(path, methods)))
+        return Response(204, [allow, *preflight_headers(request, _methods(path, methods))])
+    method = "GET" if request.method == "HEAD" and path not in _NO_HEAD else request.method
+    route = methods.get(method)
+    if route is None:
+        allowed = ", ".join(_methods(path, methods))
+        raise ApiError(405, "method_not_allowed", f"{request.path} takes {allowed}", headers=(("Allow", allowed),))
+    if not route.always:
+        if exchange.connection.refusal is not None:
+            raise exchange.connection.refusal
+        node.check_accepting()
+    if not route.public:
+        exchange.identity = node.authenticator.identify(request)
+        if exchange.identity is None:
+            raise unauthorized()
+        if route.capability and not exchange.identity.can(route.capability):
+            raise ApiError(403, "forbidden", f"this needs the capability {route.capability!r}")
+    return await route.handler(exchange)
+
+
+def _find(exchange: Exchange) -> tuple[str, Mapping[str, Route]]:
+    """The table entry for a request's path; sets the exchange's params.
+
+    Raises:
+        ApiError: 404.
+    """
+    path = exchange.request.path
+    base = exchange.node.config.server.base_path
+    if path == "*":
+        return path, {}
+    if base:
+        if not (path == base or path.startswith(base + "/")):
+            raise _not_found(path)
+        path = path[len(base) :] or "/"
+    methods = ROUTES.get(path)
+    if methods is not None:
+        return path, methods
+    if path == "/ws/echo" and exchange.node.config.debug.echo:
+        return path, _ECHO
+    segments = path.split("/")
+    for template, names in _TEMPLATES.get(len(segments), ()):
+        if all(name is not None or part == segment for (part, name), segment in zip(names, segments, strict=True)):
+            exchange.params = {
+                name: segment for (_, name), segment in zip(names, segments, strict=True) if name is not None
+            }
+            return template, ROUTES[template]
+    raise _not_found(path)
+
+
+def _templates() -> dict[int, list[tuple[str, list[tuple[str, str | None]]]]]:
+    """The paths with variable segments by their number of segments; each segment as (text, name or None)."""
+    templates: dict[int, list[tuple[str, list[tuple[str, str | None]]]]] = {}
+    for path in ROUTES:
+        if "{" in path:
+            parts = [(part, part[1:-1] if part.startswith("{") else None) for part in path.split("/")]
+            templates.setdefault(len(parts), []).append((path, parts))
+    return templates
+
+
+_TEMPLATES: Final = _templates()
+
+
+def _methods(path: str, methods: Mapping[str, Route]) -> list[str]:
+    head = ["HEAD"] if "GET" in methods and path not in _NO_HEAD else []
+    return [*methods, *head, "OPTIONS"]
+
+
+def _not_found(path: str) -> ApiError:
+    return ApiError(404, "not_found", f"there is nothing at {path[:200]}")

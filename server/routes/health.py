@@ -1,0 +1,20 @@
+"""Is it alive, and should it get traffic."""
+
+from __future__ import annotations
+
+from server.answers import Response, json_answer
+from server.connection import Exchange
+
+
+async def health(exchange: Exchange) -> Response:
+    """``GET /health``: the process serves its loop."""
+    return json_answer(200, {"status": "ok"})
+
+
+async def ready(exchange: Exchange) -> Response:
+    """``GET /ready``: 503 with a reason while draining or while the store is away."""
+    node = exchange.node
+    reason = "draining" if node.draining else node.broker.available
+    if reason is None:
+        return json_answer(200, {"status": "ready"})
+    return json_answer(503, {"status": "unavailable", "reason": reason}, ("Retry-After", "1"))

@@ -1,0 +1,275 @@
+"""``/api/v2/jobs`` and ``/api/v2/updates``: publishing, and reading without waiting."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Final, TypeVar
+
+import msgspec
+import trio
+
+from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
+from protocol.fields import MAX_UPDATE, Fields, decode_fields, is_id
+from protocol.update import Job
+from protocol.watch import parse_fields, parse_filter
+from protocol.wire import json_list, select_fields, update_message
+from server.answers import JSON, NO_STORE, Response, json_answer
+from server.brokers.base import Accepted, Cancel, Delete, Operation, Publish
+from server.connection import Exchange
+from server.publishing import Batch, summary
+
+MAX_BATCH: Final = 8 * 1024 * 1024
+# A batch is decided in portions of this many updates, so that a large one (some 5 µs an update) holds up nobody.
+PORTION: Final = 200
+DEFAULT_PAGE: Final = 100
+MAX_PAGE: Final = 1000
+MAX_KEY: Final = 255
+
+_T = TypeVar("_T")
+_JSON_TYPES: Final = frozenset({"", "application/json"})
+_NDJSON_TYPES: Final = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
+
+
+# Publishing
+
+
+async def create(exchange: Exchange) -> Response:
+    """``POST /api/v2/jobs``: 201 with the record, 200 with the same job for a repeat, 409 for a taken id."""
+    fields = await _read_fields(exchange)
+    operation = Publish(None, fields, "must", exchange.caller.user, _idempotency_key(exchange))
+    accepted = await _decide(exchange, operation)
+    job = accepted.job
+    answer: dict[str, Any] = {
+        "job": None if job is None else msgspec.Raw(job.latest.body),
+        "id": f"{exchange.node.broker.epoch}:{accepted.offset}",
+    }
+    if accepted.duplicate:
+        return json_answer(200, answer | {"version": accepted.version, "duplicate": True})
+    assert job is not None
+    base = exchange.node.config.server.base_path
+    return json_answer(201, answer, ("Location", f"{base}/api/v2/jobs/{job.latest.job_id}"))
+
+
+async def update(exchange: Exchange) -> Response:
+    """``POST /api/v2/jobs/{jobId}/updates``: one update."""
+    job_id = _job_id(exchange)
+    fields = await _read_fields(exchange)
+    if fields.job_id is not msgspec.UNSET and fields.job_id != job_id:
+        raise invalid_field("jobId", f"{fields.job_id!r} is not the job of the path, {job_id!r}")
+    accepted = await _decide(exchange, Publish(job_id, fields, "may", exchange.caller.user, _idempotency_key(exchange)))
+    answer: dict[str, Any] = {
+        "id": f"{exchange.node.broker.epoch}:{accepted.offset}",
+        "version": accepted.version,
+    }
+    if accepted.duplicate:
+        answer["duplicate"] = True
+    if accepted.cancel_requested:
+        answer["cancelRequested"] = True
+    return json_answer(200, answer)
+
+
+async def publish_batch(exchange: Exchange) -> Response:
+    """``POST /api/v2/updates``: a JSON array, or NDJSON taken in as it comes."""
+    content_type = exchange.request.content_type
+    key = _idempotency_key(exchange)
+    batches: list[Batch] = []
+    if content_type in _NDJSON_TYPES:
+        await _publish_lines(exchange, batches, key)
+    elif content_type in _JSON_TYPES:
+        body = await exchange.connection.read_body(MAX_BATCH)
+        try:
+            items = msgspec.json.decode(body, type=list[msgspec.Raw])
+        except msgspec.ValidationError:
+            raise ApiError(422, "invalid_field", "the batch must be a JSON array of updates") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ApiError(400, "malformed_json", f"the batch is not JSON: {error}") from None
+        for start in range(0, len(items), PORTION):
+            await _publish_portion(exchange, batches, [bytes(item) for item in items[start : start + PORTION]], key)
+    else:
+        raise _unsupported(content_type, "application/json or application/x-ndjson")
+    for batch in batches:
+        await batch.submission.wait_kept()
+    return json_answer(200, summary(batches, exchange.node))
+
+
+async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | None) -> None:
+    """Take NDJSON in line by line while it comes: a worker may keep one such request open for long."""
+    rest = b""
+    async for piece in exchange.connection.body_pieces(MAX_BATCH):
+        lines = (rest + piece).split(b"\n")
+        rest = lines.pop()
+        if len(rest) > MAX_UPDATE:
+            raise ApiError(413, "payload_too_large", f"a line is longer than {MAX_UPDATE} bytes")
+        await _publish_some(exchange, batches, lines, key)
+    await _publish_some(exchange, batches, [rest], key)
+
+
+async def _publish_some(exchange: Exchange, batches: list[Batch], lines: list[bytes], key: str | None) -> None:
+    items = [line for line in lines if line.strip()]
+    for start in range(0, len(items), PORTION):
+        await _publish_portion(exchange, batches, items[start : start + PORTION], key)
+
+
+async def _publish_portion(exchange: Exchange, batches: list[Batch], items: list[bytes], key: str | None) -> None:
+    node, caller = exchange.node, exchange.caller
+    node.limits.check_publish(caller.user, trio.current_time(), len(items))
+    await node.hub.wait_room()
+    first = batches[-1].next_index if batches else 0
+    batches.append(Batch(node, caller, items, first_index=first, key=key))
+    await trio.lowlevel.checkpoint()
+
+
+async def delete(exchange: Exchange) -> Response:
+    """``DELETE /api/v2/jobs/{jobId}``: 204."""
+    await _decide(exchange, Delete(_job_id(exchange)))
+    return Response(204)
+
+
+async def cancel(exchange: Exchange) -> Response:
+    """``POST /api/v2/jobs/{jobId}/cancel``, by the owner or an admin: 202 with the record."""
+    job = _visible(exchange)
+    caller = exchange.caller
+    if job.latest.user_id != caller.user and not caller.admin:
+        raise ApiError(403, "forbidden", "only the job's owner or an admin may cancel it")
+    await exchange.connection.read_body(MAX_UPDATE)
+    accepted = await _decide(exchange, Cancel(job.latest.job_id))
+    assert accepted.job is not None
+    return json_answer(202, {"job": msgspec.Raw(accepted.job.latest.body)})
+
+
+async def _decide(exchange: Exchange, operation: Operation) -> Accepted:
+    """Submit one operation and wait until it is kept.
+
+    Raises:
+        ApiError: why it was refused, 429 over the caller's rate, 503 if the store lost it.
+    """
+    node = exchange.node
+    node.limits.check_publish(exchange.caller.user, trio.current_time())
+    await node.hub.wait_room()
+    submission = node.broker.submit([operation])
+    result = submission.results[0]
+    if isinstance(result, ApiError):
+        raise result
+    await submission.wait_kept()
+    return result
+
+
+async def _read_fields(exchange: Exchange) -> Fields:
+    if exchange.request.content_type not in _JSON_TYPES:
+        raise _unsupported(exchange.request.content_type, "application/json")
+    return decode_fields(await exchange.connection.read_body(MAX_UPDATE))
+
+
+def _idempotency_key(exchange: Exchange) -> str | None:
+    key = exchange.request.header("idempotency-key")
+    if key is not None and not (0 < len(key) <= MAX_KEY and key.isascii()):
+        raise ApiError(400, "invalid_header", f"Idempotency-Key must be 1 to {MAX_KEY} ASCII characters")
+    return key
+
+
+def _unsupported(content_type: str, wanted: str) -> ApiError:
+    return ApiError(415, "unsupported_media_type", f"the Content-Type must be {wanted}, not {content_type[:100]!r}")
+
+
+# Reading
+
+
+async def show(exchange: Exchange) -> Response:
+    """``GET /api/v2/jobs/{jobId}``: the record, with an ETag."""
+    job = _visible(exchange)
+    fields = parse_fields(exchange.request.query)
+    latest = job.latest
+    tag = f"{exchange.node.history.epoch}:{latest.offset}"
+    body = latest.body
+    if fields is not None:
+        body = select_fields(body, fields)
+        tag += "-" + hashlib.sha256(",".join(sorted(fields)).encode()).hexdigest()[:8]
+    headers = [
+        JSON,
+        ("ETag", f'"{tag}"'),
+        ("Cache-Control", "private, no-cache"),
+        ("X-Job-Status", latest.status),
+        ("X-Job-Version", str(latest.version)),
+    ]
+    progress = msgspec.json.decode(latest.body, type=_Progress).progress
+    if progress is not None:
+        headers.append(("X-Job-Progress", f"{progress:g}"))
+    if _matches(exchange.request.header("if-none-match"), tag):
+        return Response(304, headers)
+    return Response(200, headers, body)
+
+
+class _Progress(msgspec.Struct):
+    progress: int | float | None = None
+
+
+async def list_jobs(exchange: Exchange) -> Response:
+    """``GET /api/v2/jobs``: newest first, in pages."""
+    query, caller, node = exchange.request.query, exchange.caller, exchange.node
+    wanted, fields = parse_filter(query), parse_fields(query)
+    user_id = query.get("userId")
+    if user_id is not None and not is_id(user_id):
+        raise invalid_parameter("userId", f"{user_id[:128]!r} is not an id")
+    if user_id is not None and user_id != caller.user and not caller.admin:
+        raise ApiError(403, "forbidden", "userId: only an admin may read another user's jobs", field="userId")
+    if user_id is None and not caller.admin:
+        user_id = caller.user
+    jobs, following = node.jobs.page(
+        user_id=user_id,
+        status=wanted.statuses,
+        kind=wanted.kinds,
+        limit=_whole(query, "limit", DEFAULT_PAGE, 1, MAX_PAGE),
+        after=_whole(query, "after", None, 0, 2**63),
+    )
+    rest = msgspec.json.encode(
+        {
+            "next": None if following is None else str(following),
+            "id": f"{node.history.epoch}:{node.history.last}",
+        }
+    )
+    records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
+    return Response(200, (JSON, NO_STORE), json_list(records, b'{"jobs":', b"," + rest[1:]))
+
+
+async def history(exchange: Exchange) -> Response:
+    """``GET /api/v2/jobs/{jobId}/history``: kept updates of this incarnation of the id, oldest first."""
+    job = _visible(exchange)
+    node = exchange.node
+    fields = parse_fields(exchange.request.query)
+    epoch = node.history.epoch
+    updates = node.history.of_job(job.latest.job_id, job.created - 1)
+    messages = (update_message(update, f"{epoch}:{update.offset}", fields) for update in updates)
+    tail = msgspec.json.encode({"id": f"{epoch}:{node.history.last}"})
+    return Response(200, (JSON, NO_STORE), json_list(messages, b'{"updates":', b"," + tail[1:]))
+
+
+def _job_id(exchange: Exchange) -> str:
+    job_id = exchange.params["jobId"]
+    if not is_id(job_id):
+        raise invalid_parameter("jobId", f"{job_id[:128]!r} is not an id: 1 to 128 of A-Z a-z 0-9 _ . : @ -")
+    return job_id
+
+
+def _visible(exchange: Exchange) -> Job:
+    """The path's job as shown now, if the caller may see it; else it does not exist."""
+    job_id = _job_id(exchange)
+    job = exchange.node.jobs.get(job_id)
+    if job is None or not exchange.caller.may_read(job_id, job.latest.user_id):
+        raise job_not_found(job_id)
+    return job
+
+
+def _whole(query: dict[str, str], name: str, default: _T, low: int, high: int) -> int | _T:
+    text = query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
+        raise invalid_parameter(name, f"{text[:32]!r} is not a whole number from {low} to {high}")
+    return int(text)
+
+
+def _matches(header: str | None, tag: str) -> bool:
+    """Weak comparison of ``If-None-Match`` with our tag (RFC 9110 section 13.1.2)."""
+    if header is None:
+        return False
+    return header.strip() == "*" or any(part.strip().removeprefix("W/") == f'"{tag}"' for part in header.split(","))

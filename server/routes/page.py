@@ -1,0 +1,49 @@
+"""The page at ``/``: static files, read once, that load nothing from elsewhere."""
+
+from __future__ import annotations
+
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+
+from server.answers import Response
+from server.connection import Exchange
+
+_SECURITY = (
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+)
+
+
+@cache
+def _file(name: str) -> tuple[bytes, str]:
+    data = (files("server") / "web" / name).read_bytes()
+    return data, f'"{sha256(data).hexdigest()[:16]}"'
+
+
+def _static(exchange: Exchange, name: str, content_type: str) -> Response:
+    data, tag = _file(name)
+    headers = (("Content-Type", content_type), ("ETag", tag), ("Cache-Control", "no-cache"), *_SECURITY)
+    if exchange.request.header("if-none-match") == tag:
+        return Response(304, headers)
+    return Response(200, headers, data)
+
+
+async def index(exchange: Exchange) -> Response:
+    """``GET /``."""
+    return _static(exchange, "index.html", "text/html; charset=utf-8")
+
+
+async def script(exchange: Exchange) -> Response:
+    """``GET /page.js``."""
+    return _static(exchange, "page.js", "text/javascript; charset=utf-8")
+
+
+async def style(exchange: Exchange) -> Response:
+    """``GET /page.css``."""
+    return _static(exchange, "page.css", "text/css; charset=utf-8")

@@ -1,0 +1,91 @@
+"""A connected, non-blocking socket: try first, wait only if it must.
+
+``send`` on a non-blocking socket is synchronous, so it can never be half done by a cancellation; only waiting
+for readiness can be cancelled, and then nothing was lost. Each ``wait_readable`` costs about 7 µs on Trio, a
+``recv`` that finds nothing 1 µs: so trying first is right wherever data is likely.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+import termios
+from typing import Final
+
+import trio
+
+RECEIVE_BYTES: Final = 65536
+# A peer that takes nothing for this long is gone.
+SEND_PATIENCE_S: Final = 60.0
+# After a final answer: read on for so long and so much, so that unread input does not turn the close into a reset
+# that takes the answer with it (RFC 9112 section 9.6).
+LINGER_S: Final = 2.0
+LINGER_BYTES: Final = 1024 * 1024
+# The kernel gives a peer up that has not acknowledged data for this long: the same two minutes as "stale".
+UNACKNOWLEDGED_MS: Final = 120_000
+
+
+def prepare(sock: socket.socket) -> None:
+    """Set what every accepted socket needs."""
+    sock.setblocking(False)
+    if sock.family != socket.AF_UNIX:
+        # One message is one send; waiting to join it with the next (Nagle) would only add delay.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+async def receive(sock: socket.socket, size: int = RECEIVE_BYTES) -> bytes:
+    """The next bytes, ``b""`` at the end of the peer's sending.
+
+    Raises:
+        OSError: the connection failed.
+    """
+    while True:
+        try:
+            return sock.recv(size)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(sock)
+
+
+async def send_all(sock: socket.socket, data: bytes, patience_s: float = SEND_PATIENCE_S) -> None:
+    """Send everything, waiting while the socket is full.
+
+    Raises:
+        OSError: the connection failed, or the peer took nothing for ``patience_s`` seconds (``TimeoutError``).
+    """
+    rest: bytes | memoryview = data
+    while True:
+        try:
+            sent = sock.send(rest)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(rest):
+            return
+        rest = memoryview(rest)[sent:]
+        with trio.move_on_after(patience_s) as patience:
+            await trio.lowlevel.wait_writable(sock)
+        if patience.cancelled_caught:
+            raise TimeoutError(f"the peer took nothing for {patience_s} s")
+
+
+async def linger(sock: socket.socket) -> None:
+    """Half-close, and read what still comes, within bounds, so that our last answer arrives."""
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        with trio.move_on_after(LINGER_S):
+            left = LINGER_BYTES
+            while left > 0 and (data := await receive(sock)):
+                left -= len(data)
+    except OSError:
+        pass
+
+
+def all_acknowledged(sock: socket.socket) -> bool:
+    """Whether the peer's kernel has acknowledged all we sent (``SIOCOUTQ``, see tcp(7))."""
+    try:
+        (unsent,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))
+    except OSError:
+        return False
+    return bool(unsent == 0)

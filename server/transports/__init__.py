@@ -1,0 +1,1 @@
+"""Ways of reading: one module each, all over the same hub, log and cursor."""

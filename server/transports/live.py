@@ -1,0 +1,86 @@
+"""What WebSocket and event-stream connections have in common: heartbeats, token expiry, drain."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from typing import Final
+
+import trio
+
+from protocol.messages import server_message
+from protocol.update import format_time
+from protocol.wire import WireForm
+from server.auth import Identity
+from server.node import Node
+from server.reader import PushReader
+from server.wheel import Timer
+
+# Heartbeats without a sign of life after which a connection is stale and closed: two minutes with the default 30 s.
+STALE_HEARTBEATS: Final = 4
+
+
+class LiveReader(PushReader):
+    """A push connection with timers. Its transport runs in ``scope`` until either side ends it."""
+
+    __slots__ = ("_beat_timer", "_expiry_timer", "heard_at", "node", "scope")
+
+    def __init__(self, node: Node, sock: socket.socket, nursery: trio.Nursery, form: WireForm) -> None:
+        super().__init__(sock, nursery, node.hub, node.wheel, form, backlog_bytes=node.config.limits.backlog)
+        self.node = node
+        self.scope = trio.CancelScope()
+        self.heard_at = trio.current_time()
+        self._expiry_timer: Timer | None = None
+        # Spread, or a thousand that came together would beat together for ever.
+        self._beat_timer = node.wheel.after(node.config.server.heartbeat * random.uniform(0.5, 1), self._beat)
+        node.streams[self] = None
+
+    def on_end(self) -> None:
+        """Let the transport's task say goodbye."""
+        self.scope.cancel()
+
+    def close(self) -> None:
+        """Leave no trace. For the transport's ``finally``: synchronous, so cancellation cannot skip it."""
+        self.finish("closed")
+        self._beat_timer.cancel()
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+        self.hub.leave(self)
+        self.node.streams.pop(self, None)
+
+    def expire_with(self, identity: Identity) -> None:
+        """End when this identity's token does, unless a newer one comes first."""
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+            self._expiry_timer = None
+        if identity.expires_at is not None:
+            left = max(0.0, identity.expires_at - time.time())
+            self._expiry_timer = self.wheel.after(left, self._expired)
+
+    def _expired(self) -> None:
+        self._expiry_timer = None
+        self.finish("expired")
+
+    def _beat(self) -> None:
+        interval = self.node.config.server.heartbeat
+        self._beat_timer = self.wheel.after(interval, self._beat)
+        if self.alive():
+            self.heard_at = trio.current_time()
+        elif trio.current_time() - self.heard_at > STALE_HEARTBEATS * interval:
+            self.finish("stale")
+            return
+        if self.caught_up:  # else more than a heartbeat is on its way
+            self.heartbeat(server_message("heartbeat", timestamp=format_time(int(time.time() * 1000))))
+
+    def drain(self, delay_ms: int) -> None:
+        """The server goes away: end, and have the client come back after ``delay_ms``. Must not wait."""
+        raise AssertionError("a transport must say how it is drained")
+
+    def alive(self) -> bool:
+        """Whether the peer has given a sign of life that ``heard_at`` does not show yet."""
+        return False
+
+    def heartbeat(self, message: bytes) -> None:
+        """Send a heartbeat. Must not wait."""
+        raise AssertionError("a transport must say how it beats")

@@ -1,0 +1,126 @@
+"""Long-poll and plain polling (RFC 6202 section 2): one answer per request, the same cursor as everywhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import trio
+
+from protocol.polling import parse_client_id, parse_timeout, poll_body
+from protocol.update import Update
+from protocol.watch import Watch, parse_watch, wants_all
+from protocol.wire import Framing, WireForm, update_message, wire_form
+from server.answers import JSON, NO_STORE, Response
+from server.auth import bad_token
+from server.connection import Exchange
+from server.hub import Want
+from server.node import Node
+from server.reading import channels_for, missed_updates, over, snapshot, start_from
+
+# One answer holds at most about this much; the next poll gets the rest at once.
+ANSWER_BYTES: Final = 1024 * 1024
+
+
+class PollReader:
+    """The hub's side of a poll that waits: any wanted update wakes it; the answer is read from the log."""
+
+    __slots__ = ("direct", "form", "offset", "open_jobs", "wake", "wants")
+
+    def __init__(self, wake: trio.Event, form: WireForm, offset: int) -> None:
+        self.direct = False
+        self.offset = offset
+        self.form = form
+        self.open_jobs: set[str] | None = None
+        self.wants: dict[str, Want] = {}
+        self.wake = wake
+
+    def sock_send(self, data: bytes, /) -> int:
+        """Never called: nothing is written directly."""
+        raise AssertionError("a poll is not written to by the hub")
+
+    def take(self, batch: Sequence[Update]) -> None:
+        """Wake up if any of it is wanted."""
+        if any(want.filter.passes(update) for update in batch for want in self.wants.values()):
+            self.wake.set()
+
+    def stalled(self, wire: bytes, sent: int) -> None:
+        """Never called, for the same reason."""
+
+    def broken(self) -> None:
+        """Never called, for the same reason."""
+
+    def log_lost(self) -> None:
+        """The log began anew: answer now, with a reset."""
+        self.wake.set()
+
+
+async def poll(exchange: Exchange) -> Response:
+    """``GET /api/v2/jobs/poll``."""
+    node, request, identity = exchange.node, exchange.request, exchange.caller
+    watch = parse_watch(request.query)
+    names = channels_for(identity, watch, all_jobs=wants_all(request.query))
+    timeout = parse_timeout(request.query)
+    client_id = parse_client_id(request.query)
+    cursor = request.query.get("last_seen")
+    if not cursor and client_id is not None:
+        cursor = node.cursors.get(identity.user, client_id, trio.current_time())
+    begin = start_from(node.history, cursor)
+    epoch, last = node.history.epoch, node.history.last
+    token_left = math.inf if identity.expires_at is None else max(0.0, identity.expires_at - time.time())
+
+    wake = trio.Event()
+    reader = PollReader(wake, wire_form(Framing.JSON, watch.fields), last)
+    timed_out = False
+    # Registered before the log is read, so nothing can fall between reading and waiting.
+    node.hub.attach(reader, [(name, Want(watch.filter, reader.form)) for name in names])
+    node.polls[wake] = None
+    try:
+        updates, cursor = _collect(node, watch, names, begin.after)
+        if not updates and not begin.lost and timeout and not node.draining:
+            with trio.move_on_after(min(timeout, token_left)) as patience:
+                await wake.wait()
+            timed_out = patience.cancelled_caught
+            if timed_out and token_left < timeout:
+                raise bad_token("the token has expired", "token_expired")
+            # Without a cursor there was nothing to show: whatever came since is news.
+            after = last if begin.after is None else begin.after
+            # While it waited the log may have begun anew, or been trimmed past a cursor (not past a time).
+            lost = node.history.epoch != epoch or (begin.given is not None and after < node.history.first - 1)
+            begin = begin._replace(after=None if lost else after, lost=lost)
+            updates, cursor = _collect(node, watch, names, begin.after)
+    finally:
+        node.hub.leave(reader)
+        del node.polls[wake]
+
+    done = watch.job_ids is not None and all(over(node.jobs, node.history, name) for name in names)
+    epoch = node.history.epoch
+    messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
+    body = poll_body(messages, last_seen=cursor, reset=begin.lost, timed_out=timed_out, done=done)
+    if client_id is not None:
+        body = _remembering(body, exchange, client_id, cursor)
+    return Response(200, (JSON, NO_STORE), body)
+
+
+def _collect(node: Node, watch: Watch, names: list[str], after: int | None) -> tuple[list[Update], str]:
+    """What to answer with as of now, from a snapshot if ``after`` is None, and the cursor behind it."""
+    epoch, last = node.history.epoch, node.history.last
+    if after is None:
+        return [job.latest for job in snapshot(node.jobs, names, watch.filter)], f"{epoch}:{last}"
+    updates: list[Update] = []
+    size = 0
+    for update in missed_updates(node.history, ((name, watch.filter) for name in names), after):
+        if size > ANSWER_BYTES:
+            last = updates[-1].offset
+            break
+        updates.append(update)
+        size += len(update.body)
+    return updates, f"{epoch}:{last}"
+
+
+def _remembering(body: Iterable[bytes], exchange: Exchange, client_id: str, cursor: str) -> Iterable[bytes]:
+    """Pass the body on, and remember the cursor once all of it has been asked for: what was not sent was not seen."""
+    yield from body
+    exchange.node.cursors.put(exchange.caller.user, client_id, cursor, trio.current_time())

@@ -1,0 +1,462 @@
+"""``/ws/jobs``: everything over one connection (RFC 6455), JSON text messages both ways."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import trio
+from msgspec.json import encode
+
+from protocol.errors import ApiError, CloseCode
+from protocol.frames import binary_frame, close_frame, deflated_text_frame, ping_frame, pong_frame, text_frame
+from protocol.messages import (
+    Ack,
+    AuthMessage,
+    ClientMessage,
+    Get,
+    PingMessage,
+    PublishMessage,
+    Ref,
+    Subscribe,
+    Unsubscribe,
+    decode_client_message,
+    error_message,
+    min_interval_s,
+    server_message,
+    snapshot_parts,
+    split_ids,
+    subscribe_fields,
+    subscribe_filter,
+)
+from protocol.update import Job, format_time
+from protocol.watch import ANY, ID, Watch, job_channel, user_channel
+from protocol.websocket import (
+    Binary,
+    CloseReceived,
+    Event,
+    Handshake,
+    Ping,
+    Text,
+    WebSocketError,
+    WebSocketReader,
+    accept_handshake,
+    close_reply,
+)
+from protocol.wire import Framing, select_fields, wire_form
+from server.auth import Identity
+from server.connection import Exchange
+from server.hub import Want
+from server.limits import Lease
+from server.origins import check_origin
+from server.publishing import Batch, summary
+from server.reading import MAX_WATCHED_JOBS, channels_for, may_watch, missed_updates, snapshot, start_from
+from server.socketio import linger, receive, send_all
+from server.transports.live import LiveReader
+from server.transports.sse import REPLAY_UPDATES
+from server.wheel import Timer
+
+PROTOCOL: Final = "statuswire.v1"
+# The client's time to send ``auth`` when the handshake carried no token.
+AUTH_TIMEOUT_S: Final = 10.0
+# Malformed or rate-limited messages in a row after which the client is not one of ours.
+MAX_MISTAKES: Final = 10
+# Publishes whose answer is still on its way; a client further ahead of the store waits.
+MAX_UNANSWERED: Final = 64
+GOODBYE_S: Final = 5.0
+# Read at most this much before others have a turn: some 10 µs a frame, of six bytes at worst, is 30 ms.
+TURN_BYTES: Final = 16384
+MAX_ECHO: Final = 16 * 1024 * 1024
+
+
+async def jobs_socket(exchange: Exchange) -> None:
+    """``GET /ws/jobs``: shake hands, then serve messages until either side closes."""
+    node, connection = exchange.node, exchange.connection
+    handshake = _accept(exchange)
+    try:
+        identity, refusal = node.authenticator.identify(exchange.request), None
+    except ApiError as error:  # a browser cannot read a refused handshake, but it can read a close code
+        identity, refusal = None, error
+    session = Session(exchange, handshake)
+    try:
+        session.post(_switch(exchange, handshake))
+        if refusal is not None:
+            session.close_with(CloseCode.UNAUTHORIZED, refusal.message)
+        elif identity is not None:
+            session.welcome(identity)
+        else:
+            session.await_auth()
+        with session.scope:
+            await session.serve(connection.http.hand_over())
+        await session.goodbye()
+    finally:
+        session.close()
+
+
+def _accept(exchange: Exchange) -> Handshake:
+    check_origin(exchange.request, exchange.node.origins, websocket=True)
+    return accept_handshake(exchange.request, protocols=(PROTOCOL,), echo_prefix="bearer.", deflate=True)
+
+
+def _switch(exchange: Exchange, handshake: Handshake) -> bytes:
+    """The 101 answer; from here on the connection is no longer HTTP."""
+    exchange.connection.take_over()
+    return exchange.connection.http.respond(101, [*exchange.headers(), *handshake.headers])
+
+
+class Session(LiveReader):
+    """One WebSocket client."""
+
+    __slots__ = (
+        "_auth_timer",
+        "_farewell",
+        "_framing",
+        "_incoming",
+        "_mistakes",
+        "_too_fast",
+        "_unanswered",
+        "client_id",
+        "identity",
+        "lease",
+    )
+
+    def __init__(self, exchange: Exchange, handshake: Handshake) -> None:
+        self._framing = Framing.WEBSOCKET_DEFLATE if handshake.deflate else Framing.WEBSOCKET
+        connection = exchange.connection
+        super().__init__(exchange.node, connection.sock, connection.nursery, wire_form(self._framing))
+        self._incoming = WebSocketReader(handshake.deflate, self.node.config.limits.max_message)
+        self._auth_timer: Timer | None = None
+        self._farewell: bytes | None = None
+        self._mistakes = 0
+        self._too_fast = 0
+        self._unanswered = 0
+        self.client_id = exchange.request_id
+        self.identity: Identity | None = None
+        self.lease: Lease | None = None
+
+    # Beginning and end
+
+    def await_auth(self) -> None:
+        """Give the client some time to say who it is."""
+        self._auth_timer = self.wheel.after(
+            AUTH_TIMEOUT_S, lambda: self.close_with(CloseCode.AUTH_TIMEOUT, "no auth message came in time")
+        )
+
+    def welcome(self, identity: Identity) -> None:
+        """The client is known now."""
+        if self._auth_timer is not None:
+            self._auth_timer.cancel()
+            self._auth_timer = None
+        try:
+            self.lease = self.node.limits.acquire(identity.user)
+        except ApiError as error:
+            self.close_with(CloseCode.RATE_LIMITED, error.message)
+            return
+        self.identity = identity
+        self.expire_with(identity)
+        self.say(
+            "connected",
+            clientId=self.client_id,
+            userId=identity.user,
+            heartbeat=self.node.config.server.heartbeat,
+            id=self.cursor(),
+        )
+
+    def close_with(self, code: CloseCode, reason: str) -> None:
+        """End the connection with a close frame. Must not wait."""
+        if not self.ended:
+            self._farewell = close_frame(code, reason)
+            self.finish("closing")
+
+    def drain(self, delay_ms: int) -> None:
+        """The server goes away; the digits in the reason are the reconnect delay in milliseconds."""
+        self.close_with(CloseCode.GOING_AWAY, f"going away, reconnect in {delay_ms} ms")
+
+    def close(self) -> None:
+        super().close()
+        if self._auth_timer is not None:
+            self._auth_timer.cancel()
+        if self.lease is not None:
+            self.lease.release()
+
+    async def goodbye(self) -> None:
+        """Send the close frame this end calls for, if the peer can still take it, and let it arrive."""
+        frame = self._farewell
+        if self.ended == "expired":
+            frame = close_frame(CloseCode.UNAUTHORIZED, "the token has expired")
+        elif self.ended == "overflow":
+            frame = close_frame(CloseCode.TRY_LATER, "too far behind; resume from your cursor")
+        if frame is not None:
+            await self.say_last(frame, GOODBYE_S)
+            await linger(self.sock)
+
+    # Incoming
+
+    async def serve(self, data: bytes) -> None:
+        """Answer what the client says until it goes."""
+        while not self.ended:
+            if data:
+                self.heard_at = trio.current_time()
+                try:
+                    events = self._incoming.receive(data)
+                    failure = None
+                except WebSocketError as error:
+                    events, failure = error.events, error
+                await self._take_events(events)
+                if failure is not None:
+                    self.close_with(failure.code, failure.reason)
+                    return
+                # One client must not keep the loop to itself by never letting its socket run dry.
+                await trio.lowlevel.checkpoint()
+                # Nor may it ask faster than it reads the answers.
+                await self.wait_drained()
+            data = await receive(self.sock, TURN_BYTES)
+            if not data:
+                return
+
+    async def _take_events(self, events: list[Event]) -> None:
+        pong: Ping | None = None
+        for event in events:
+            if self.ended:
+                return
+            if isinstance(event, Text):
+                await self._take_text(event.data)
+            elif isinstance(event, Ping):
+                pong = event  # of several the last is answered (RFC 6455 section 5.5.3): a flood buys no flood
+            elif isinstance(event, Binary):
+                self._mistake(ApiError(415, "unsupported_data", "messages are JSON in text frames, not binary"))
+            elif isinstance(event, CloseReceived):
+                self._farewell = close_reply(event)
+                self.finish("closing")
+        if pong is not None and not self.ended:
+            self.post(pong_frame(pong.payload))
+
+    async def _take_text(self, text: str) -> None:
+        ref: Ref = None
+        try:
+            if self.identity is not None:
+                self.node.limits.check_message(self.identity.user, trio.current_time())
+            message = decode_client_message(text)
+            ref = message.ref
+            if self.identity is None and not isinstance(message, AuthMessage):
+                raise ApiError(401, "unauthorized", 'send {"type":"auth","token":…} first')
+            await _HANDLERS[type(message)](self, message)
+            self._mistakes = self._too_fast = 0
+        except ApiError as error:
+            if error.code == "rate_limited":
+                self._too_fast += 1
+                self.post(self.form.message(error_message(error, ref)))
+                if self._too_fast >= MAX_MISTAKES:
+                    self.close_with(CloseCode.RATE_LIMITED, error.message)
+            elif error.status in (400, 401, 422):
+                self._mistake(error, ref)
+            else:
+                self._mistakes = 0
+                self.post(self.form.message(error_message(error, ref)))
+
+    def _mistake(self, error: ApiError, ref: Ref = None) -> None:
+        self._mistakes += 1
+        self.post(self.form.message(error_message(error, ref)))
+        if self._mistakes >= MAX_MISTAKES:
+            self.close_with(CloseCode.POLICY_VIOLATION, f"{MAX_MISTAKES} malformed messages in a row")
+
+    def say(self, type_: str, **fields: Any) -> None:
+        """Send one message of our own."""
+        self.post(self.form.message(server_message(type_, **fields)))
+
+    # One handler per client message; ApiErrors are answered by the caller
+
+    async def _auth(self, message: AuthMessage) -> None:
+        known = self.identity
+        try:
+            identity = self.node.authenticator.verify(message.token)
+        except ApiError as error:
+            self.close_with(CloseCode.UNAUTHORIZED, error.message)
+            return
+        if known is None:
+            self.welcome(identity)
+            return
+        if identity.user != known.user:
+            self.close_with(CloseCode.UNAUTHORIZED, "the token is another user's")
+            return
+        self.identity = identity
+        self.expire_with(identity)
+        # A newer token may allow less.
+        self.hub.detach(self, [name for name in self.wants if not may_watch(identity, name)])
+        self.settle()
+        expires = None if identity.expires_at is None else format_time(int(identity.expires_at * 1000))
+        self.say("authenticated", userId=identity.user, expiresAt=expires, ref=message.ref)
+
+    async def _subscribe(self, message: Subscribe) -> None:
+        identity = self._known()
+        wanted, fields = subscribe_filter(message), subscribe_fields(message)
+        interval = min_interval_s(message)
+        if message.user_id is not None and not ID.fullmatch(message.user_id):
+            raise ApiError(422, "invalid_field", "userId: not an id", field="userId")
+        job_ids: list[str] | None = None
+        denied: list[str] = []
+        if message.job_ids is not None:
+            job_ids, denied = split_ids(message.job_ids, MAX_WATCHED_JOBS - len(self.wants))
+        watch = Watch(None if job_ids is None else tuple(job_ids), message.user_id, wanted, fields)
+        names = channels_for(identity, watch, all_jobs=message.all)
+        history = self.hub.history
+        begin = start_from(history, None if message.last_seen is None else str(message.last_seen))
+        form = wire_form(self._framing, fields)
+
+        # All that this reader is owed so far goes out first: from here on one offset stands for all its channels.
+        self.catch_up()
+        if interval is not None:
+            self.min_interval_s = interval
+        self.hub.attach(self, [(name, Want(wanted, form)) for name in names])
+        head = {"type": "subscribed", "ref": message.ref} if message.ref is not None else {"type": "subscribed"}
+        scope = {"jobIds": job_ids or [], "denied": denied}
+        if begin.after is None:
+            jobs = snapshot(self.node.jobs, names, wanted)
+            self._post_snapshot(
+                jobs, fields, head, scope | {"id": f"{history.epoch}:{history.last}", "recovered": False}
+            )
+        else:
+            missed = missed_updates(history, ((name, wanted) for name in names), begin.after)
+            # Not further than what the client has: the replay behind it takes the cursor on from there.
+            cursor = f"{history.epoch}:{begin.after if missed else history.last}"
+            self._post_snapshot([], None, head, scope | {"id": cursor, "recovered": True})
+            epoch = history.epoch
+            self.post(
+                form.updates(missed[start : start + REPLAY_UPDATES], epoch)
+                for start in range(0, len(missed), REPLAY_UPDATES)
+            )
+        self.settle()
+
+    def _post_snapshot(
+        self, jobs: list[Job], fields: frozenset[str] | None, head: dict[str, Any], last: dict[str, Any]
+    ) -> None:
+        records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
+        parts = snapshot_parts(records, "snapshot", encode(head), encode(last))
+        self.post(self.form.message(message) for message, _ in parts)
+
+    async def _unsubscribe(self, message: Unsubscribe) -> None:
+        identity = self._known()
+        if message.job_ids is None and message.user_id is None and not message.all:
+            names = list(self.wants)
+        else:
+            names = ["*"] if message.all else []
+            if message.user_id is not None and message.job_ids is None:
+                names.append(user_channel(message.user_id))
+            for job_id in message.job_ids or ():
+                names += [job_channel(job_id), job_channel(job_id, message.user_id or identity.user)]
+        self.hub.detach(self, names)
+        self.settle()
+        self.say("unsubscribed", jobIds=message.job_ids, ref=message.ref)
+
+    async def _get(self, message: Get) -> None:
+        identity = self._known()
+        good, _ = split_ids(message.job_ids, MAX_WATCHED_JOBS)
+        jobs = snapshot(self.node.jobs, channels_for(identity, Watch(tuple(good))), ANY)
+        head: dict[str, Any] = {"type": "jobs"} if message.ref is None else {"type": "jobs", "ref": message.ref}
+        parts = snapshot_parts((job.latest.body for job in jobs), "jobs", encode(head), b"{}")
+        self.post(self.form.message(part) for part, _ in parts)
+
+    async def _publish(self, message: PublishMessage) -> None:
+        identity = self._known()
+        if not identity.can("publish"):
+            raise ApiError(403, "forbidden", "publishing needs the capability 'publish'")
+        self.node.check_accepting()
+        self.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
+        await self.hub.wait_room()
+        batch = Batch(self.node, identity, [bytes(update) for update in message.updates])
+        self._unanswered += 1
+
+        def answer(error: ApiError | None) -> None:
+            self._unanswered -= 1
+            if error is not None:
+                self.post(self.form.message(error_message(error, message.ref)))
+            else:
+                self.say("published", ref=message.ref, **summary([batch], self.node))
+
+        # Answered in order of commit without stopping the reading of further messages.
+        batch.submission.when_kept(answer)
+        if self._unanswered > MAX_UNANSWERED:
+            await batch.submission.wait_kept()
+
+    async def _ack(self, message: Ack) -> None:
+        """A sign of life, noted when it was read: there is nothing else to acknowledge."""
+
+    async def _ping(self, message: PingMessage) -> None:
+        self.say("pong", ref=message.ref, timestamp=format_time(int(time.time() * 1000)))
+
+    def _known(self) -> Identity:
+        assert self.identity is not None
+        return self.identity
+
+    # Timers and the log
+
+    def heartbeat(self, message: bytes) -> None:
+        """A message for the page and a ping for its browser: only the latter is answered by itself."""
+        self._incoming.release()
+        if self.identity is not None:
+            cursor = b',"id":"%b"}' % self.cursor().encode()
+            self.post(self.form.message(message[:-1] + cursor) + ping_frame())
+
+    def on_log_lost(self) -> None:
+        """The log began anew: void what the client has and send everything it watches again."""
+        history = self.hub.history
+        found = {
+            job.latest.job_id: (job, want.form.fields)
+            for name, want in self.wants.items()
+            for job in snapshot(self.node.jobs, [name], want.filter)
+        }
+        records = (
+            job.latest.body if fields is None else select_fields(job.latest.body, fields)
+            for job, fields in found.values()
+        )
+        last = encode({"id": f"{history.epoch}:{history.last}"})
+        parts = snapshot_parts(records, "snapshot", encode({"type": "reset"}), last)
+        self.post(self.form.message(message) for message, _ in parts)
+
+
+_Handler = Callable[[Session, Any], Awaitable[None]]
+_HANDLERS: Final[dict[type[ClientMessage], _Handler]] = {
+    Subscribe: Session._subscribe,
+    Unsubscribe: Session._unsubscribe,
+    Get: Session._get,
+    PublishMessage: Session._publish,
+    Ack: Session._ack,
+    AuthMessage: Session._auth,
+    PingMessage: Session._ping,
+}
+
+
+async def echo_socket(exchange: Exchange) -> None:
+    """``GET /ws/echo``: returns every message, for compliance suites."""
+    connection, sock = exchange.connection, exchange.connection.sock
+    handshake = _accept(exchange)
+    await send_all(sock, _switch(exchange, handshake))
+    incoming = WebSocketReader(handshake.deflate, MAX_ECHO)
+    text = deflated_text_frame if handshake.deflate else text_frame
+    data = connection.http.hand_over()
+    while True:
+        failure: WebSocketError | None = None
+        try:
+            events = incoming.receive(data)
+        except WebSocketError as error:
+            events, failure = error.events, error
+        for event in events:
+            if isinstance(event, Text):
+                await send_all(sock, text(event.data.encode()))
+            elif isinstance(event, Binary):
+                await send_all(sock, binary_frame(event.data))
+            elif isinstance(event, Ping):
+                await send_all(sock, pong_frame(event.payload))
+            elif isinstance(event, CloseReceived):
+                await send_all(sock, close_reply(event))
+                await linger(sock)
+                return
+        if failure is not None:
+            await send_all(sock, close_frame(failure.code, failure.reason))
+            await linger(sock)
+            return
+        await trio.lowlevel.checkpoint()
+        data = await receive(sock)
+        if not data:
+            return

@@ -1,0 +1,207 @@
+"""A real Chromium without a window, driven over its own debugging protocol (CDP)."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+import trio_websocket
+
+PATIENCE_S = 20
+# A screenshot of a long page is some megabytes of base64.
+MAX_MESSAGE = 64 * 1024 * 1024
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+class PageError(AssertionError):
+    """JavaScript threw."""
+
+
+class Page:
+    """One tab, or with ``session`` None the browser itself.
+
+    Attributes:
+        problems: uncaught exceptions and what the browser complained of, violations of the content security policy too.
+        sent: every request as (method, url).
+    """
+
+    def __init__(self, socket: trio_websocket.WebSocketConnection, session: str | None) -> None:
+        self.problems: list[str] = []
+        self.sent: list[tuple[str, str]] = []
+        self._socket = socket
+        self._session = {} if session is None else {"sessionId": session}
+        self._answers: dict[int, tuple[trio.Event, dict[str, Any]]] = {}
+        self._last_id = 0
+
+    async def call(self, method: str, **params: object) -> dict[str, Any]:
+        """One CDP command."""
+        self._last_id += 1
+        arrived, answer = self._answers[self._last_id] = trio.Event(), {}
+        message = {"id": self._last_id, "method": method, "params": params}
+        await self._socket.send_message(json.dumps(message | self._session))
+        with trio.fail_after(PATIENCE_S):
+            await arrived.wait()
+        if "error" in answer:
+            raise PageError(f"{method}: {answer['error']}")
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def hear(self, message: dict[str, Any]) -> None:
+        """Take one message of the browser."""
+        if "id" in message:
+            arrived, answer = self._answers.pop(message["id"])
+            answer.update(message)
+            arrived.set()
+            return
+        params = message.get("params", {})
+        match message.get("method"):
+            case "Runtime.exceptionThrown":
+                self.problems.append(str(params["exceptionDetails"]))
+            case "Log.entryAdded" if params["entry"]["level"] == "error":
+                self.problems.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
+            case "Network.requestWillBeSent":
+                self.sent.append((params["request"]["method"], params["request"]["url"]))
+            case "Network.webSocketCreated":
+                self.sent.append(("WEBSOCKET", params["url"]))
+
+    async def run(self, script: str) -> Any:
+        """The value of an expression; a promise is awaited."""
+        result = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in result:
+            raise PageError(str(result["exceptionDetails"]))
+        return result["result"].get("value")
+
+    async def wait(self, condition: str) -> Any:
+        """Wait until an expression is truthy, looked at once per frame; returns its value."""
+        try:
+            return await self.run(
+                f"""new Promise((resolve, reject) => {{
+                    const deadline = performance.now() + {PATIENCE_S * 1000 - 2000};
+                    const look = () => {{
+                        const value = ({condition});
+                        if (value) resolve(value);
+                        else if (performance.now() > deadline) reject(new Error(document.body.innerText));
+                        else requestAnimationFrame(look);
+                    }};
+                    look();
+                }})"""
+            )
+        except PageError as error:
+            raise PageError(f"never came true: {condition}\n{error}") from None
+
+    async def open(self, url: str) -> None:
+        """Go to an address and wait until the document is there."""
+        await self.call("Page.navigate", url=url)
+        await self.wait(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
+
+    async def press(self, key: str, code: int, text: str = "") -> None:
+        """Press and release one key; ``code`` is its Windows virtual key code."""
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": code, "nativeVirtualKeyCode": code}
+        await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    async def write(self, text: str) -> None:
+        """Type text into what has the focus."""
+        await self.call("Input.insertText", text=text)
+
+    async def look(self, *, width: int, height: int, scheme: str = "light") -> None:
+        """Set the size of the window, in CSS pixels, and the preferred colour scheme."""
+        await self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    async def screenshot(self, path: Path) -> None:
+        """Write what is seen as PNG."""
+        result = await self.call("Page.captureScreenshot", format="png")
+        path.write_bytes(base64.b64decode(result["data"]))
+
+
+def find_chromium() -> str:
+    """The browser's program; `make system` installs one."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    assert found, f"none of {', '.join(NAMES)} is installed: run `make system`"
+    return found
+
+
+@asynccontextmanager
+async def open_browser(profile: Path) -> AsyncIterator[Callable[[], Any]]:
+    """Run Chromium; yields an async function that opens a new tab, each with storage of its own."""
+    process = await trio.lowlevel.open_process(
+        [
+            find_chromium(),
+            *"--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage".split(),
+            *"--disable-background-networking --disable-component-update --disable-sync".split(),
+            "--remote-debugging-port=0",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(60):
+                address = await _debugger_address(process)
+            nursery.start_soon(_discard, process)
+            async with trio_websocket.open_websocket_url(
+                address, max_message_size=MAX_MESSAGE, message_queue_size=1000
+            ) as socket:
+                pages: dict[str | None, Page] = {}
+                browser = pages[None] = Page(socket, None)
+                nursery.start_soon(_dispatch, socket, pages)
+
+                async def new_page() -> Page:
+                    context = await browser.call("Target.createBrowserContext")
+                    target = await browser.call("Target.createTarget", url="about:blank", **context)
+                    attached = await browser.call("Target.attachToTarget", flatten=True, targetId=target["targetId"])
+                    page = pages[attached["sessionId"]] = Page(socket, attached["sessionId"])
+                    for domain in ("Page", "Runtime", "Log", "Network"):
+                        await page.call(f"{domain}.enable")
+                    return page
+
+                yield new_page
+            nursery.cancel_scope.cancel()
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+            if process.stderr is not None:
+                await process.stderr.aclose()
+
+
+async def _dispatch(socket: trio_websocket.WebSocketConnection, pages: dict[str | None, Page]) -> None:
+    try:
+        while True:
+            message = json.loads(await socket.get_message())
+            page = pages.get(message.get("sessionId"))
+            if page is not None:
+                page.hear(message)
+    except trio_websocket.ConnectionClosed:
+        pass
+
+
+async def _debugger_address(process: trio.Process) -> str:
+    assert process.stderr is not None
+    said = b""
+    while True:
+        data = await process.stderr.receive_some()
+        assert data, said.decode(errors="replace")
+        said += data
+        if match := re.search(rb"DevTools listening on (ws://\S+)\n", said):
+            return match[1].decode()
+
+
+async def _discard(process: trio.Process) -> None:
+    # A pipe that nobody reads would stop the browser once it is full.
+    assert process.stderr is not None
+    while await process.stderr.receive_some():
+        pass

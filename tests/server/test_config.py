@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from server import config as module
+from server.config import Config, ConfigError, describe, find_config_file, is_loopback, load_config, load_with_sources
+
+SECRET = "0123456789abcdef0123456789abcdef"
+PEM = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA\n-----END PUBLIC KEY-----\n"
+AUTH = {"auth.jwt_key": SECRET}
+
+
+def toml_file(directory: Path, text: str) -> Path:
+    path = directory / "statuswire.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(
+    flags: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None, file: Path | None = None
+) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags or {}, environ or {}, file)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- layers -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    config = load_config({}, {"PATH": "/bin", "STATUSWIREX": "1"}, None)
+    assert config == Config()
+    assert (config.server.host, config.server.port, config.store.url) == ("127.0.0.1", 3000, "sqlite:statuswire.db")
+    assert config.auth.open
+
+
+def test_each_layer_overrides_the_next(tmp_path: Path) -> None:
+    file = toml_file(tmp_path, "[server]\nport = 1\ndrain = 1\nheartbeat = 1\n")
+    environ = {"STATUSWIRE_SERVER_PORT": "2", "STATUSWIRE_SERVER_DRAIN": "2"}
+    config, sources = load_with_sources({"server.port": "3"}, environ, file)
+    assert (config.server.port, config.server.drain, config.server.heartbeat) == (3, 2.0, 1.0)
+    assert sources == {
+        "server.port": "flag --port",
+        "server.drain": "environment variable STATUSWIRE_SERVER_DRAIN",
+        "server.heartbeat": str(file),
+    }
+
+
+def test_a_flag_that_is_none_was_not_given() -> None:
+    assert load_config({"server.port": None}, {"STATUSWIRE_SERVER_PORT": "2"}, None).server.port == 2
+
+
+def test_a_value_that_another_layer_overrides_is_not_judged() -> None:
+    assert load_config({"server.port": "3"}, {"STATUSWIRE_SERVER_PORT": "x"}, None).server.port == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("server.port", "0", 0),
+        ("server.port", " 65535 ", 65535),
+        ("server.drain", "0", 0.0),
+        ("server.drain", "2.5", 2.5),
+        ("server.heartbeat", "0.05", 0.05),
+        ("server.trusted_proxies", "10.0.0.0/8, ::1,", ("10.0.0.0/8", "::1")),
+        ("server.trusted_proxies", "", ()),
+        ("server.base_path", "/", ""),
+        ("server.base_path", "live", "/live"),
+        ("server.base_path", "/a/b/", "/a/b"),
+        ("cors.origins", "https://App.Example:443/,http://localhost:8080", ("https://app.example", "http://localhost:8080")),
+        ("cors.origins", "http://[::1]:80", ("http://[::1]",)),
+        ("history.max_age", "60", 60.0),
+        ("limits.publishes_per_second", "0.5", 0.5),
+        ("limits.connections_per_user", "7", 7),
+        ("log.format", "JSON", "json"),
+        ("log.level", "Debug", "debug"),
+        ("debug.echo", "true", True),
+        ("debug.echo", "1", True),
+        ("debug.echo", "false", False),
+        ("debug.echo", "0", False),
+        ("store.url", "memory:", "memory:"),
+        ("store.url", "sqlite:/var/lib/x y.db", "sqlite:/var/lib/x y.db"),
+    ],
+)  # fmt: skip
+def test_text_is_converted_alike_in_flags_and_environment(name: str, text: str, value: object) -> None:
+    table, _, key = name.partition(".")
+    variable = f"STATUSWIRE_{table}_{key}".upper()
+    for config in (load_config({name: text}, {}, None), load_config({}, {variable: text}, None)):
+        assert getattr(getattr(config, table), key) == value
+
+
+def test_toml_has_its_own_types(tmp_path: Path) -> None:
+    file = toml_file(
+        tmp_path,
+        """
+        [server]
+        port = 8080
+        drain = 3          # an integer is a fine number of seconds
+        base_path = "/x/"
+        trusted_proxies = ["10.0.0.1"]
+        [auth]
+        jwt_algorithm = "HS384"
+        jwt_key = "0123456789abcdef0123456789abcdef0123456789abcdef"
+        [cors]
+        origins = ["https://a.example"]
+        [debug]
+        echo = true
+        """,
+    )
+    config = load_config({}, {}, file)
+    assert (config.server.port, config.server.drain, config.server.base_path) == (8080, 3.0, "/x")
+    assert isinstance(config.server.drain, float)
+    assert config.cors.origins == ("https://a.example",)
+    assert config.auth.jwt_algorithm == "HS384"
+    assert not config.auth.open
+    assert config.debug.echo
+
+
+def test_every_documented_key_is_there() -> None:
+    keys = {
+        "server": "host port unix_socket workers drain base_path trusted_proxies max_connections heartbeat tls_cert "
+        "tls_key",
+        "auth": "jwt_algorithm jwt_key jwt_key_file jwks_file hook_url jwt_audience jwt_issuer",
+        "cors": "origins",
+        "history": "max_updates max_age max_bytes max_jobs",
+        "limits": "connections_per_user connects_per_second messages_per_second publishes_per_second max_message "
+        "backlog",
+        "store": "url",
+        "log": "format level",
+        "debug": "echo",
+    }
+    assert {table: " ".join(getattr(Config(), table).__struct_fields__) for table in Config.__struct_fields__} == keys
+
+
+def test_the_file_is_found(tmp_path: Path) -> None:
+    assert find_config_file(None, tmp_path) is None
+    file = toml_file(tmp_path, "")
+    assert find_config_file(None, tmp_path) == file
+    assert find_config_file("other.toml", tmp_path) == Path("other.toml")
+
+
+def test_loading_twice_gives_equal_configs(tmp_path: Path) -> None:
+    file = toml_file(tmp_path, "[limits]\nmessages_per_second = 5\n")
+    first = load_config(AUTH, {}, file)
+    assert load_config(AUTH, {}, file) == first
+    toml_file(tmp_path, "[limits]\nmessages_per_second = 6\n")
+    assert load_config(AUTH, {}, file).limits.messages_per_second == 6.0
+
+
+# --- unknown names ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[server]\nprot = 1", "unknown key server.prot in FILE; did you mean server.port?"),
+        ("[server]\njwt_key = 'x'", "unknown key server.jwt_key in FILE; did you mean auth.jwt_key?"),
+        ("[log]\nxyzzy = 1", "unknown key log.xyzzy in FILE; known keys: log.format, log.level"),
+        ("[sever]\nport = 1", "unknown table [sever] in FILE; did you mean server?"),
+        ("[xyzzy]\nport = 1", "unknown table [xyzzy] in FILE; known tables: server, auth, cors, "),
+        ("port = 1", "unknown key 'port' outside of any table in FILE; did you mean server.port?"),
+        ("server = 1", "server (FILE): expected a table, [server], not a single value"),
+        ("[server]\nport = ", "FILE is not valid TOML: "),
+        ("[webhooks.payment]\nsecret = 'x'", "[webhooks] (FILE): this version does not support incoming webhooks"),
+    ],
+)
+def test_bad_names_in_a_file(tmp_path: Path, text: str, words: str) -> None:
+    file = toml_file(tmp_path, text)
+    assert refused(file=file).startswith(words.replace("FILE", str(file)))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "No such file" in refused(file=tmp_path / "missing.toml")
+    assert "Is a directory" in refused(file=tmp_path)
+    (tmp_path / "latin1.toml").write_bytes(b'[store]\nurl = "\xe9"')
+    assert "not valid TOML" in refused(file=tmp_path / "latin1.toml")
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("STATUSWIRE_SERVER_PROT", "STATUSWIRE_SERVER_PORT"),
+        ("STATUSWIRE_PORT", "STATUSWIRE_SERVER_PORT"),
+        ("STATUSWIRE_LIMIT_MAX_MESSAGE", "STATUSWIRE_LIMITS_MAX_MESSAGE"),
+    ],
+)
+def test_unknown_environment_variable(variable: str, meant: str) -> None:
+    assert refused(environ={variable: "1"}) == f"unknown environment variable {variable}; did you mean {meant}?"
+
+
+def test_unknown_flag_key() -> None:
+    assert refused({"server.hots": "x"}) == "unknown key server.hots; did you mean server.host?"
+
+
+def test_client_variables_are_not_ours() -> None:
+    environ = {"STATUSWIRE_URL": "http://x", "STATUSWIRE_TOKEN": "t"}
+    assert load_config({}, environ, None) == Config()
+
+
+def test_service_links_of_kubernetes_are_not_configuration() -> None:
+    links = {
+        "STATUSWIRE_PORT": "tcp://10.0.0.1:3000",
+        "STATUSWIRE_PORT_3000_TCP": "tcp://10.0.0.1:3000",
+        "STATUSWIRE_PORT_3000_TCP_ADDR": "10.0.0.1",
+        "STATUSWIRE_SERVICE_HOST": "10.0.0.1",
+        "STATUSWIRE_SERVICE_PORT_HTTP": "3000",
+        # of a service named "statuswire-server": the same name as one of our keys
+        "STATUSWIRE_SERVER_PORT": "tcp://10.0.0.2:3000",
+        "STATUSWIRE_SERVER_SERVICE_HOST": "10.0.0.2",
+    }
+    assert load_config({}, links, None) == Config()
+    assert "STATUSWIRE_SERVICE_HOST" in refused(environ={"STATUSWIRE_SERVICE_HOST": "10.0.0.1"})
+
+
+# --- bad values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("server.port", "abc", 'server.port = "abc" (flag --port): expected a whole number from 0 to 65535'),
+        ("server.port", "65536", "whole number from 0 to 65535"),
+        ("server.port", "-1", "whole number from 0 to 65535"),
+        ("server.port", "1.5", "whole number from 0 to 65535"),
+        ("server.port", True, "server.port = true (flag --port): expected a whole number"),
+        ("server.host", 5, "server.host = 5 (flag --host): expected a string"),
+        ("server.workers", "0", "whole number, 1 or more"),
+        ("server.drain", "-1", "a number, 0 or more"),
+        ("server.drain", "nan", "a number, 0 or more"),
+        ("server.drain", "inf", "a number, 0 or more"),
+        ("server.heartbeat", "0", "a number greater than 0"),
+        ("history.max_age", "soon", "a number greater than 0"),
+        ("history.max_updates", "0", "whole number, 1 or more"),
+        ("limits.connections_per_user", "-1", "whole number, 0 or more"),
+        ("server.trusted_proxies", "10.0.0.0/8,proxy", "'proxy' is neither an IP address nor a network"),
+        ("server.trusted_proxies", "*", '"0.0.0.0/0" trusts everyone'),
+        ("server.trusted_proxies", [1], "expected a list of strings"),
+        ("server.base_path", "/a//b", "plain URL path"),
+        ("server.base_path", "/../b", "plain URL path"),
+        ("server.base_path", "/a?b", "plain URL path"),
+        ("cors.origins", "*", "list the origins"),
+        ("cors.origins", "https://a.example/path", "'https://a.example/path' is not an origin"),
+        ("cors.origins", "a.example", "is not an origin"),
+        ("cors.origins", "null", "is not an origin"),
+        ("log.level", "warn", "expected one of debug, error, info, warning; did you mean 'warning'?"),
+        ("log.format", "xml", "expected one of json, plain"),
+        ("debug.echo", "yes", "expected true or false"),
+        ("auth.jwt_algorithm", "none", "expected one of ES256, "),
+        ("auth.jwt_algorithm", "HS265", "did you mean 'HS256'?"),
+        ("store.url", "sqlite", "expected memory: or sqlite:PATH"),
+        ("store.url", "sqlite:", "expected memory: or sqlite:PATH"),
+        ("store.url", "postgres://x", "expected memory: or sqlite:PATH"),
+        ("store.url", "sqlite:///x.db", "without //"),
+        ("store.url", "sqlite::memory:", "write memory:"),
+    ],
+)
+def test_bad_values_name_key_value_and_source(name: str, value: object, words: str) -> None:
+    message = refused({name: value})
+    assert message.startswith(f"{name} = ")
+    assert "(flag " in message
+    assert words in message
+
+
+def test_bad_value_from_environment_and_file(tmp_path: Path) -> None:
+    message = refused(environ={"STATUSWIRE_SERVER_PORT": "x"})
+    assert message.startswith('server.port = "x" (environment variable STATUSWIRE_SERVER_PORT): ')
+    file = toml_file(tmp_path, '[server]\nport = "3000"')
+    assert refused(file=file).startswith(f'server.port = "3000" ({file}): ')
+    assert "list of strings" in refused(file=toml_file(tmp_path, '[cors]\norigins = "https://a.example"'))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"store.url": "redis://:pw@h:6379/0"}, "this version does not support Redis"),
+        ({"store.url": "rediss://h"}, "this version does not support Redis"),
+        ({"store.url": "redis+sentinel://a:1,b:2/NAME/0"}, "this version does not support Redis"),
+        ({"store.url": "redis+cluster://a:1"}, "this version does not support Redis"),
+        ({"auth.hook_url": "http://app/who"}, "auth.hook_url (flag auth.hook_url): this version does not support"),
+        ({"server.tls_cert": "c.pem"}, "does not support TLS"),
+        ({"server.tls_key": "k.pem"}, "does not support TLS"),
+        ({"server.workers": "4"}, "server.workers = 4 (flag --workers): several workers need a Redis store"),
+        ({"server.workers": "2", "store.url": "memory:"}, "memory: belongs to one process"),
+    ],
+)
+def test_what_this_version_does_not_offer(flags: dict[str, object], words: str) -> None:
+    message = refused(flags)
+    assert words in message
+    assert "unknown" not in message
+    assert "pw" not in message
+
+
+def test_an_unsupported_key_may_be_there_and_empty() -> None:
+    assert load_config({}, {"STATUSWIRE_AUTH_HOOK_URL": "", "STATUSWIRE_SERVER_TLS_CERT": ""}, None) == Config()
+
+
+# --- keys that depend on each other -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("localhost", True),
+        ("LOCALHOST.", True),
+        ("api.localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.1.5", False),
+        ("example.com", False),
+        ("localhost.example.com", False),
+        ("", False),
+    ],
+)
+def test_without_auth_only_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+    flags = {"server.host": host}
+    if loopback:
+        assert load_config(flags, {}, None).server.host == host
+    elif host:
+        message = refused(flags)
+        assert "without auth everyone is an admin" in message
+        assert "auth.jwt_key" in message
+        assert load_config(flags | AUTH, {}, None).server.host == host
+        # beside a Unix socket the TCP address is as open as alone
+        assert "loopback only" in refused(flags | {"server.unix_socket": "/run/s"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "host", "tcp"),
+    [
+        ({}, "", False),
+        ({"server.port": "3000"}, "127.0.0.1", True),
+        ({"server.host": "localhost"}, "localhost", True),
+        ({"server.host": ""}, "", False),
+    ],
+)
+def test_a_unix_socket_alone_replaces_tcp(flags: dict[str, object], host: str, tcp: bool) -> None:
+    server = load_config(flags | {"server.unix_socket": "/run/s"}, {}, None).server
+    assert (server.host, server.tcp, server.unix_socket) == (host, tcp, "/run/s")
+
+
+def test_nowhere_to_listen() -> None:
+    assert "nothing to listen on" in refused({"server.host": ""})
+    assert "nothing to listen on" in refused({"server.host": ""} | AUTH)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"auth.jwt_key": "x" * 31}, "auth.jwt_key has 31 bytes; a secret for HS256 must have 32 or more"),
+        ({"auth.jwt_key": "é" * 15, "auth.jwt_algorithm": "HS512"}, "has 30 bytes; a secret for HS512"),
+        ({"auth.jwt_key": SECRET, "auth.jwt_key_file": "k"}, "auth.jwt_key and auth.jwt_key_file are set together"),
+        ({"auth.jwt_key_file": "k", "auth.jwks_file": "j"}, "auth.jwt_key_file and auth.jwks_file are set together"),
+        ({"auth.jwt_algorithm": "HS256"}, "auth.jwt_algorithm = HS256 needs a key"),
+        ({"auth.jwks_file": "j"}, "auth.jwks_file is set but auth.jwt_algorithm is not"),
+        ({"auth.jwt_key": PEM}, "auth.jwt_key is set but auth.jwt_algorithm is not"),
+    ],
+)
+def test_auth_keys_that_do_not_fit(flags: dict[str, object], words: str) -> None:
+    message = refused(flags)
+    assert words in message
+    assert SECRET not in message
+
+
+def test_a_secret_alone_means_hs256() -> None:
+    assert load_config(AUTH, {}, None).auth.jwt_algorithm == "HS256"
+    assert load_config({"auth.jwt_key_file": "k"}, {}, None).auth.jwt_algorithm == ""
+    assert load_config(AUTH | {"auth.jwt_algorithm": "hs384"}, {}, None).auth.jwt_algorithm == "HS384"
+
+
+def test_a_pem_key_in_the_environment_may_have_escaped_line_ends() -> None:
+    environ = {"STATUSWIRE_AUTH_JWT_KEY": PEM.replace("\n", "\\n"), "STATUSWIRE_AUTH_JWT_ALGORITHM": "EdDSA"}
+    assert load_config({}, environ, None).auth.jwt_key == PEM
+
+
+def test_secrets_stay_out_of_messages() -> None:
+    assert "hunter2" not in refused({"auth.jwt_key": ["hunter2"]})
+    assert "hunter2" not in refused({"auth.jwt_key": "hunter2"})
+    assert "hunter2" not in refused({"store.url": "redis://:hunter2@host/0"})
+
+
+# --- what is in effect --------------------------------------------------------------------------------------------
+
+
+def test_describe_is_toml_that_loads_to_the_same(tmp_path: Path) -> None:
+    flags = {
+        "server.base_path": "live",
+        "server.port": "1",
+        "server.trusted_proxies": "::1,10.0.0.0/8",
+        "store.url": 'sqlite:/tmp/"quoted"\x7f\\ü.db',
+        "debug.echo": "1",
+    }
+    config, sources = load_with_sources(flags, {}, None)
+    text = describe(config, sources)
+    assert load_config({}, {}, toml_file(tmp_path, text)) == config
+    assert "port = 1  # flag --port\n" in text
+    assert "\ndrain = 5.0\n" in text
+
+
+def test_describe_hides_secrets_and_explains_what_is_implied() -> None:
+    config, sources = load_with_sources(AUTH | {"server.unix_socket": "/run/s"}, {}, None)
+    text = describe(config, sources)
+    assert SECRET not in text
+    tables = tomllib.loads(text)
+    assert tables["auth"]["jwt_key"] == "(hidden)"
+    assert 'jwt_algorithm = "HS256"  # auth.jwt_key is a shared secret' in text
+    assert 'host = ""  # no TCP' in text
+
+
+def test_store_parts() -> None:
+    store = load_config({"store.url": "sqlite:a:b.db"}, {}, None).store
+    assert (store.kind, store.path) == ("sqlite", "a:b.db")
+    store = load_config({"store.url": "memory:"}, {}, None).store
+    assert (store.kind, store.path) == ("memory", "")
+
+
+def test_proxy_networks() -> None:
+    server = load_config({"server.trusted_proxies": "10.1.2.3/8,::1"}, {}, None).server
+    assert [str(network) for network in server.proxy_networks] == ["10.0.0.0/8", "::1/128"]
+
+
+def test_flags_name_known_keys_only() -> None:
+    assert set(module.FLAGS) <= set(module._KEYS)
