@@ -352,7 +352,7 @@ def _show_estimate(record: Record, eta: Eta | None, now_ms: int) -> None:
 
 
 def _take_given_estimate(record: Record, private: Private, fields: Fields, now_ms: int) -> Private:
-    """A publisher's own estimate wins until progress moves again. One of the two implies the other, null clears both."""
+    """A publisher's own estimate wins until progress moves. One of the two implies the other, null clears both."""
     remaining, completion = fields.estimated_time_remaining, fields.estimated_completion_time
     if remaining is UNSET and completion is UNSET:
         return private

@@ -331,8 +331,7 @@ def load_with_sources(
     values: dict[str, dict[str, object]] = {table: {} for table in _TABLES}
     for name, value in given.items():
         table, _, key = name.partition(".")
-        converted = _convert(_KEYS[name], value)
-        values[table][key] = _normalise(name, converted, value.source)
+        values[table][key] = _convert(_KEYS[name], value)
     if values["server"].get("unix_socket") and not values["server"].keys() & {"host", "port"}:
         values["server"]["host"] = ""  # a Unix socket that is asked for alone is meant alone
     auth = values["auth"]
@@ -415,29 +414,21 @@ def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, _Value]]:
 
 
 def _convert(key: _Key, value: _Value) -> object:
-    raw = value.raw
-    if value.text and isinstance(raw, str):
-        raw = rules.from_text(key.info, raw)
+    """The value in its type and its one spelling."""
+    raw = rules.from_text(key.info, value.raw) if value.text and isinstance(value.raw, str) else value.raw
     try:
         converted = msgspec.convert(raw, key.type, strict=not value.text)
         if isinstance(converted, float) and not math.isfinite(converted):
             raise ValueError("not finite")
     except (msgspec.ValidationError, ValueError):
-        expected = rules.expected(key.info)
         near = rules.nearest(str(raw), rules.choices(key.info))
         hint = f"; did you mean {near!r}?" if near else ""
-        raise _bad(key.name, value.raw, value.source, f"expected {expected}{hint}") from None
-    return converted
-
-
-def _normalise(name: str, value: Any, source: str) -> object:
-    rule = rules.RULES.get(name)
-    if rule is None:
-        return value
+        raise _bad(key.name, value.raw, value.source, f"expected {rules.expected(key.info)}{hint}") from None
+    rule = rules.RULES.get(key.name)
     try:
-        return rule(value)
+        return converted if rule is None else rule(converted)
     except ValueError as error:
-        raise _bad(name, value, source, str(error)) from None
+        raise _bad(key.name, value.raw, value.source, str(error)) from None
 
 
 # --- keys that depend on each other -----------------------------------------------------------------------------

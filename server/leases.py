@@ -1,4 +1,4 @@
-"""Leases: a job whose worker falls silent for ``ttl`` seconds is shown as stalled, and after another ``ttl`` as failed."""
+"""Leases: a job whose worker is silent for ``ttl`` seconds is shown as stalled, and after another ``ttl`` as failed."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Keys:
         return kept if kept is not None and kept.at_ms > now_ms - KEEP_MS else None
 
     def make_room(self, now_ms: int) -> None:
-        """Before a new key. Raises ApiError 503 ``overloaded`` when the table is full of keys that were promised to be kept."""
+        """Before a new key. Raises ApiError 503 ``overloaded`` when the table is full of keys that must be kept."""
         self.prune(now_ms)
         if len(self._kept) >= self._max_keys:
             self._drop_until(now_ms - _PROMISED_MS, 1)

@@ -1,8 +1,8 @@
 """What the memory and the sqlite broker have in common: deciding operations in order, on one node.
 
-There are two states of a job. The *shown* one (``Jobs``) is kept and may be told to anyone; the *working* one, an overlay,
-has what was accepted since. Decisions are made on the working state, so submissions need not wait for each other; if
-the store fails, the overlay is thrown away and with it the offsets it used, which nobody has seen.
+There are two states of a job. The *shown* one (``Jobs``) is kept and may be told to anyone; the *working* one, an
+overlay, has what was accepted since. Decisions are made on the working state, so submissions need not wait for each
+other; if the store fails, the overlay is thrown away and with it the offsets it used, which nobody has seen.
 """
 
 from __future__ import annotations
@@ -277,15 +277,15 @@ class LocalBroker:
 
     def _stage(self, before: Job | None, after: Job | None, update: Update) -> None:
         """Take a decided change into the current group, and carry it up to the job's ancestors."""
-        at_ms = update.at_ms
-
-        def roll_up(parent: Job, parts: Parts | None, started: bool, offset: int) -> Job:
-            return rules.roll_up(parent, parts, part_started=started, offset=offset, now_ms=at_ms)
-
         some = after or before
-        linked = some is not None and some.private.link is not None
-        ancestors = climb(before, after, self._get, roll_up, update.offset) if linked else ()
-        self._at_ms = at_ms
+        ancestors: Sequence[Job] = ()
+        if some is not None and some.private.link is not None:
+
+            def roll_up(parent: Job, parts: Parts | None, started: bool, offset: int) -> Job:
+                return rules.roll_up(parent, parts, part_started=started, offset=offset, now_ms=update.at_ms)
+
+            ancestors = climb(before, after, self._get, roll_up, update.offset)
+        self._at_ms = update.at_ms
         self._add_entry(update, after)
         for job in ancestors:
             if job.latest.offset > self._offset:

@@ -7,9 +7,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from server.auth import load_keys
 from server.cli import EXIT_OK, flags_of
 from server.config import describe, find_config_file, load_with_sources
+from server.keys import load_keys
 
 
 def run(arguments: Namespace) -> int:

@@ -49,10 +49,15 @@ def open_client(url: str, token: str | None, *, read_timeout: float) -> httpx.Cl
     return httpx.Client(
         base_url=parsed,
         headers=headers,
-        timeout=httpx.Timeout(10.0, read=read_timeout),
+        timeout=timeouts(read_timeout),
         # A proxy of the environment cannot reach our own loopback.
         trust_env=not is_loopback(host),
     )
+
+
+def timeouts(read: float) -> httpx.Timeout:
+    """Ten seconds to connect or to send, ``read`` seconds without a byte of the answer."""
+    return httpx.Timeout(10.0, read=read)
 
 
 def jittered(attempt: int, *, base: float, cap: float) -> float:

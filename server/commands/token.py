@@ -9,9 +9,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from server.auth import sign_token
 from server.cli import EXIT_OK, EXIT_USAGE, CommandError, flags_of
 from server.config import find_config_file, load_config
+from server.keys import sign_token
 
 _ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}")
 

@@ -27,14 +27,17 @@ from server.commands.client import (
     open_client,
     reason_of,
     retry_after,
+    timeouts,
 )
 from server.commands.display import ENDED, Display, Record, open_display
 
 PATH = "api/v2/jobs/stream"
 BASE_DELAY = 0.5
 MAX_DELAY = 20.0
-# Three heartbeats of the default 30 s: a connection that is silent for longer is dead.
-READ_TIMEOUT = 90.0
+# A connection without this many heartbeats is dead; their interval is 30 s unless the server says otherwise.
+HEARTBEATS = 3
+READ_TIMEOUT = HEARTBEATS * 30.0
+MAX_READ_TIMEOUT = 3600.0
 
 _UPDATES = frozenset({"status_update", "job_completed", "job_failed", "job_cancelled", "job_deleted"})
 
@@ -128,12 +131,10 @@ def run(arguments: Namespace) -> int:
             changed: list[Record] = []
             for event in events:
                 message = _decode(event.data)
-                if message is None:
-                    continue
-                display.event(event.data)
-                changed += watched.take(message)
-                if message.get("type") == "error":
-                    display.note(str(message.get("message") or message.get("code")))
+                if message is not None:
+                    display.event(event.data)
+                    changed += watched.take(message)
+                    stream.take(message)
             display.show(changed, watched.jobs)
             stream.all_ended = bool(names) and watched.ended
             if arguments.exit and not names and watched.ended:
@@ -196,6 +197,15 @@ class _Stream:
             if problem is not None:
                 self._display.note(f"{problem}; trying again")
             time.sleep(delay)
+
+    def take(self, message: dict[str, Any]) -> None:
+        """What an event says about the stream itself."""
+        heartbeat = message.get("heartbeat")
+        if message.get("type") == "error":
+            self._display.note(str(message.get("message") or message.get("code")))
+        elif message.get("type") == "connected" and isinstance(heartbeat, int | float):
+            # For the next connection; on this one a longer interval costs one reconnection.
+            self._client.timeout = timeouts(min(max(READ_TIMEOUT, HEARTBEATS * heartbeat), MAX_READ_TIMEOUT))
 
     def _headers(self) -> dict[str, str]:
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}

@@ -85,8 +85,8 @@ def client() -> Iterator[LoadClient]:
 def websocket(parts: list[bytes]) -> Script:
     def script(connection: socket.socket) -> None:
         connection.sendall(SWITCH)
-        head = connection.recv(2)
-        connection.recv(4 + (head[1] & 127))  # the subscribe message and its mask
+        head = connection.recv(2, socket.MSG_WAITALL)
+        connection.recv(4 + (head[1] & 127), socket.MSG_WAITALL)  # the subscribe message and its mask
         for part in parts:
             connection.sendall(part)
 
@@ -160,6 +160,26 @@ def test_counts_events_however_they_are_split(client: LoadClient, chunked: bool)
         report = read_all(client, port, 13, transport="sse")
     assert (report["deliveries"], report["snapshots"], report["others"]) == (3, 1, 1)
     assert (report["lost"], report["repeated"], report["errors"]) == (0, 0, 0)
+
+
+def test_an_event_finished_in_one_chunk_is_not_mixed_with_the_next(client: LoadClient) -> None:
+    first, second = event(11), event(12)
+    parts = [chunk(SSE_SNAPSHOT), chunk(first[:20]), chunk(first[20:]) + chunk(second) + chunk(event(13))]
+    read = threading.Event()
+
+    def script(connection: socket.socket) -> None:
+        stream(parts[:2])(connection)
+        read.wait(5)  # the client has the first part: the rest comes in another read
+        stream(parts[2:], b"")(connection)
+
+    with scripted(script) as port:
+        client.start(port=port, transport="sse", path="/")
+        deadline = time.monotonic() + 5
+        while client.report()["bytes"] < len(STREAM_HEAD + parts[0] + parts[1]):
+            assert time.monotonic() < deadline
+        read.set()
+        report = client.wait_version(13, 5)
+    assert (report["deliveries"], report["lost"], report["repeated"], report["errors"]) == (3, 0, 0, 0)
 
 
 def test_latency_is_the_age_of_the_time_stamp(client: LoadClient) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -7,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -35,6 +39,11 @@ def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str
     assert captured.err.startswith("statuswire: ")
     assert captured.err.count("\n") == 1
     return captured.err
+
+
+def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
 
 
 # --- the command line itself --------------------------------------------------------------------------------------
@@ -84,18 +93,11 @@ def test_starting_up_imports_only_what_is_needed() -> None:
     assert ran.stdout.endswith("\n[]\n")
 
 
-@pytest.mark.parametrize("program", [["-m", "server"], ["-m", "server.cli"]])
-def test_python_m(program: list[str]) -> None:
-    ran = subprocess.run(
-        [sys.executable, *program, "check-config", "--port", "x"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    if program[-1] == "server":
-        assert ran.returncode == 2
-        assert ran.stderr == 'statuswire: server.port = "x" (flag --port): expected a whole number from 0 to 65535\n'
+def test_python_m_server() -> None:
+    ran = run_server("check-config", "--port", "x")
+    assert ran.returncode == 2
+    assert ran.stderr == 'statuswire: server.port = "x" (flag --port): expected a whole number from 0 to 65535\n'
+    assert ran.stdout == ""
 
 
 # --- serve and check-config ---------------------------------------------------------------------------------------
@@ -117,9 +119,7 @@ def test_check_config_prints_what_is_in_effect(
     assert "# environment variable STATUSWIRE_AUTH_JWT_KEY\n" in text
 
 
-def test_config_option_wins_over_the_file_in_the_directory(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_option_wins_over_the_file_in_the_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "statuswire.toml").write_text("nonsense")
     (tmp_path / "other.toml").write_text("[server]\nport = 5\n")
     assert main(["check-config", "--config", "other.toml"]) == 0
@@ -154,6 +154,31 @@ def test_check_config_reads_the_keys(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "statuswire.toml").write_text("[auth]\njwt_algorithm = 'HS256'\njwt_key_file = 'key'\n")
     assert main(["check-config"]) == 2
     assert "jwt_key_file" in capsys.readouterr().err
+
+
+def test_serve_until_sigterm(tmp_path: Path) -> None:
+    (tmp_path / "statuswire.toml").write_text("[server]\ndrain = 0\n")
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--store", "memory:"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+            assert address is not None
+            assert httpx.get(f"{address[0]}/health", trust_env=False).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_serve_says_why_it_cannot_listen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = run_server("serve", "--port", str(port), "--store", "memory:")
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.splitlines()[-1].startswith(f"statuswire: cannot listen on 127.0.0.1 port {port}: ")
 
 
 # --- token --------------------------------------------------------------------------------------------------------
@@ -237,7 +262,7 @@ def test_audience_and_issuer_are_those_of_the_server(tmp_path: Path, capsys: pyt
         (["--jwt-key", pem(RSA, password=b"pw"), "--jwt-algorithm", "RS256"], "encrypted"),
         (["--jwt-key", pem(RSA), "--jwt-algorithm", "ES256"], "needs an EC key"),
         (["--jwt-key", pem(ED), "--jwt-algorithm", "HS256"], "PEM"),
-        (["--jwt-key", SECRET, "--jwt-algorithm", "RS256"], "not PEM"),
+        (["--jwt-key", SECRET, "--jwt-algorithm", "RS256"], "is not a PEM key"),
         (["--jwt-key", "short"], "has 5 bytes"),
     ],
 )

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 
 from server.cli import main
-from server.commands.display import _most_alive, describe
-from server.commands.watch import Watched
+from server.commands.client import open_client
+from server.commands.display import Lines, _most_alive, describe
+from server.commands.watch import READ_TIMEOUT, Watched, _Stream
 from tests.server.commands.scripted import Answer, ScriptedServer, error, scripted, sse, stream
 
 DONE = Answer(204)
@@ -110,6 +111,27 @@ def test_the_same_trouble_is_told_once(capsys: pytest.CaptureFixture[str]) -> No
     with scripted(*away, stream(sse(snapshot(job(status="completed")), "e:1"))) as server:
         assert watch(server, "j") == 0
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("heartbeat", "seconds"), [(30.0, 90.0), (0.5, 90.0), (120, 360.0), (1e300, 3600.0), (None, 90.0)]
+)
+def test_silence_is_measured_in_heartbeats(heartbeat: float | None, seconds: float) -> None:
+    with open_client("http://127.0.0.1", None, read_timeout=READ_TIMEOUT) as client:
+        stream = _Stream(client, "", {}, Lines(sys.stdout))
+        stream.take({"type": "connected", "heartbeat": heartbeat})
+        assert client.timeout.read == seconds
+
+
+def test_a_silent_connection_is_given_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.commands.watch.READ_TIMEOUT", 0.2)
+    silent = stream(CONNECTED, sse(snapshot(job()), "e:1"), hold=True)
+    with scripted(silent, stream(sse(update(status="completed"), "e:2"))) as server:
+        assert watch(server, "j") == 0
+    assert server.seen[1].headers["last-event-id"] == "e:1"
+    assert "timed out; trying again" in capsys.readouterr().err
 
 
 def test_no_content_means_that_it_is_all_over(capsys: pytest.CaptureFixture[str]) -> None:
