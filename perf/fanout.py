@@ -148,7 +148,7 @@ def saturated(watched: Watched, publisher: LoadClient, seconds: float) -> dict[s
     check(published, report)
     expected = published["accepted"] * watched.connections
     return result | {
-        "rate": report["deliveries"] / result["seconds"],
+        "rate": report["deliveries"] / report["delivered_seconds"],
         "missing": expected - report["deliveries"] + report["repeated"],
         "repeated": report["repeated"],
         "process": 100 * result["cpu"] / result["seconds"],

@@ -49,7 +49,7 @@ static struct {
     /* the current batch */
     struct message batch[BATCH];
     unsigned batched;
-    uint64_t read_ns;
+    uint64_t read_ns, delivered_ns; /* when the newest bytes, and the newest update, came */
     size_t version_hint, time_hint;
 } R;
 
@@ -170,6 +170,7 @@ static void look_into(struct reader *r, const struct message *m) {
 #define TYPE_IS(word) (left >= sizeof(word) - 1 && !memcmp(type, word, sizeof(word) - 1))
     if (TYPE_IS("status_update\"") || TYPE_IS("job_")) {
         R.deliveries++;
+        R.delivered_ns = R.read_ns;
         if (R.check) {
             int64_t version = version_of(m);
             if (version < 0) reader_error(m->at, m->length);
@@ -202,6 +203,7 @@ static void finish_batch(struct reader *r) {
         R.deliveries += n;
         r->version += n;
         if (r->index == 0) keep_last(&R.batch[n - 1]);
+        R.delivered_ns = R.read_ns;
     } else {
         R.rescans += step > 1 && n > 2 && r->version >= 0;
         for (unsigned i = 0; i < n && r->phase == PHASE_STREAM; i++) look_into(r, &R.batch[i]);
@@ -422,7 +424,7 @@ static void readers_mark(void) {
     histogram_clear(&R.latency);
     histogram_clear(&R.setup);
     histogram_clear(&R.first);
-    R.mark_ns = now_ns();
+    R.mark_ns = R.delivered_ns = now_ns();
     R.mark_cpu = cpu_seconds();
 }
 
@@ -487,10 +489,10 @@ static void readers_report(void) {
         if (R.all[i].version < lowest) lowest = R.all[i].version;
         if (R.all[i].version > highest) highest = R.all[i].version;
     }
-    printf("{\"event\":\"report\",\"seconds\":%.6f,\"cpu_seconds\":%.6f,\"connections\":%u,\"pending\":%u,\"failed\":%u,\"closed\":%u,"
+    printf("{\"event\":\"report\",\"seconds\":%.6f,\"delivered_seconds\":%.6f,\"cpu_seconds\":%.6f,\"connections\":%u,\"pending\":%u,\"failed\":%u,\"closed\":%u,"
            "\"finished\":%llu,\"bytes\":%llu,\"reads\":%llu,\"deliveries\":%llu,\"snapshots\":%llu,\"others\":%llu,\"lost\":%llu,"
            "\"repeated\":%llu,\"resets\":%llu,\"errors\":%llu,\"rescans\":%llu,\"lowest_version\":%lld,\"highest_version\":%lld,\"error\":\"%s\",",
-           (double)(now_ns() - R.mark_ns) / 1e9, cpu_seconds() - R.mark_cpu, R.ready, R.pending, R.failed, R.closed,
+           (double)(now_ns() - R.mark_ns) / 1e9, (double)(R.delivered_ns - R.mark_ns) / 1e9, cpu_seconds() - R.mark_cpu, R.ready, R.pending, R.failed, R.closed,
            (unsigned long long)R.finished, (unsigned long long)R.bytes, (unsigned long long)R.reads, (unsigned long long)R.deliveries,
            (unsigned long long)R.snapshots, (unsigned long long)R.others, (unsigned long long)R.lost, (unsigned long long)R.repeated,
            (unsigned long long)R.resets, (unsigned long long)R.errors, (unsigned long long)R.rescans,

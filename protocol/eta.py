@@ -1,8 +1,8 @@
 """How long a job will still take, from the way its progress went. Pure: times are unix milliseconds passed in.
 
-The pace is recent percentage points over the milliseconds they took, where older points fade. Because both sums fade
-alike, and with progress rather than with time, the pace does not depend on how often a worker reports: a burst of
-reports is no burst of speed, and a long wait for one point slows the estimate at once.
+The pace is recent percentage points over the milliseconds they took, where older points fade. Both sums fade alike,
+and with progress rather than with time: so the pace of steady work does not depend on how often a worker reports, and
+a long wait for one point slows the estimate at once.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
                 services.start_soon(_housekeeping, node)
                 async with trio.open_nursery() as connections:
                     for listener in listeners:
-                        services.start_soon(accept_forever, node, listener, connections)
+                        # In the nursery of what it accepts: both end together, none is accepted into a closed one.
+                        connections.start_soon(accept_forever, node, listener, connections)
                     yield node, [describe(listener) for listener in listeners]
                     connections.cancel_scope.cancel()
                 services.cancel_scope.cancel()

@@ -10,7 +10,6 @@ the server runs.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 import tomllib
@@ -31,7 +30,6 @@ CLIENT_VARIABLES = frozenset({"STATUSWIRE_URL", "STATUSWIRE_TOKEN"})
 # RFC 7518 section 3.2 asks HMAC keys to be as long as the hash; 32 bytes is the least that withstands guessing.
 MIN_SECRET_BYTES = 32
 
-Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 JwtAlgorithm: TypeAlias = Literal[
     "", "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
     "ES256", "ES384", "ES512", "EdDSA",
@@ -58,7 +56,7 @@ class Server(Struct, frozen=True, kw_only=True):
         workers: processes.
         drain: seconds over which live streams are closed after SIGTERM; 0 closes them at once.
         base_path: prefix of every path, normalised to "" or "/x/y".
-        trusted_proxies: addresses and networks whose ``X-Forwarded-For`` is believed.
+        trusted_proxies: addresses and networks whose ``X-Forwarded-For`` is believed; ``unix`` for the Unix socket.
         max_connections: open sockets, over all clients.
         heartbeat: seconds between heartbeats and pings.
         tls_cert: PEM certificate chain file, "" for none.
@@ -87,11 +85,6 @@ class Server(Struct, frozen=True, kw_only=True):
     def tcp(self) -> bool:
         """Whether the server listens on ``host:port``."""
         return bool(self.host)
-
-    @property
-    def proxy_networks(self) -> tuple[Network, ...]:
-        """``trusted_proxies``, parsed; a bare address is a network of one."""
-        return tuple(ipaddress.ip_network(text, strict=False) for text in self.trusted_proxies)
 
 
 class Auth(Struct, frozen=True, kw_only=True):
@@ -126,7 +119,8 @@ class Cors(Struct, frozen=True, kw_only=True):
     """Table ``[cors]``.
 
     Attributes:
-        origins: browser origins besides the server's own, spelled as browsers send them (``https://app.example``).
+        origins: browser origins besides the server's own, spelled as browsers send them (``https://app.example``);
+            ``*`` is any page and ``null`` any sandboxed one, both without cookies and only with auth.
     """
 
     origins: tuple[str, ...] = ()
@@ -452,6 +446,12 @@ def _check(config: Config, sources: Mapping[str, str]) -> None:
             f"server.host = {server.host!r} ({sources['server.host']}): without auth everyone is an admin, so the "
             "server listens on loopback only; configure auth.jwt_algorithm and auth.jwt_key (or jwt_key_file or "
             "jwks_file), or listen on 127.0.0.1 or a Unix socket"
+        )
+    anybody = {"*", "null"}.intersection(config.cors.origins)
+    if anybody and config.auth.open:
+        raise ConfigError(
+            f"cors.origins = {sorted(anybody)[0]!r} ({sources['cors.origins']}): without auth every web page that is "
+            "opened on this machine could control the jobs; list the origins, or configure auth"
         )
 
 

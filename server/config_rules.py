@@ -89,11 +89,13 @@ def _base_path(text: str) -> str:
 
 def _proxies(items: tuple[str, ...]) -> tuple[str, ...]:
     for item in items:
+        if item == "unix":  # whoever connects over the Unix socket
+            continue
         try:
             ipaddress.ip_network(item, strict=False)
         except ValueError:
             hint = ' ("0.0.0.0/0" trusts everyone)' if item == "*" else ""
-            raise ValueError(f"{item!r} is neither an IP address nor a network like 10.0.0.0/8{hint}") from None
+            raise ValueError(f"{item!r} is neither an IP address nor a network like 10.0.0.0/8 nor unix{hint}") from None
     return items
 
 
@@ -101,8 +103,9 @@ def _origins(items: tuple[str, ...]) -> tuple[str, ...]:
     """Spell origins the way browsers do (RFC 6454 section 6.2): lower case, no default port, no slash at the end."""
     spelled = []
     for item in items:
-        if item == "*":
-            raise ValueError("'*' would let every web site act with its visitors' credentials: list the origins")
+        if item in ("*", "null"):  # any page; allowed without cookies only
+            spelled.append(item)
+            continue
         match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?/?", item.lower())
         if match is None:
             raise ValueError(f"{item!r} is not an origin like https://app.example.com or http://localhost:8080")

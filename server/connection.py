@@ -22,7 +22,7 @@ from server.answers import Response, error_answer
 from server.auth import Identity
 from server.limits import client_address
 from server.logs import log_event
-from server.node import LOG, Node
+from server.node import LOG, Node, Stream
 from server.origins import cors_headers
 from server.socketio import linger, prepare, receive, send_all
 
@@ -119,24 +119,45 @@ class Connection:
         self.http = HttpConnection()
         self._over = False
 
-    async def run(self) -> None:
-        """Serve requests in order until either side ends the connection."""
+    async def run(self) -> Stream | None:
+        """Serve requests in order until either side ends the connection, or one of them begins a stream.
+
+        Returns:
+            The stream, for the caller to run: this object, the parser and the request need not idle along with it.
+        """
         from server.routes import answer  # imported late: routes know transports, which know connections
 
         first = True
         while not self._over:
             request = await self._next_request(HEAD_TIMEOUT_S if first else IDLE_TIMEOUT_S)
             if request is None:
-                return
-            first = False
+                return None
             exchange = Exchange(self, request)
-            with self.node.answering():
-                await answer(exchange)
+            if first:
+                self._count_behind_proxy(exchange.address)
+                first = False
+            self.node.begin()
+            try:
+                stream = await answer(exchange)
+            finally:
+                self.node.end()
+            if stream is not None:
+                return stream
             if not self._over and not self.http.next_request():
                 await linger(self.sock)
-                return
+                return None
             # Pipelined requests that never wait must not keep the loop to themselves.
             await trio.lowlevel.checkpoint()
+        return None
+
+    def _count_behind_proxy(self, address: str) -> None:
+        """A trusted proxy's connection counts for the client whose request it brings first, not for the proxy."""
+        node = self.node
+        if self.refusal is None and node.proxies.trusts(self.peer) and not node.proxies.trusts(address):
+            try:
+                node.limits.check_connect(address, trio.current_time())
+            except ApiError as error:
+                self.refusal = error
 
     async def _next_request(self, patience_s: float) -> Request | None:
         """The next request; None when there is none to answer any more."""
@@ -238,7 +259,9 @@ async def serve_connection(node: Node, sock: socket.socket, peer: str, refusal: 
         prepare(sock)
         async with trio.open_nursery() as nursery:
             with suppress(OSError, Disconnected):  # the peer may go at any time
-                await Connection(node, sock, peer, nursery, refusal).run()
+                stream = await Connection(node, sock, peer, nursery, refusal).run()
+                if stream is not None:
+                    await stream.run()
             nursery.cancel_scope.cancel()
     except OSError:
         pass

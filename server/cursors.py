@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final
+from typing import Final, NamedTuple
 
 # At some 200 bytes each this is 2 MB; beyond it the client longest unheard of starts from a snapshot again.
 MAX_CURSORS: Final = 10_000
@@ -11,20 +11,34 @@ MAX_CURSORS: Final = 10_000
 KEPT_S: Final = 3600.0
 
 
+class Client(NamedTuple):
+    """Whose cursor it is.
+
+    Attributes:
+        user: whoever asks.
+        client_id: the name it gave itself.
+        watch: digest of what it watches: a cursor of one question says nothing about what another has missed.
+    """
+
+    user: str
+    client_id: str
+    watch: int
+
+
 class Cursors:
-    """Last cursor by (user, client id); bounded in number and age. Times are monotonic seconds."""
+    """Last cursor by client; bounded in number and age. Times are monotonic seconds."""
 
     def __init__(self) -> None:
-        self._cursors: OrderedDict[tuple[str, str], tuple[float, str]] = OrderedDict()
+        self._cursors: OrderedDict[Client, tuple[float, str]] = OrderedDict()
 
-    def get(self, user: str, client_id: str, now: float) -> str | None:
-        """The cursor of this user's client, None if it has none or it is too old."""
-        kept = self._cursors.get((user, client_id))
+    def get(self, client: Client, now: float) -> str | None:
+        """The client's cursor, None if it has none or it is too old."""
+        kept = self._cursors.get(client)
         return kept[1] if kept is not None and now - kept[0] < KEPT_S else None
 
-    def put(self, user: str, client_id: str, cursor: str, now: float) -> None:
+    def put(self, client: Client, cursor: str, now: float) -> None:
         """Remember a cursor that was given to the client."""
-        self._cursors[(user, client_id)] = (now, cursor)
-        self._cursors.move_to_end((user, client_id))
+        self._cursors[client] = (now, cursor)
+        self._cursors.move_to_end(client)
         while len(self._cursors) > MAX_CURSORS or now - next(iter(self._cursors.values()))[0] >= KEPT_S:
             self._cursors.popitem(last=False)

@@ -75,16 +75,10 @@ def open_unix(path: str) -> socket.socket:
         ListenError: another server listens there, something else is in the way, or the directory is not writable.
     """
     try:
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(path) == 0:
-                    raise ListenError(f"server.unix_socket: another server listens on {path}")
-            os.unlink(path)
-        else:
-            raise ListenError(f"server.unix_socket: {path} exists and is no socket")
-    except FileNotFoundError:
-        pass
-    sock = socket.socket(socket.AF_UNIX)
+        _clear_path(path)
+        sock = socket.socket(socket.AF_UNIX)
+    except OSError as error:
+        raise _unusable(path, error) from error
     try:
         sock.bind(path)
         # Whoever may reach the socket may ask; the group is how a proxy is let in.
@@ -93,8 +87,26 @@ def open_unix(path: str) -> socket.socket:
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise ListenError(f"server.unix_socket: cannot listen on {path}: {error.strerror}") from error
+        raise _unusable(path, error) from error
     return sock
+
+
+def _clear_path(path: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(f"server.unix_socket: {path} exists and is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(path) == 0:
+            raise ListenError(f"server.unix_socket: another server listens on {path}")
+    os.unlink(path)
+
+
+def _unusable(path: str, error: OSError) -> ListenError:
+    # "AF_UNIX path too long" comes without a number, so without its words in strerror.
+    return ListenError(f"server.unix_socket: cannot listen on {path}: {error.strerror or error}")
 
 
 def close_listener(sock: socket.socket) -> None:
@@ -117,6 +129,7 @@ def describe(sock: socket.socket) -> str:
 
 async def accept_forever(node: Node, listener: socket.socket, connections: trio.Nursery) -> None:
     """Accept until cancelled; each connection is served in ``connections``. Survives every failing accept."""
+    exhausted = False
     while True:
         await trio.lowlevel.wait_readable(listener)
         for _ in range(ACCEPT_BATCH):
@@ -126,10 +139,13 @@ async def accept_forever(node: Node, listener: socket.socket, connections: trio.
                 break
             except OSError as error:
                 if error.errno in _EXHAUSTED:
-                    log_event(LOG, logging.WARNING, "accept_paused", reason=error.strerror)
+                    if not exhausted:  # said once, not ten times a second
+                        log_event(LOG, logging.WARNING, "accept_paused", reason=error.strerror)
+                    exhausted = True
                     await trio.sleep(EXHAUSTED_PAUSE_S)
                     break
                 continue  # this one was gone before it was accepted
+            exhausted = False
             peer = UNIX if listener.family == socket.AF_UNIX else address[0]
             refusal = _refusal(node, peer)
             if refusal is not None and node.connections >= node.config.server.max_connections + REFUSED_SOCKETS:

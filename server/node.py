@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from email.utils import formatdate
 from typing import Final, Protocol
 
@@ -35,7 +34,10 @@ MIN_SPREAD_S: Final = 2.0
 
 
 class Stream(Protocol):
-    """A live connection that must be told when the server goes away."""
+    """A live connection: it has left HTTP behind, and must be told when the server goes away."""
+
+    async def run(self) -> None:
+        """Serve it until either side ends it, and leave no trace."""
 
     def drain(self, delay_ms: int) -> None:
         """End it now, asking the client to come back after ``delay_ms``. Must not wait."""
@@ -81,9 +83,9 @@ class Node:
         self._apply(config)
 
     def _apply(self, config: Config) -> None:
-        self.config = config
         self.origins = parse_origins(config.cors.origins)
         self.proxies = parse_proxies(config.server.trusted_proxies)
+        self.config = config
 
     def reload(self, config: Config) -> None:
         """Take new keys, limits and origins; what only a restart can change stays as it is.
@@ -91,7 +93,7 @@ class Node:
         Raises:
             ConfigError: a new key is unfit; nothing was changed.
         """
-        self.authenticator.reload(config.auth)
+        self.authenticator.reload(config.auth)  # the one step that can fail: lists were checked with the file
         self.limits.reload(config.limits)
         self._apply(config)
 
@@ -122,16 +124,15 @@ class Node:
         """How long a client that is turned away should wait: spread, so that not all come back at once."""
         return int(1000 * random.uniform(0.5, max(MIN_SPREAD_S, self.config.server.drain)))
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """While a request is being answered, or a stream is live."""
+    def begin(self) -> None:
+        """A request is being answered, or a stream is live, until ``end``."""
         self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            if self._quiet is not None and not self._busy:
-                self._quiet.set()
+
+    def end(self) -> None:
+        """See ``begin``."""
+        self._busy -= 1
+        if self._quiet is not None and not self._busy:
+            self._quiet.set()
 
     # Going away
 
@@ -150,9 +151,11 @@ class Node:
             await trio.sleep_until(started + seconds * (position + 0.5) / len(streams))
             if stream in self.streams:
                 stream.drain(self.retry_delay_ms())
+        for stream in list(self.streams.keys() - streams):  # those whose handshake was under way
+            stream.drain(self.retry_delay_ms())
 
     async def wait_quiet(self) -> None:
-        """Wait until no request is being answered."""
+        """Wait until no request is being answered and no stream is live."""
         if self._busy:
             self._quiet = trio.Event()
             await self._quiet.wait()

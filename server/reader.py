@@ -355,6 +355,7 @@ class PushReader:
             if piece is not None:
                 return piece
             self.queue.popleft()
+        self.queue = None  # an empty deque is 760 bytes
         while self.held and not self.min_interval_s:
             if piece := self._release(list(islice(self.held, PIECE_UPDATES))):
                 return piece

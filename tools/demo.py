@@ -19,7 +19,7 @@ import secrets
 import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -316,7 +316,7 @@ async def publish(url: str, speed: float) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with httpx.AsyncClient(base_url=url.rstrip("/") + "/", headers=headers, timeout=15) as client:
         api = Api(client, speed)
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        async with trio.open_nursery() as nursery:
             for scene, _ in SCENES:
                 nursery.start_soon(worker, api, scene)
 
@@ -332,7 +332,7 @@ async def follow(speed: float) -> None:
             raise Fatal("the server's start line names no address")
         return  # it did not start, and said why itself
     print(f"Open {url} in a browser: a demo publishes jobs there. Ctrl-C ends both.", flush=True)
-    async with trio.open_nursery(strict_exception_groups=False) as nursery:
+    async with trio.open_nursery() as nursery:
         nursery.start_soon(publish, url, speed)
         while line := await _read_line():
             print(line, end="", flush=True)
@@ -352,12 +352,24 @@ def main() -> None:
     parser.add_argument("--follow", action="store_true", help="read the address from a server's output, end with it")
     arguments = parser.parse_args()
     run = partial(follow, arguments.speed) if arguments.follow else partial(publish, arguments.url, arguments.speed)
+    problem = None
     try:
         trio.run(run)
-    except KeyboardInterrupt:
+    except* KeyboardInterrupt:
         pass
-    except Fatal as error:
-        sys.exit(f"demo: {error}")
+    except* Fatal as group:
+        problem = next(_leaves(group))
+    if problem is not None:
+        sys.exit(f"demo: {problem}")
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions in a group that nurseries made."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 if __name__ == "__main__":

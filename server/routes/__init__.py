@@ -9,20 +9,21 @@ from protocol.errors import ApiError
 from server.answers import Response, error_answer
 from server.auth import unauthorized
 from server.connection import Disconnected, Exchange
+from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
 from server.routes import health, jobs, page
 from server.transports.longpoll import poll
 from server.transports.sse import stream, try_later
 from server.transports.websocket import echo_socket, jobs_socket
 
-Handler = Callable[[Exchange], Awaitable[Response | None]]
+Handler = Callable[[Exchange], Awaitable[Response | Stream | None]]
 
 
 class Route(NamedTuple):
     """How one method of one path is answered.
 
     Attributes:
-        handler: gives the answer, or None if it has answered by itself.
+        handler: gives the answer, or a stream that has begun, or None if all is said already.
         capability: what the caller must be allowed, "" if being known is enough.
         public: nobody is asked who they are.
         always: answered while draining and over connection limits, too.
@@ -56,8 +57,8 @@ _NO_HEAD: Final = frozenset({"/api/v2/jobs/poll", "/api/v2/jobs/stream", "/ws/jo
 _ECHO: Final = {"GET": Route(echo_socket, public=True)}
 
 
-async def answer(exchange: Exchange) -> None:
-    """Answer one request, whatever happens, and log it.
+async def answer(exchange: Exchange) -> Stream | None:
+    """Answer one request, whatever happens, and log it. Gives the stream that it began, if it did.
 
     Raises:
         OSError: the connection failed while the answer was sent.
@@ -73,7 +74,7 @@ async def answer(exchange: Exchange) -> None:
             exchange.log(error.status, "try_later")
             connection.take_over()
             await try_later(exchange, error)
-            return
+            return None
         code = error.code
         response = error_answer(error, exchange.request_id)
     except (OSError, Disconnected):
@@ -82,17 +83,18 @@ async def answer(exchange: Exchange) -> None:
         failure, code = error, "internal_error"
         message = "something went wrong here; the log has it under this request id"
         response = error_answer(ApiError(500, code, message), exchange.request_id)
-    if response is None:
+    if not isinstance(response, Response):
         exchange.log(200)
-        return
+        return response
     exchange.log(response.status, code, failure)
     if failure is not None and not connection.can_answer:
         connection.take_over()  # a stream had begun: all that can be said is that it ends
-        return
+        return None
     await connection.respond(exchange, response)
+    return None
 
 
-async def _route(exchange: Exchange) -> Response | None:
+async def _route(exchange: Exchange) -> Response | Stream | None:
     node, request = exchange.node, exchange.request
     check_host(request, node.authenticator.open)
     check_origin(request, node.origins, websocket=False)

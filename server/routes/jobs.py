@@ -193,7 +193,7 @@ async def show(exchange: Exchange) -> Response:
     ]
     progress = msgspec.json.decode(latest.body, type=_Progress).progress
     if progress is not None:
-        headers.append(("X-Job-Progress", f"{progress:g}"))
+        headers.append(("X-Job-Progress", str(progress)))
     if _matches(exchange.request.header("if-none-match"), tag):
         return Response(304, headers)
     return Response(200, headers, body)

@@ -13,6 +13,7 @@ from protocol.messages import server_message
 from protocol.update import format_time
 from protocol.wire import WireForm
 from server.auth import Identity
+from server.limits import Lease
 from server.node import Node
 from server.reader import PushReader
 from server.wheel import Timer
@@ -22,27 +23,49 @@ STALE_HEARTBEATS: Final = 4
 
 
 class LiveReader(PushReader):
-    """A push connection with timers. Its transport runs in ``scope`` until either side ends it."""
+    """A push connection with timers."""
 
-    __slots__ = ("_beat_timer", "_expiry_timer", "heard_at", "node", "scope")
+    __slots__ = ("_beat_timer", "_expiry_timer", "heard_at", "lease", "node")
 
     def __init__(self, node: Node, sock: socket.socket, nursery: trio.Nursery, form: WireForm) -> None:
         super().__init__(sock, nursery, node.hub, node.wheel, form, backlog_bytes=node.config.limits.backlog)
         self.node = node
-        self.scope = trio.CancelScope()
         self.heard_at = trio.current_time()
+        self.lease: Lease | None = None
         self._expiry_timer: Timer | None = None
         # Spread, or a thousand that came together would beat together for ever.
         self._beat_timer = node.wheel.after(node.config.server.heartbeat * random.uniform(0.5, 1), self._beat)
         node.streams[self] = None
 
+    async def run(self) -> None:
+        """Serve until either side ends it. Cleans up first, synchronously; what is awaited after that is bounded."""
+        self.node.begin()
+        try:
+            await self.serve()
+        finally:
+            self.close()
+            try:
+                await self.goodbye()
+            finally:
+                self.node.end()
+
+    async def serve(self) -> None:
+        """Read from the peer until it goes; cancelled when this side ends."""
+        raise AssertionError("a transport must say how it serves")
+
+    async def goodbye(self) -> None:
+        """Say why it ends (``ended``), if the peer can still hear it. In a cancelled task: shielded, and bounded."""
+        raise AssertionError("a transport must say goodbye")
+
     def on_end(self) -> None:
-        """Let the transport's task say goodbye."""
-        self.scope.cancel()
+        """Stop reading and draining; ``run`` goes on with the goodbye."""
+        self._nursery.cancel_scope.cancel()
 
     def close(self) -> None:
-        """Leave no trace. For the transport's ``finally``: synchronous, so cancellation cannot skip it."""
+        """Leave no trace. Synchronous, so cancellation cannot skip it."""
         self.finish("closed")
+        if self.lease is not None:
+            self.lease.release()
         self._beat_timer.cancel()
         if self._expiry_timer is not None:
             self._expiry_timer.cancel()

@@ -16,6 +16,7 @@ from protocol.wire import Framing, WireForm, update_message, wire_form
 from server.answers import JSON, NO_STORE, Response
 from server.auth import bad_token
 from server.connection import Exchange
+from server.cursors import Client
 from server.hub import Want
 from server.node import Node
 from server.reading import channels_for, missed_updates, over, snapshot, start_from
@@ -65,8 +66,10 @@ async def poll(exchange: Exchange) -> Response:
     timeout = parse_timeout(request.query)
     client_id = parse_client_id(request.query)
     cursor = request.query.get("last_seen")
-    if not cursor and client_id is not None:
-        cursor = node.cursors.get(identity.user, client_id, trio.current_time())
+    client: Client | None = None
+    if client_id is not None:
+        client = Client(identity.user, client_id, hash((frozenset(names), watch.filter)))
+        cursor = cursor or node.cursors.get(client, trio.current_time())
     begin = start_from(node.history, cursor)
     epoch, last = node.history.epoch, node.history.last
     token_left = math.inf if identity.expires_at is None else max(0.0, identity.expires_at - time.time())
@@ -87,8 +90,9 @@ async def poll(exchange: Exchange) -> Response:
                 raise bad_token("the token has expired", "token_expired")
             # Without a cursor there was nothing to show: whatever came since is news.
             after = last if begin.after is None else begin.after
-            # While it waited the log may have begun anew, or been trimmed past a cursor (not past a time).
-            lost = node.history.epoch != epoch or (begin.given is not None and after < node.history.first - 1)
+            # While it waited the log may have begun anew, or been trimmed past where it stood (a time may be).
+            is_time = begin.given is None and begin.after is not None
+            lost = node.history.epoch != epoch or (not is_time and after < node.history.first - 1)
             begin = begin._replace(after=None if lost else after, lost=lost)
             updates, cursor = _collect(node, watch, names, begin.after)
     finally:
@@ -99,8 +103,8 @@ async def poll(exchange: Exchange) -> Response:
     epoch = node.history.epoch
     messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
     body = poll_body(messages, last_seen=cursor, reset=begin.lost, timed_out=timed_out, done=done)
-    if client_id is not None:
-        body = _remembering(body, exchange, client_id, cursor)
+    if client is not None:
+        body = _remembering(body, node, client, cursor)
     return Response(200, (JSON, NO_STORE), body)
 
 
@@ -120,7 +124,7 @@ def _collect(node: Node, watch: Watch, names: list[str], after: int | None) -> t
     return updates, f"{epoch}:{last}"
 
 
-def _remembering(body: Iterable[bytes], exchange: Exchange, client_id: str, cursor: str) -> Iterable[bytes]:
+def _remembering(body: Iterable[bytes], node: Node, client: Client, cursor: str) -> Iterable[bytes]:
     """Pass the body on, and remember the cursor once all of it has been asked for: what was not sent was not seen."""
     yield from body
-    exchange.node.cursors.put(exchange.caller.user, client_id, cursor, trio.current_time())
+    node.cursors.put(client, cursor, trio.current_time())

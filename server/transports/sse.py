@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from protocol.errors import ApiError
+from protocol.http1 import LAST_CHUNK
 from protocol.messages import server_message, snapshot_parts
 from protocol.update import Job, format_time
 from protocol.watch import Watch, parse_watch, wants_all
@@ -14,7 +15,8 @@ from protocol.wire import Framing, WireForm, select_fields, wire_form
 from server.answers import Response
 from server.connection import Exchange
 from server.hub import Want
-from server.reading import channels_for, missed_updates, over, snapshot, start_from
+from server.node import Stream
+from server.reading import Start, channels_for, missed_updates, over, snapshot, start_from
 from server.socketio import all_acknowledged, receive, send_all
 from server.transports.live import LiveReader
 
@@ -32,8 +34,8 @@ CHATTER_BYTES: Final = 65536
 GOODBYE_S: Final = 5.0
 
 
-async def stream(exchange: Exchange) -> Response | None:
-    """``GET /api/v2/jobs/stream``; None once the stream is over."""
+async def stream(exchange: Exchange) -> Response | Stream:
+    """``GET /api/v2/jobs/stream``: begins the stream."""
     node, request, identity = exchange.node, exchange.request, exchange.caller
     watch = parse_watch(request.query)
     names = channels_for(identity, watch, all_jobs=wants_all(request.query))
@@ -42,20 +44,21 @@ async def stream(exchange: Exchange) -> Response | None:
     if watch.job_ids is not None and begin.after is not None and _nothing_left(exchange, watch, names, begin.after):
         return Response(204)  # the one answer after which EventSource stays away
     connection = exchange.connection
-    with node.limits.acquire(identity.user):
-        head = connection.http.start_stream(200, [*exchange.headers(), *HEADERS], close=True)
-        connection.take_over()
-        framing = Framing.SSE_CHUNKED if connection.http.chunked else Framing.SSE
-        reader = EventStream(exchange, watch, names, wire_form(framing, watch.fields))
-        try:
-            reader.expire_with(identity)
-            reader.begin(head, begin.given, begin.after, begin.lost)
-            with reader.scope:
-                await _until_gone(exchange)
-            await reader.goodbye()
-        finally:
-            reader.close()
-    return None
+    lease = node.limits.acquire(identity.user)
+    head = connection.http.start_stream(200, [*exchange.headers(), *HEADERS], close=True)
+    framing = Framing.SSE_CHUNKED if connection.http.chunked else Framing.SSE
+    reader = EventStream(exchange, watch, names, wire_form(framing, watch.fields))
+    reader.lease = lease
+    reader.expire_with(identity)
+    connected = server_message(
+        "connected",
+        clientId=exchange.request_id,
+        userId=identity.user,
+        heartbeat=node.config.server.heartbeat,
+        timestamp=format_time(int(time.time() * 1000)),
+    )
+    reader.begin(head, connected, begin)
+    return reader
 
 
 def _nothing_left(exchange: Exchange, watch: Watch, names: list[str], after: int) -> bool:
@@ -65,51 +68,32 @@ def _nothing_left(exchange: Exchange, watch: Watch, names: list[str], after: int
     )
 
 
-async def _until_gone(exchange: Exchange) -> None:
-    """Read until the client closes; what it says meanwhile means nothing."""
-    left = CHATTER_BYTES
-    while left > 0:
-        data = await receive(exchange.connection.sock)
-        if not data:
-            return
-        left -= len(data)
-
-
 class EventStream(LiveReader):
     """One event stream."""
 
-    __slots__ = ("_connected", "_drain_delay_ms", "_http", "_names", "_watch")
+    __slots__ = ("_drain_delay_ms", "_names", "_watch")
 
     def __init__(self, exchange: Exchange, watch: Watch, names: list[str], form: WireForm) -> None:
         connection = exchange.connection
         super().__init__(exchange.node, connection.sock, connection.nursery, form)
-        self._http = connection.http
         self._watch = watch
         self._names = names
         self._drain_delay_ms = 0
-        self._connected = server_message(
-            "connected",
-            clientId=exchange.request_id,
-            userId=exchange.caller.user,
-            heartbeat=self.node.config.server.heartbeat,
-            timestamp=format_time(int(time.time() * 1000)),
-        )
 
-    def begin(self, head: bytes, given: str | None, after: int | None, lost: bool) -> None:
+    def begin(self, head: bytes, connected: bytes, start: Start) -> None:
         """Register and queue the beginning, in one step: nothing can fall between snapshot and tail."""
         node, watch = self.node, self._watch
         node.hub.attach(self, [(name, Want(watch.filter, self.form)) for name in self._names])
         self.offset = node.history.last
         if watch.job_ids is not None:
             self.open_jobs = self._still_open()
-        first = head + self.form.message(self._connected, given, RETRY_MS)
-        self._connected = b""
-        if lost:
-            self.post(first + self._reset(given), self._snapshot())
-        elif after is None:
+        first = head + self.form.message(connected, start.given, RETRY_MS)
+        if start.lost:
+            self.post(first + self._reset(start.given), self._snapshot())
+        elif start.after is None:
             self.post(first, self._snapshot())
         else:
-            missed = missed_updates(node.history, ((name, watch.filter) for name in self._names), after)
+            missed = missed_updates(node.history, ((name, watch.filter) for name in self._names), start.after)
             epoch = node.history.epoch
             pieces = (
                 self.form.updates(missed[start : start + REPLAY_UPDATES], epoch)
@@ -148,6 +132,12 @@ class EventStream(LiveReader):
             self.open_jobs = self._still_open()
         self.post(self._reset(None), self._snapshot())
 
+    async def serve(self) -> None:
+        """Read until the client closes; what it says meanwhile means nothing."""
+        left = CHATTER_BYTES
+        while left > 0 and (data := await receive(self.sock)):
+            left -= len(data)
+
     def alive(self) -> bool:
         """An event stream has no answers; that its kernel acknowledged everything has to do."""
         return self.caught_up and all_acknowledged(self.sock)
@@ -172,7 +162,7 @@ class EventStream(LiveReader):
             last = self.form.message(error, None, self._drain_delay_ms)
         elif self.ended != "finished":
             return  # gone, stalled, or too far behind: nothing more would arrive
-        await self.say_last(last + self._http.end_stream(), GOODBYE_S)
+        await self.say_last(last + (LAST_CHUNK if self.form.framing is Framing.SSE_CHUNKED else b""), GOODBYE_S)
 
 
 async def try_later(exchange: Exchange, error: ApiError) -> None:

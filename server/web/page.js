@@ -12,6 +12,7 @@ const LONGEST_DELAY_MS = 15_000;
 const CONNECT_MS = 10_000;
 // A server that wants a token stays silent until it gets one: after this long without a greeting, ask it why.
 const GREETING_MS = 1_500;
+const PROBE_MS = 5_000;
 // The server's default; its greeting names the real one.
 const HEARTBEAT_S = 30;
 const UPDATES = new Set(["status_update", "job_completed", "job_failed", "job_cancelled", "job_deleted"]);
@@ -157,9 +158,10 @@ function paint(row, entry) {
   say(row, "badge", record.status);
   say(row, "what", what(record));
   say(row, "when", when(entry, ended));
+  // A record's progress is 0 until somebody reports one: while it is worked on, that is no number to show.
+  const value = record.status === "processing" && !record.progress && !record.steps ? null : (record.progress ?? 0);
   // Rounded down: 100 % is for jobs that are done.
-  say(row, "percent", record.progress === undefined ? "" : `${Math.floor(record.progress)} %`);
-  const value = record.progress ?? (record.status === "processing" ? null : 0);
+  say(row, "percent", value === null ? "" : `${Math.floor(value)} %`);
   if (row.value !== value) {
     row.value = value;
     if (value === null) row.progress.removeAttribute("value");
@@ -175,6 +177,7 @@ function paint(row, entry) {
 function what(record) {
   const { status, steps } = record;
   if (status === "failed" || status === "stalled") return asText(record.error ?? record.message);
+  if (ENDED.has(status)) return asText(record.message);
   const doing = asText(record.currentOperation ?? record.message);
   const count = steps?.total === undefined ? "" : `${steps.done ?? 0}/${steps.total}`;
   return join([record.stage, doing, !doing.includes(count) && count, steps?.failed && `${steps.failed} failed`]);
@@ -354,15 +357,13 @@ function createFeed({ token, forgetToken, snapshot, update, state, problem }) {
     socket.onmessage = here(({ data }) => {
       const message = JSON.parse(data);
       lastHeard = performance.now();
+      receive(message, message.id);
       if (message.type === "connected") {
         clearTimeout(timer);
-        heartbeatMs = (message.heartbeat ?? HEARTBEAT_S) * 1000;
         send({ type: "subscribe", ...(cursor && { last_seen: cursor }) });
       } else if (message.type === "subscribed" || message.type === "reset") {
         if (!message.recovered) take(message.snapshot ?? [], message.more);
         if (!message.more) live(message.id);
-      } else {
-        receive(message, message.id);
       }
     });
     socket.onclose = here(({ code, reason }) => {
@@ -415,6 +416,8 @@ function createFeed({ token, forgetToken, snapshot, update, state, problem }) {
       live(id);
     } else if (message.type === "heartbeat") {
       live(id);
+    } else if (message.type === "connected") {
+      heartbeatMs = (message.heartbeat ?? HEARTBEAT_S) * 1000;
     } else if (message.type === "error" && message.code !== "try_later") {
       problem(message.message);
     }
@@ -473,8 +476,9 @@ function createFeed({ token, forgetToken, snapshot, update, state, problem }) {
   // Neither WebSocket nor EventSource tells a script why it was refused; a plain request does.
   async function probe() {
     if (!navigator.onLine) return { reached: false, why: "This device is offline" };
+    const signal = AbortSignal.timeout(PROBE_MS);
     try {
-      const answer = await fetch(address("api/v2/jobs?limit=1"), { headers: authorization(), cache: "no-store" });
+      const answer = await fetch(address("api/v2/jobs?limit=1"), { signal, headers: authorization(), cache: "no-store" });
       if (answer.ok) return { reached: true };
       const error = (await answer.json().catch(() => null))?.error;
       return { reached: true, unauthorized: answer.status === 401, why: error?.message ?? `It answers ${answer.status}` };

@@ -20,6 +20,19 @@ PATIENCE_S = 20
 MAX_MESSAGE = 64 * 1024 * 1024
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
+# Root in a container has no sandbox; the rest keeps it from talking to anyone but us.
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
 
 class PageError(AssertionError):
     """JavaScript threw."""
@@ -119,10 +132,10 @@ class Page:
         )
         await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
-    async def screenshot(self, path: Path) -> None:
-        """Write what is seen as PNG."""
+    async def screenshot(self) -> bytes:
+        """What is seen, as PNG."""
         result = await self.call("Page.captureScreenshot", format="png")
-        path.write_bytes(base64.b64decode(result["data"]))
+        return base64.b64decode(result["data"])
 
 
 def find_chromium() -> str:
@@ -138,8 +151,7 @@ async def open_browser(profile: Path) -> AsyncIterator[Callable[[], Any]]:
     process = await trio.lowlevel.open_process(
         [
             find_chromium(),
-            *"--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage".split(),
-            *"--disable-background-networking --disable-component-update --disable-sync".split(),
+            *FLAGS,
             "--remote-debugging-port=0",
             f"--user-data-dir={profile}",
             "about:blank",

@@ -244,10 +244,8 @@ def test_service_links_of_kubernetes_are_not_configuration() -> None:
         ("server.base_path", "/a//b", "plain URL path"),
         ("server.base_path", "/../b", "plain URL path"),
         ("server.base_path", "/a?b", "plain URL path"),
-        ("cors.origins", "*", "list the origins"),
         ("cors.origins", "https://a.example/path", "'https://a.example/path' is not an origin"),
         ("cors.origins", "a.example", "is not an origin"),
-        ("cors.origins", "null", "is not an origin"),
         ("log.level", "warn", "expected one of debug, error, info, warning; did you mean 'warning'?"),
         ("log.format", "xml", "expected one of json, plain"),
         ("debug.echo", "yes", "expected true or false"),
@@ -424,9 +422,17 @@ def test_store_parts() -> None:
     assert (store.kind, store.path) == ("memory", "")
 
 
-def test_proxy_networks() -> None:
-    server = load_config({"server.trusted_proxies": "10.1.2.3/8,::1"}, {}, None).server
-    assert [str(network) for network in server.proxy_networks] == ["10.0.0.0/8", "::1/128"]
+def test_trusted_proxies_are_networks_or_the_unix_socket() -> None:
+    server = load_config({"server.trusted_proxies": "10.1.2.3/8,::1,unix"}, {}, None).server
+    proxies = parse_proxies(server.trusted_proxies)
+    assert ([str(network) for network in proxies.networks], proxies.unix) == (["10.0.0.0/8", "::1/128"], True)
+
+
+@pytest.mark.parametrize("origin", ["*", "null"])
+def test_any_page_is_an_origin_only_with_auth(origin: str) -> None:
+    assert load_config(AUTH | {"cors.origins": origin}, {}, None).cors.origins == (origin,)
+    with pytest.raises(ConfigError, match="without auth every web page"):
+        load_config({"cors.origins": origin}, {}, None)
 
 
 def test_flags_name_known_keys_only() -> None:

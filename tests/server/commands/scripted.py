@@ -70,7 +70,7 @@ class ScriptedServer:
         body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
         headers = {name.lower(): value for name, value in handler.headers.items()}
         self.seen.append(Seen(handler.command, handler.path, headers, body))
-        answer = next(self.answers, Answer(500, body=b"the script is over"))
+        answer = next(self.answers, Answer(410, body=b"the script is over"))
         handler.close_connection = True
         if answer.status is None:
             return

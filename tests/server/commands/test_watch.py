@@ -123,12 +123,12 @@ def test_silence_is_measured_in_heartbeats(heartbeat: float | None, seconds: flo
         assert client.timeout.read == seconds
 
 
-def test_a_silent_connection_is_given_up(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.commands.watch.READ_TIMEOUT", 0.2)
+def test_a_silent_connection_is_given_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.commands.watch.READ_TIMEOUT", 0.3)
     silent = stream(CONNECTED, sse(snapshot(job()), "e:1"), hold=True)
-    with scripted(silent, stream(sse(update(status="completed"), "e:2"))) as server:
+    # more than one, should this machine be slow enough to miss the deadline too
+    rest = [stream(sse(update(status="completed"), "e:2")) for _ in range(5)]
+    with scripted(silent, *rest) as server:
         assert watch(server, "j") == 0
     assert server.seen[1].headers["last-event-id"] == "e:1"
     assert "timed out; trying again" in capsys.readouterr().err

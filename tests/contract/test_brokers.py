@@ -1,0 +1,478 @@
+"""What every broker promises, once for each store."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protocol.errors import ApiError
+from protocol.update import ENDED
+from server.brokers.base import Accepted, Cancel, Delete, Expire, Operation, Publish, Submission
+from tests.contract.harness import Rig, fields, publish, running
+
+STORES = ["memory", "sqlite"]
+
+
+@pytest.fixture(params=STORES)
+async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
+    async with running(request.param, tmp_path / "test.db") as rig:
+        yield rig
+
+
+async def test_what_is_accepted_is_shown_and_counted(rig: Rig) -> None:
+    first = await rig.accept(publish("a", userId="u", progress=10))
+    second = await rig.accept(publish("a", progress=20))
+    assert (first.offset, first.version, first.duplicate, first.cancel_requested) == (1, 1, False, False)
+    assert (second.offset, second.version) == (2, 2)
+    assert second.job is rig.jobs.get("a")
+    assert rig.record("a")["progress"] == 20
+    assert [update.offset for update in rig.history.everything(0)] == [1, 2]
+    assert rig.broker.epoch == rig.history.epoch
+    assert re.fullmatch("[a-z0-9]{12}", rig.broker.epoch)
+    assert rig.broker.available is None
+
+
+async def test_nothing_is_shown_before_it_is_kept(rig: Rig) -> None:
+    order: list[str] = []
+    submission = rig.broker.submit([publish("a", userId="u")])
+    submission.when_kept(lambda error: order.append(f"kept with {len(rig.delivered)} shown"))
+    await submission.wait_kept()
+    assert submission.kept
+    assert order == ["kept with 1 shown"]
+    submission.when_kept(lambda error: order.append(f"at once: {error}"))
+    assert order[1:] == ["at once: None"]
+    await submission.wait_kept()
+
+
+async def test_submit_never_waits(rig: Rig) -> None:
+    with trio.testing.assert_no_checkpoints():
+        submission = rig.broker.submit([publish("a", userId="u")])
+    assert isinstance(submission.results[0], Accepted)
+    await submission.wait_kept()
+
+
+async def test_creating(rig: Rig) -> None:
+    made = await rig.accept(publish(None, create="must", sub="alice"))
+    assert made.job is not None
+    assert re.fullmatch("job_[0-9a-f]{20}", made.job.latest.job_id)
+    assert made.job.latest.user_id == "alice"
+    await rig.accept(publish("a", create="must", userId="bob"))
+    assert rig.record("a")["userId"] == "bob"
+    taken = await rig.refuse(publish("a", create="must"))
+    assert (taken.status, taken.code) == (409, "job_exists")
+    assert (await rig.refuse(publish("b"))).code == "job_not_found"
+    assert (await rig.refuse(publish("b", create="never", userId="u"))).code == "job_not_found"
+    assert (await rig.refuse(publish(None, userId="u"))).field == "jobId"
+    assert (await rig.refuse(publish("b", userId="u", jobId="c"))).status == 422
+    assert (await rig.refuse(publish("b c", userId="u"))).status == 400
+    bad_sub = await rig.refuse(publish(None, create="must", sub="no good id"))
+    assert (bad_sub.status, bad_sub.field) == (422, "userId")
+    assert (await rig.accept(publish(None, jobId="d", userId="u"))).version == 1
+    assert len(rig.jobs) == 3
+
+
+async def test_refusals_change_nothing(rig: Rig) -> None:
+    await rig.accept(publish("a", userId="u", status="completed", attempt=2))
+    codes = [
+        (await rig.refuse(publish("a", progress=5))).code,
+        (await rig.refuse(publish("a", attempt=1))).code,
+        (await rig.refuse(publish("a", userId="v"))).code,
+        (await rig.refuse(publish("a", parentId="p"))).code,
+        (await rig.refuse(Cancel("a"))).code,
+        (await rig.refuse(Cancel("b"))).code,
+        (await rig.refuse(Delete("b"))).code,
+        (await rig.refuse(publish("b", userId="u", parentId="p"))).code,
+    ]
+    assert codes == [
+        "job_ended",
+        "stale_attempt",
+        "owner_fixed",
+        "parent_fixed",
+        "job_ended",
+        "job_not_found",
+        "job_not_found",
+        "parent_not_found",
+    ]
+    assert (rig.record("a")["version"], rig.history.last, len(rig.jobs)) == (1, 1, 1)
+
+
+async def test_a_batch_is_decided_in_order_and_one_by_one(rig: Rig) -> None:
+    results = await rig.decide(
+        publish("a", userId="u"),
+        publish("a", status="processing"),
+        publish("a", status="queued"),
+        publish("b", status="processing"),
+        publish("a", status="completed"),
+        publish("a", progress=1),
+        Delete("a"),
+        publish("a", userId="other"),
+    )
+    assert [result.offset if isinstance(result, Accepted) else result.code for result in results] == [
+        1,
+        2,
+        "bad_transition",
+        "job_not_found",
+        3,
+        "job_ended",
+        4,
+        5,
+    ]
+    assert [update.type for update, _ in rig.delivered] == [
+        "status_update",
+        "status_update",
+        "job_completed",
+        "job_deleted",
+        "status_update",
+    ]
+    assert rig.record("a")["userId"] == "other"
+
+
+async def test_a_repeated_seq_is_a_duplicate_and_wins_over_conflicts(rig: Rig) -> None:
+    await rig.accept(publish("a", userId="u", seq=1))
+    last = await rig.accept(publish("a", seq=4, status="completed"))
+    for again in (
+        publish("a", seq=4, status="completed"),
+        publish("a", seq=2, status="queued", userId="other"),
+        publish("a", seq=4, create="must"),
+    ):
+        repeated = await rig.accept(again)
+        assert (repeated.duplicate, repeated.offset, repeated.version) == (True, last.offset, last.version)
+        assert repeated.job is rig.jobs.get("a")
+    assert rig.history.last == 2
+    assert (await rig.refuse(publish("a", seq=5))).code == "job_ended"
+    assert not (await rig.accept(publish("a", seq=1, attempt=2))).duplicate
+
+
+async def test_an_idempotency_key_repeats_the_first_answer(rig: Rig) -> None:
+    first = await rig.accept(publish("a", userId="u", key="k", progress=1))
+    await rig.accept(publish("a", progress=2))
+    again = await rig.accept(publish("a", userId="u", key="k", progress=1))
+    assert (again.duplicate, again.offset, again.version) == (True, first.offset, first.version)
+    assert again.job is rig.jobs.get("a")
+    reused = await rig.refuse(publish("a", userId="u", key="k", progress=3))
+    assert (reused.status, reused.code) == (422, "idempotency_key_reused")
+    assert (await rig.refuse(publish("b", userId="u", key="k", progress=1))).code == "idempotency_key_reused"
+    assert not (await rig.accept(publish("a", sub="other", key="k", progress=3))).duplicate
+    assert rig.history.last == 3
+
+
+async def test_an_event_id_is_a_key(rig: Rig) -> None:
+    await rig.accept(publish("a", userId="u", eventId="e"))
+    assert (await rig.accept(publish("a", userId="u", eventId="e"))).duplicate
+    assert (await rig.accept(publish("a", userId="u", key="e"))).duplicate  # however the key was sent
+    assert not (await rig.accept(publish("a", userId="u", eventId="f"))).duplicate
+
+
+async def test_a_repeated_create_gives_the_same_job(rig: Rig) -> None:
+    first = await rig.accept(publish(None, create="must", key="k", stage="s"))
+    again = await rig.accept(publish(None, create="must", key="k", stage="s"))
+    assert first.job is not None
+    assert again.duplicate
+    assert again.job is rig.jobs.get(first.job.latest.job_id)
+    await rig.accept(Delete(first.job.latest.job_id))
+    gone = await rig.accept(publish(None, create="must", key="k", stage="s"))
+    assert (gone.duplicate, gone.job, len(rig.jobs)) == (True, None, 0)
+
+
+async def test_a_refused_publish_leaves_its_key_free(rig: Rig) -> None:
+    await rig.refuse(publish("a", key="k"))
+    await rig.accept(publish("a", userId="u"))
+    assert not (await rig.accept(publish("a", key="k"))).duplicate
+
+
+async def test_a_duplicate_in_flight_is_kept_no_earlier_than_the_first(rig: Rig) -> None:
+    settled: list[str] = []
+    submissions = []
+    for name, operation in (
+        ("first", publish("a", userId="u", key="k", seq=1)),
+        ("same key", publish("a", userId="u", key="k", seq=1)),
+        ("same seq", publish("a", seq=1)),
+        ("conflict", publish("a", create="must")),
+    ):
+        submission = rig.broker.submit([operation])
+        submission.when_kept(lambda error, name=name: settled.append(f"{name}: {len(rig.delivered)}"))
+        submissions.append(submission)
+    for submission in submissions:
+        await submission.wait_kept()
+    assert settled == ["first: 1", "same key: 1", "same seq: 1", "conflict: 1"]
+    assert [getattr(submission.results[0], "duplicate", None) for submission in submissions] == [
+        False,
+        True,
+        True,
+        None,
+    ]
+
+
+async def test_cancel(rig: Rig) -> None:
+    await rig.accept(publish("a", userId="u"))
+    asked = await rig.accept(Cancel("a"))
+    assert (asked.version, asked.cancel_requested, asked.duplicate) == (2, True, False)
+    assert rig.delivered[-1][0].type == "status_update"
+    assert rig.record("a")["cancelRequested"] is True
+    repeated = await rig.accept(Cancel("a"))
+    assert (repeated.version, repeated.duplicate, rig.history.last) == (2, True, 2)
+    assert (await rig.accept(publish("a", progress=3))).cancel_requested
+    assert (await rig.accept(publish("a", status="cancelled"))).cancel_requested
+    assert not (await rig.accept(publish("a", attempt=2))).cancel_requested
+
+
+async def test_delete_frees_the_id(rig: Rig) -> None:
+    await rig.accept(publish("a", userId="u", kind="k", seq=9))
+    gone = await rig.accept(Delete("a"))
+    assert (gone.version, gone.job, rig.jobs.get("a"), rig.jobs.by_user) == (2, None, None, {})
+    update, job = rig.delivered[-1]
+    assert (update.type, update.body, job) == ("job_deleted", b'{"jobId":"a","userId":"u"}', None)
+    again = await rig.accept(publish("a", userId="v", seq=1))
+    assert (again.version, again.duplicate) == (1, False)
+    assert again.job is not None
+    assert again.job.created == again.offset == 3
+
+
+async def test_parts_and_parents_stand_together_in_the_log(rig: Rig) -> None:
+    await rig.accept(publish("p", userId="u"))
+    await rig.accept(publish("q", userId="u", parentId="p"))
+    accepted = await rig.accept(publish("r", userId="u", parentId="q", status="processing", progress=50))
+    assert accepted.offset == 4
+    assert [(update.job_id, update.version, update.offset) for update, _ in rig.delivered] == [
+        ("p", 1, 1),
+        ("q", 1, 2),
+        ("p", 2, 3),
+        ("r", 1, 4),
+        ("q", 2, 5),
+        ("p", 3, 6),
+    ]
+    assert (rig.record("p")["progress"], rig.record("p")["status"]) == (50, "processing")
+    await rig.accept(publish("r", message="nothing that shows above"))
+    assert rig.history.last == 7
+    await rig.accept(publish("r", progress=50.0001))
+    assert rig.history.last == 8
+    parts = rig.jobs.get("q").private.parts  # type: ignore[union-attr]
+    assert parts is not None
+    assert parts.weighted == 50_000_100 * 1_000_000
+    await rig.accept(Delete("r"))
+    assert (rig.record("q")["progress"], rig.record("p")["progress"]) == (0, 0)
+    assert (await rig.refuse(publish("x", userId="v", parentId="p"))).code == "parent_not_found"
+
+
+async def test_old_ended_jobs_make_room(tmp_path: Path) -> None:
+    for store in STORES:
+        async with running(store, tmp_path / "room.db", max_jobs=3) as rig:
+            for name in "abc":
+                await rig.accept(publish(name, userId=f"u-{name}"))
+            full = await rig.refuse(publish("d", userId="u"))
+            assert (full.status, full.code, full.retry_after) == (503, "too_many_jobs", 10)
+            await rig.accept(publish("b", status="completed"))
+            await rig.accept(publish("a", status="failed"))
+            await rig.accept(publish("d", userId="u"))  # b ended first, so it goes
+            assert sorted(rig.jobs.jobs) == ["a", "c", "d"]
+            assert "u-b" not in rig.jobs.by_user
+            await rig.accept(publish("a", attempt=2))  # alive again
+            assert (await rig.refuse(publish("e", userId="u"))).code == "too_many_jobs"
+            await rig.accept(Delete("c"))
+            await rig.accept(publish("b", userId="u"))
+            assert sorted(rig.jobs.jobs) == ["a", "b", "d"]
+            assert [update.type for update, _ in rig.delivered].count("job_deleted") == 1
+            await rig.accept(publish("d", status="completed"))
+            # In one batch: reopening the only candidate leaves none.
+            results = await rig.decide(publish("d", attempt=2), publish("f", userId="u"))
+            assert isinstance(results[1], ApiError)
+
+
+async def test_leases_stall_then_fail(rig: Rig) -> None:
+    shown = trio.Event()
+    statuses: list[str] = []
+    deliver = rig.deliver
+
+    def watch(kept):  # type: ignore[no-untyped-def]
+        deliver(kept)
+        statuses.extend(update.status for update, _ in kept)
+        if statuses[-1] == "failed":
+            shown.set()
+
+    rig.broker._deliver = watch
+    started = trio.current_time()
+    await rig.accept(publish("a", userId="u", ttl=0.1, status="processing"))
+    with trio.fail_after(5):
+        await shown.wait()
+    assert 0.2 <= trio.current_time() - started < 1.5
+    assert statuses == ["processing", "stalled", "failed"]
+    assert rig.record("a")["error"] == "lost"
+    assert len(rig.wheel) == 0
+
+
+async def test_an_expiry_that_was_overtaken_changes_nothing(rig: Rig) -> None:
+    first = await rig.accept(publish("a", userId="u", ttl=100))
+    await rig.accept(publish("a", progress=1))
+    assert (await rig.accept(Expire("a", first.version))).duplicate
+    await rig.accept(Cancel("a"))  # is no sign of life
+    stalled = await rig.accept(Expire("a", 2))
+    assert (stalled.duplicate, stalled.cancel_requested, rig.record("a")["status"]) == (False, True, "stalled")
+    await rig.accept(publish("a", ttl=None))
+    assert (await rig.accept(Expire("a", 5))).duplicate
+    assert (await rig.refuse(Expire("b", 1))).code == "job_not_found"
+    await rig.accept(Delete("a"))
+    assert len(rig.wheel) == 0
+
+
+async def test_concurrent_submitters_get_their_own_answers_in_log_order(rig: Rig) -> None:
+    answers: list[tuple[int, str]] = []
+
+    async def worker(name: str) -> None:
+        await rig.accept(publish(name, userId="u"))
+        for progress in range(10):
+            accepted = await rig.accept(publish(name, progress=progress))
+            assert accepted.job is not None
+            assert accepted.job.latest.job_id == name
+            assert accepted.version == progress + 2
+            answers.append((accepted.offset, name))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(worker, f"job{number}")
+    assert [update.offset for update, _ in rig.delivered] == list(range(1, 221))
+    assert {(update.offset, update.job_id) for update, _ in rig.delivered} >= set(answers)
+    at = [update.at_ms for update, _ in rig.delivered]
+    assert at == sorted(at)
+
+
+async def test_a_cancelled_waiter_takes_nothing_back(rig: Rig) -> None:
+    submission = rig.broker.submit([publish("a", userId="u")])
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await submission.wait_kept()
+    assert scope.cancelled_caught
+    await submission.wait_kept()
+    assert rig.record("a")["version"] == 1
+
+
+async def test_the_clock_may_step_back(rig: Rig) -> None:
+    times = iter([2000.0, 1000.0, 3000.0])
+    rig.broker._clock = lambda: next(times)
+    await rig.decide(publish("a", userId="u"), publish("a"), publish("a"))
+    assert [update.at_ms for update, _ in rig.delivered] == [2_000_000, 2_000_000, 3_000_000]
+
+
+async def test_keys_expire(rig: Rig) -> None:
+    rig.broker._clock = lambda: 5000.0
+    await rig.accept(publish("a", userId="u", key="k"))
+    rig.broker._clock = lambda: 5000.0 + 599
+    assert (await rig.accept(publish("a", userId="u", key="k"))).duplicate
+    rig.broker._clock = lambda: 5000.0 + 601
+    assert not (await rig.accept(publish("a", userId="u", key="k"))).duplicate
+    rig.broker._clock = lambda: 5000.0 + 1300
+    rig.broker._housekeep()
+    assert len(rig.broker._keys) == 0
+
+
+async def test_closed_is_closed(rig: Rig) -> None:
+    await rig.accept(publish("a", userId="u", ttl=50))
+    await rig.broker.close()
+    late = rig.broker.submit([publish("a")])
+    (error,) = late.results
+    assert isinstance(error, ApiError)
+    assert (error.status, error.code) == (503, "shutting_down")
+    await late.wait_kept()
+    assert rig.broker.available == "closed"
+    assert len(rig.wheel) == 0
+
+
+async def test_a_callback_that_fails_harms_nobody(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    submission = rig.broker.submit([publish("a", userId="u")])
+
+    def fail(error: ApiError | None) -> None:
+        raise ValueError("mine")
+
+    submission.when_kept(fail)
+    await submission.wait_kept()
+    await rig.accept(publish("a"))
+    assert "a callback of a kept submission failed" in caplog.text
+
+
+async def test_an_abandoned_wait_leaves_no_callback() -> None:
+    submission = Submission([])
+    with trio.move_on_after(0):
+        await submission.wait_kept()
+    assert submission._callbacks == []
+    assert not submission.kept
+
+
+names = st.sampled_from("abc")
+operations = st.one_of(
+    st.builds(Delete, names),
+    st.builds(Cancel, names),
+    st.builds(Expire, names, st.integers(1, 8)),
+    st.builds(
+        lambda name, given, create, key: Publish(name, fields(**given), create, "w", key),
+        names,
+        st.fixed_dictionaries(
+            {"userId": st.sampled_from(["u", "u", "u", "v"])},
+            optional={
+                "status": st.sampled_from(["queued", "processing", "stalled", "completed", "failed", "cancelled"]),
+                "progress": st.integers(0, 100),
+                "attempt": st.integers(1, 3),
+                "seq": st.integers(0, 5),
+                "reset": st.booleans(),
+                "ttl": st.just(3600),
+                "parentId": names,
+                "autoComplete": st.booleans(),
+            },
+        ),
+        st.sampled_from(["must", "may", "never"]),
+        st.none() | st.sampled_from(["k1", "k2"]),
+    ),
+)
+
+
+@given(st.lists(st.lists(operations, max_size=4), max_size=12))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_interleaving_keeps_the_laws(batches: list[list[Operation]]) -> None:
+    async def main() -> Rig:
+        async with running("memory", Path("unused")) as rig:
+            for batch in batches:
+                before = rig.history.last
+                results = await rig.decide(*batch)
+                own = [result for result in results if isinstance(result, Accepted) and not result.duplicate]
+                assert [result.offset for result in own] == sorted({result.offset for result in own})
+                assert all(result.offset > before for result in own)
+                assert own or rig.history.last == before  # duplicates and refusals change nothing
+            assert len(rig.broker._leases) == sum(
+                job.private.ttl is not None and not job.latest.ended for job in rig.jobs.jobs.values()
+            )
+            assert rig.broker._working == {}
+            assert rig.broker._count == len(rig.jobs)
+        return rig
+
+    rig = trio.run(main)
+    assert [update.offset for update, _ in rig.delivered] == list(range(1, len(rig.delivered) + 1))
+    last: dict[str, tuple[int, int, str, float]] = {}
+    for update, job in rig.delivered:
+        version, attempt, status, progress = last.get(update.job_id, (0, 0, "", 0.0))
+        assert update.version == version + 1
+        assert update.urgent == (update.ended or update.status != status)
+        if job is None:
+            del last[update.job_id]
+            continue
+        record = _record(update.body)
+        assert record["version"] == update.version
+        assert record["status"] == update.status
+        assert record["attempt"] >= attempt
+        if record["attempt"] == attempt:
+            assert status not in ENDED
+            assert (status, update.status) != ("processing", "queued")
+        assert ("endedAt" in record) == (update.status in ENDED) == update.ended
+        assert update.status != "completed" or record["progress"] == 100
+        last[update.job_id] = (update.version, record["attempt"], update.status, record["progress"])
+    assert set(last) == set(rig.jobs.jobs)
+
+
+def _record(body: bytes):  # type: ignore[no-untyped-def]
+    import json
+
+    return json.loads(body)
