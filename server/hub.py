@@ -47,6 +47,7 @@ class Reader(Protocol):
         direct: nothing is held back and nothing is filtered: the flusher may write to the socket itself.
         offset: everything up to here has been given, held or filtered.
         form: the wire form, when ``direct``.
+        multi: it is on several channels; kept by the hub.
         open_jobs: named jobs that have not ended yet, for readers that stop with the last; else None.
         wants: channel name to what is wanted of it.
         sock_send: the socket's non-blocking ``send``.
@@ -55,6 +56,7 @@ class Reader(Protocol):
     direct: bool
     offset: int
     form: WireForm
+    multi: bool
     open_jobs: set[str] | None
     wants: dict[str, Want]
 
@@ -114,6 +116,7 @@ class Hub:
             reader.wants[name] = want
             channel.readers[reader] = None
             channel.order = None
+        reader.multi = len(reader.wants) > 1
 
     def detach(self, reader: Reader, names: Iterable[str]) -> None:
         """Take a reader off channels; a channel without readers goes."""
@@ -125,6 +128,7 @@ class Hub:
             channel.order = None
             if not channel.readers:
                 del self.channels[name]
+        reader.multi = len(reader.wants) > 1
 
     def leave(self, reader: Reader) -> None:
         """Forget a reader altogether."""
@@ -201,38 +205,35 @@ class Hub:
         wire = b""
         size = 0
         wires: dict[WireForm, bytes] = {}
-        countdown = LOOK_EVERY
         self.delivered += len(order) * len(batch)
-        for reader in order:
-            if len(reader.wants) > 1:
-                shared.setdefault(reader, []).append(batch)
-            elif reader.direct and reader.offset < first and not (has_end and reader.open_jobs is not None):
-                if reader.form is not form:
-                    form = reader.form
-                    encoded = wires.get(form)
-                    if encoded is None:
-                        encoded = wires[form] = form.updates(batch, epoch)
-                    wire, size = encoded, len(encoded)
-                try:
-                    sent = reader.sock_send(wire)
-                except BlockingIOError:
-                    sent = 0
-                except OSError:
-                    reader.broken()
-                    continue
-                reader.offset = last
-                if sent != size:
-                    reader.stalled(wire, sent)
-            elif reader.offset < last:
-                reader.take(batch)
-            countdown -= 1
-            if not countdown:
-                countdown = LOOK_EVERY
-                if perf_counter() - started > YIELD_AFTER_S:
-                    await trio.lowlevel.checkpoint()
-                    started = perf_counter()
-                    if self.history.epoch != epoch:
-                        break  # the log was lost meanwhile; readers have been told, this batch is void
+        for start in range(0, len(order), LOOK_EVERY):
+            for reader in order[start : start + LOOK_EVERY]:
+                if reader.multi:
+                    shared.setdefault(reader, []).append(batch)
+                elif reader.direct and reader.offset < first and not (has_end and reader.open_jobs is not None):
+                    if reader.form is not form:
+                        form = reader.form
+                        encoded = wires.get(form)
+                        if encoded is None:
+                            encoded = wires[form] = form.updates(batch, epoch)
+                        wire, size = encoded, len(encoded)
+                    try:
+                        sent = reader.sock_send(wire)
+                    except BlockingIOError:
+                        sent = 0
+                    except OSError:
+                        reader.broken()
+                        continue
+                    reader.offset = last
+                    if sent != size:
+                        reader.stalled(wire, sent)
+                elif reader.offset < last:
+                    reader.take(batch)
+            if perf_counter() - started > YIELD_AFTER_S:
+                await trio.lowlevel.checkpoint()
+                started = perf_counter()
+                if self.history.epoch != epoch:
+                    break  # the log was lost meanwhile; readers have been told, this batch is void
         return started
 
     async def _send_shared(self, shared: dict[Reader, list[list[Update]]], started: float) -> None:

@@ -62,6 +62,7 @@ class PushReader:
         "held_bytes",
         "hub",
         "min_interval_s",
+        "multi",
         "offset",
         "open_jobs",
         "queue",
@@ -90,6 +91,7 @@ class PushReader:
         self.backlog_bytes = backlog_bytes
         self.direct = True
         self.offset = hub.history.last
+        self.multi = False
         self.open_jobs: set[str] | None = None
         self.wants: dict[str, Want] = {}
         self.tail: bytes | memoryview = b""

@@ -10,7 +10,7 @@ import trio
 
 from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
 from protocol.fields import MAX_UPDATE, Fields, decode_fields, is_id
-from protocol.update import Job
+from protocol.update import STATUS_UPDATE, STATUSES, TYPE_OF_STATUS, Job
 from protocol.watch import parse_fields, parse_filter
 from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
@@ -19,6 +19,8 @@ from server.connection import Exchange
 from server.publishing import Batch, summary
 
 MAX_BATCH: Final = 8 * 1024 * 1024
+# 84 bytes each then; what is refused costs us some 500 bytes of answer, and must not be many times the batch.
+MAX_UPDATES: Final = 100_000
 # A batch is decided in portions of this many updates, so that a large one (some 5 µs an update) holds up nobody.
 PORTION: Final = 200
 DEFAULT_PAGE: Final = 100
@@ -39,15 +41,23 @@ async def create(exchange: Exchange) -> Response:
     operation = Publish(None, fields, "must", exchange.caller.user, _idempotency_key(exchange))
     accepted = await _decide(exchange, operation)
     job = accepted.job
-    answer: dict[str, Any] = {
-        "job": None if job is None else msgspec.Raw(job.latest.body),
-        "id": f"{exchange.node.broker.epoch}:{accepted.offset}",
-    }
+    position = f"{exchange.node.broker.epoch}:{accepted.offset}"
     if accepted.duplicate:
-        return json_answer(200, answer | {"version": accepted.version, "duplicate": True})
+        shown = None if job is None else msgspec.Raw(_readable(exchange, job))
+        answer = {"job": shown, "id": position, "version": accepted.version, "duplicate": True}
+        return json_answer(200, answer)
     assert job is not None
     base = exchange.node.config.server.base_path
+    answer = {"job": msgspec.Raw(job.latest.body), "id": position}
     return json_answer(201, answer, ("Location", f"{base}/api/v2/jobs/{job.latest.job_id}"))
+
+
+def _readable(exchange: Exchange, job: Job) -> bytes:
+    """What the caller may see of a job that was there already: to publish is not to read."""
+    latest = job.latest
+    if exchange.caller.may_read(latest.job_id, latest.user_id):
+        return latest.body
+    return select_fields(latest.body, frozenset())
 
 
 async def update(exchange: Exchange) -> Response:
@@ -76,13 +86,16 @@ async def publish_batch(exchange: Exchange) -> Response:
     if content_type in _NDJSON_TYPES:
         await _publish_lines(exchange, batches, key)
     elif content_type in _JSON_TYPES:
-        body = await exchange.connection.read_body(MAX_BATCH)
+        body = await _read_body(exchange, MAX_BATCH)
         try:
             items = msgspec.json.decode(body, type=list[msgspec.Raw])
         except msgspec.ValidationError:
             raise ApiError(422, "invalid_field", "the batch must be a JSON array of updates") from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ApiError(400, "malformed_json", f"the batch is not JSON: {error}") from None
+        _check_count(len(items))
+        if items:
+            exchange.node.limits.check_publish(exchange.caller.user, trio.current_time(), len(items))
         for start in range(0, len(items), PORTION):
             await _publish_portion(exchange, batches, [bytes(item) for item in items[start : start + PORTION]], key)
     else:
@@ -94,12 +107,12 @@ async def publish_batch(exchange: Exchange) -> Response:
 
 async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | None) -> None:
     """Take NDJSON in line by line while it comes: a worker may keep one such request open for long."""
+    _check_length(exchange)
     rest = b""
     async for piece in exchange.connection.body_pieces(MAX_BATCH):
         lines = (rest + piece).split(b"\n")
-        rest = lines.pop()
-        if len(rest) > MAX_UPDATE:
-            raise ApiError(413, "payload_too_large", f"a line is longer than {MAX_UPDATE} bytes")
+        # Of a line that is too long, more than it takes to refuse it is not kept.
+        rest = lines.pop()[: MAX_UPDATE + 1]
         await _publish_some(exchange, batches, lines, key)
     await _publish_some(exchange, batches, [rest], key)
 
@@ -107,12 +120,32 @@ async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | No
 async def _publish_some(exchange: Exchange, batches: list[Batch], lines: list[bytes], key: str | None) -> None:
     items = [line for line in lines if line.strip()]
     for start in range(0, len(items), PORTION):
-        await _publish_portion(exchange, batches, items[start : start + PORTION], key)
+        portion = items[start : start + PORTION]
+        _check_count((batches[-1].next_index if batches else 0) + len(portion))
+        await _wait_rate(exchange, len(portion), first=not batches)
+        await _publish_portion(exchange, batches, portion, key)
+
+
+async def _wait_rate(exchange: Exchange, count: int, *, first: bool) -> None:
+    """Keep within the caller's rate: refuse a stream at its beginning, slow it down later.
+
+    Raises:
+        ApiError: 429, if it is the ``first`` of its request: nothing was taken, so all of it can be sent again.
+    """
+    limits, user = exchange.node.limits, exchange.caller.user
+    while True:
+        try:
+            limits.check_publish(user, trio.current_time(), count)
+        except ApiError as error:
+            if first:
+                raise
+            await trio.sleep(error.retry_after or 1)
+        else:
+            return
 
 
 async def _publish_portion(exchange: Exchange, batches: list[Batch], items: list[bytes], key: str | None) -> None:
     node, caller = exchange.node, exchange.caller
-    node.limits.check_publish(caller.user, trio.current_time(), len(items))
     await node.hub.wait_room()
     first = batches[-1].next_index if batches else 0
     batches.append(Batch(node, caller, items, first_index=first, key=key))
@@ -127,11 +160,11 @@ async def delete(exchange: Exchange) -> Response:
 
 async def cancel(exchange: Exchange) -> Response:
     """``POST /api/v2/jobs/{jobId}/cancel``, by the owner or an admin: 202 with the record."""
+    await exchange.connection.read_body(MAX_UPDATE)  # means nothing, but would be in the way of the next request
     job = _visible(exchange)
     caller = exchange.caller
     if job.latest.user_id != caller.user and not caller.admin:
         raise ApiError(403, "forbidden", "only the job's owner or an admin may cancel it")
-    await exchange.connection.read_body(MAX_UPDATE)
     accepted = await _decide(exchange, Cancel(job.latest.job_id))
     assert accepted.job is not None
     return json_answer(202, {"job": msgspec.Raw(accepted.job.latest.body)})
@@ -157,7 +190,24 @@ async def _decide(exchange: Exchange, operation: Operation) -> Accepted:
 async def _read_fields(exchange: Exchange) -> Fields:
     if exchange.request.content_type not in _JSON_TYPES:
         raise _unsupported(exchange.request.content_type, "application/json")
-    return decode_fields(await exchange.connection.read_body(MAX_UPDATE))
+    return decode_fields(await _read_body(exchange, MAX_UPDATE))
+
+
+async def _read_body(exchange: Exchange, limit: int) -> bytes:
+    _check_length(exchange)
+    return await exchange.connection.read_body(limit)
+
+
+def _check_length(exchange: Exchange) -> None:
+    """Refuse a request that says nothing of a body where there must be one (RFC 9110 section 15.5.12)."""
+    headers = exchange.request.headers
+    if "content-length" not in headers and "transfer-encoding" not in headers:
+        raise ApiError(411, "length_required", "a body is needed here, with Content-Length or Transfer-Encoding: chunked")
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_UPDATES:
+        raise ApiError(413, "payload_too_large", f"a batch may have {MAX_UPDATES} updates: send it in parts")
 
 
 def _idempotency_key(exchange: Exchange) -> str | None:
@@ -214,9 +264,13 @@ async def list_jobs(exchange: Exchange) -> Response:
         raise ApiError(403, "forbidden", "userId: only an admin may read another user's jobs", field="userId")
     if user_id is None and not caller.admin:
         user_id = caller.user
+    statuses = wanted.statuses
+    if wanted.types is not None:  # a record's type follows from its status
+        of_types = {status for status in STATUSES if TYPE_OF_STATUS.get(status, STATUS_UPDATE) in wanted.types}
+        statuses = frozenset(of_types if statuses is None else of_types & statuses)
     jobs, following = node.jobs.page(
         user_id=user_id,
-        status=wanted.statuses,
+        status=statuses,
         kind=wanted.kinds,
         limit=_whole(query, "limit", DEFAULT_PAGE, 1, MAX_PAGE),
         after=_whole(query, "after", None, 0, 2**63),
@@ -235,9 +289,9 @@ async def history(exchange: Exchange) -> Response:
     """``GET /api/v2/jobs/{jobId}/history``: kept updates of this incarnation of the id, oldest first."""
     job = _visible(exchange)
     node = exchange.node
-    fields = parse_fields(exchange.request.query)
+    wanted, fields = parse_filter(exchange.request.query), parse_fields(exchange.request.query)
     epoch = node.history.epoch
-    updates = node.history.of_job(job.latest.job_id, job.created - 1)
+    updates = filter(wanted.passes, node.history.of_job(job.latest.job_id, job.created - 1))
     messages = (update_message(update, f"{epoch}:{update.offset}", fields) for update in updates)
     tail = msgspec.json.encode({"id": f"{epoch}:{node.history.last}"})
     return Response(200, (JSON, NO_STORE), json_list(messages, b'{"updates":', b"," + tail[1:]))

@@ -28,10 +28,11 @@ ANSWER_BYTES: Final = 1024 * 1024
 class PollReader:
     """The hub's side of a poll that waits: any wanted update wakes it; the answer is read from the log."""
 
-    __slots__ = ("direct", "form", "offset", "open_jobs", "wake", "wants")
+    __slots__ = ("direct", "form", "multi", "offset", "open_jobs", "wake", "wants")
 
     def __init__(self, wake: trio.Event, form: WireForm, offset: int) -> None:
         self.direct = False
+        self.multi = False
         self.offset = offset
         self.form = form
         self.open_jobs: set[str] | None = None

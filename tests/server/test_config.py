@@ -8,6 +8,7 @@ import pytest
 
 from server import config as module
 from server.config import Config, ConfigError, describe, find_config_file, is_loopback, load_config, load_with_sources
+from server.limits import parse_proxies
 
 SECRET = "0123456789abcdef0123456789abcdef"
 PEM = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA\n-----END PUBLIC KEY-----\n"
