@@ -17,7 +17,7 @@ from pathlib import Path
 
 from perf import connect, fanout, publish
 from perf.load import LoadError, build
-from perf.measure import LOAD_CORE, Row, Start, bare, server
+from perf.measure import LOAD_CORE, PATIENCE, Row, Start, bare, server
 
 TRANSPORTS = ("ws", "sse")
 
@@ -38,13 +38,13 @@ def number(value: float | None, digits: int) -> str:
 
 def table(rows: list[Row]) -> str:
     """The one table."""
-    lines = [("", "statuswire", "bare", "ratio", "", "load busy")]
+    lines = [("", "statuswire", "bare", "ratio", "", "load busy", "others")]
     scenario = ""
     for row in rows:
         measure = row.measure
         if row.scenario != scenario:
             scenario = row.scenario
-            lines.append((scenario, "", "", "", "", ""))
+            lines.append((scenario, "", "", "", "", "", ""))
         theirs = statistics.median(row.bare) if row.bare else None
         lines.append(
             (
@@ -54,13 +54,15 @@ def table(rows: list[Row]) -> str:
                 number(row.ratio(), 2),
                 row.verdict() + promise(row),
                 f"{statistics.median(row.load):.0f} %",
+                f"{max(row.others):.0f} %",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(6)]
+    widths = [max(len(line[column]) for line in lines) for column in range(7)]
     text = []
     for line in lines:
         cells = [line[0].ljust(widths[0]), *(line[column].rjust(widths[column]) for column in (1, 2, 3))]
-        text.append("  ".join([*cells, line[4].ljust(widths[4]), line[5].rjust(widths[5])]).rstrip())
+        cells += [line[4].ljust(widths[4]), line[5].rjust(widths[5]), line[6].rjust(widths[6])]
+        text.append("  ".join(cells).rstrip())
     return "\n".join(text)
 
 
@@ -104,6 +106,7 @@ def as_json(rows: list[Row], seconds: float, quick: bool) -> str:
                 "server": row.server,
                 "bare": row.bare,
                 "load_percent": row.load,
+                "others_percent": row.others,
                 "ratio": row.ratio(),
                 "verdict": row.verdict(),
             }
@@ -122,6 +125,9 @@ def main() -> int:
     parser.add_argument(
         "--null", action="store_true", help="the bare loop in the server's place: how good the method is"
     )
+    parser.add_argument(
+        "--patience", type=float, default=60, help="seconds to lose to a disturbed machine (%(default)s)"
+    )
     options = parser.parse_args()
     start: Start = (lambda _store: bare()) if options.null else partial(server, program=options.program)
     wanted = [name for name in options.only.split(",") if name]
@@ -129,6 +135,7 @@ def main() -> int:
         print("perf.bench: needs two cores, one for the server and one for the load", file=sys.stderr)
         return 2
     os.sched_setaffinity(0, {LOAD_CORE})
+    PATIENCE.left = 0 if options.quick else options.patience
     build()
     began = time.monotonic()
     rows: list[Row] = []

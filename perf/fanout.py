@@ -21,6 +21,7 @@ LOCKSTEP = (
     Measure("net", "server CPU per delivery, against the loop alone", "µs", 2, ratio_most=1.3),
     Measure("joined", "updates per read of a reader", "", 2),
 )
+POLLED = (Measure("net", "the same, to readers that never sleep", "µs", 2, ratio_most=1.3),)
 LATENCY = (
     Measure("p50", "latency p50 at 10 updates/s", "ms", 2),
     Measure("p99", "latency p99 at 10 updates/s", "ms", 2, ratio_most=1.3),
@@ -91,19 +92,23 @@ def same_bytes(ours: Watched, theirs: Watched, transport: str) -> None:
     theirs.target.ask("POST", "/bare", json.dumps({**sample, "transport": transport}).encode())
 
 
-def lockstep(watched: Watched, seconds: float) -> dict[str, float]:
-    """One update in flight: published when the one before has reached everybody, so deliveries are sends."""
+def lockstep(watched: Watched, seconds: float, spin: bool = False) -> dict[str, float]:
+    """One update in flight: published when the one before has reached everybody, so deliveries are sends.
+
+    With `spin` the readers look for bytes all the time instead of sleeping until some come.
+    """
     is_bare = watched.target.name == "bare"
     loop = watched.target.ask("GET", "/bare") if is_bare else None
     watched.readers.mark()
     watch = Watch(watched.target, *watched.pids())
     published = watched.readers.ask(
-        "publish", "published", seconds + 30, port=watched.target.port, seconds=seconds, lockstep=True
+        "publish", "published", seconds + 30, port=watched.target.port, seconds=seconds, lockstep=True, spin=spin
     )
     result = watch.stop()
     report = watched.readers.report()
     check(published, report)
     complete(report)
+    result["load"] = max(0.0, result["load"] - 100 * published["idle_seconds"] / result["seconds"])
     deliveries = report["deliveries"]
     result["joined"] = deliveries / report["reads"]
     result["rate"] = deliveries / published["seconds"]
@@ -197,14 +202,16 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
     rows: list[Row] = []
     publishes = 200 if quick else 2000
     with both(start, transport, connections, publishes) as (ours, theirs), LoadClient(LOAD_CORE) as publisher:
-        seconds, rounds = (0.4, 1) if quick else (1.5, 5)
+        seconds, rounds = (0.3, 1) if quick else (1.2, 5)
         lockstep(ours, 0.2)
         lockstep(theirs, 0.2)
         scenario = f"{name}, 1,000 readers"
         rows += in_pairs(
             scenario, LOCKSTEP, rounds, partial(lockstep, ours, seconds), partial(lockstep, theirs, seconds)
         )
-        pause, times = (0.5, 1) if quick else (3.0, 7)
+        alike = partial(lockstep, spin=True)
+        rows += in_pairs(scenario, POLLED, rounds, partial(alike, ours, seconds), partial(alike, theirs, seconds))
+        pause, times = (0.5, 1) if quick else (3.0, 6)
         rows += in_pairs(
             scenario,
             LATENCY,
@@ -216,7 +223,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
             for watched in (ours, theirs):
                 watched.open(transport, fields=fields, sample=16)
             same_bytes(ours, theirs, transport)
-            long, turns = (0.5, 1) if quick else (3.5, 3)
+            long, turns = (0.5, 1) if quick else (3.0, 3)
             rows += in_pairs(
                 f"{name}, 1,000 readers, {what}",
                 SATURATED,

@@ -12,9 +12,10 @@
  *   {"cmd":"report"}  counters since the mark                                -> {"event":"report",...}
  *   {"cmd":"sample"}  the newest update on connection 0, as sent (hex)       -> {"event":"sample",...}
  *   {"cmd":"publish","host","port","job","jobs","fields","headers","connections","depth","batch","ndjson","rate","requests",
- *    "seconds","lockstep"}                                                   -> {"event":"published",...} at its end
+ *    "seconds","lockstep","spin"}                                            -> {"event":"published",...} at its end
  *        batch 0: one update a request to /api/v2/jobs/{job}/updates, else batches to /api/v2/updates; rate: updates per second,
- *        0 as fast as answered; jobs above 1: updates go in turn to {job}-0, {job}-1, ...
+ *        0 as fast as answered; jobs above 1: updates go in turn to {job}-0, {job}-1, ...; spin: until the end this process
+ *        looks for events without ever sleeping, so that nobody who sends to it has to wake it
  *   {"cmd":"close"}   closes the readers                                     -> {"event":"closed"}
  *   {"cmd":"quit"}
  */
@@ -24,6 +25,7 @@
 #include "common.h"
 #include "publisher.h"
 #include "readers.h"
+#include "report.h"
 
 static void command(const char *line) {
     char *name = json_string(line, "cmd", "");
@@ -67,7 +69,13 @@ int main(void) {
     readers_mark();
     for (;;) {
         fflush(stdout);
-        int n = epoll_wait(epoll_fd, events, 512, -1);
+        bool spin = P.active && P.spin;
+        uint64_t before = spin ? now_ns() : 0;
+        int n = epoll_wait(epoll_fd, events, 512, spin ? 0 : -1);
+        if (n == 0) {
+            P.idle_ns += now_ns() - before;
+            continue;
+        }
         if (n < 0 && errno != EINTR) die("epoll_wait");
         for (int i = 0; i < n; i++) {
             uint32_t index = (uint32_t)events[i].data.u64;

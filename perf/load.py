@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SOURCES = ("load.c", "common.h", "histogram.h", "publisher.h", "readers.h")
+SOURCES = ("load.c", "common.h", "histogram.h", "publisher.h", "readers.h", "report.h")
 
 
 class LoadError(Exception):

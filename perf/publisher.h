@@ -22,12 +22,13 @@ struct publisher {
 };
 
 static struct {
-    bool active, lockstep, ndjson;
+    bool active, lockstep, ndjson, spin; /* spin: look for events all the time, never sleep */
     unsigned connections, depth, batch, jobs, turn;
     char *host, *job, *fields, *headers;
     int port, schedule;
     double rate;
     uint64_t from_ns, until_ns, wanted, issued, answered, accepted, duplicates, failed, expected_deliveries;
+    uint64_t idle_ns; /* spent looking for events that were not there */
     uint64_t latest_slip_ns, number, published; /* published: updates since the program began; numbers the jobs in turn */
     double from_cpu;
     char error_text[240];
@@ -114,8 +115,8 @@ static void publish_done(void) {
         free(P.all[i].out);
     }
     printf("{\"event\":\"published\",\"requests\":%llu,\"accepted\":%llu,\"duplicates\":%llu,\"failed\":%llu,\"unanswered\":%llu,\"seconds\":%.6f,"
-           "\"cpu_seconds\":%.6f,\"latest_slip_ms\":%.3f,\"error\":\"%s\",", (unsigned long long)P.issued, (unsigned long long)P.accepted,
-           (unsigned long long)P.duplicates, (unsigned long long)P.failed, (unsigned long long)unanswered, seconds, cpu_seconds() - P.from_cpu,
+           "\"cpu_seconds\":%.6f,\"idle_seconds\":%.6f,\"latest_slip_ms\":%.3f,\"error\":\"%s\",", (unsigned long long)P.issued, (unsigned long long)P.accepted,
+           (unsigned long long)P.duplicates, (unsigned long long)P.failed, (unsigned long long)unanswered, seconds, cpu_seconds() - P.from_cpu, (double)P.idle_ns / 1e9,
            (double)P.latest_slip_ns / 1e6, P.error_text);
     histogram_print(stdout, "answer", &P.answer);
     puts("}");
@@ -219,13 +220,14 @@ static void publish_start(const char *command) {
     P.ndjson = json_number(command, "ndjson", 0) != 0;
     P.rate = json_number(command, "rate", 0);
     P.wanted = (uint64_t)json_number(command, "requests", 0);
+    P.spin = json_number(command, "spin", 0) != 0;
     P.lockstep = json_number(command, "lockstep", 0) != 0;
     double seconds = json_number(command, "seconds", 0);
     if (!P.connections || P.connections > PUBLISHERS || !P.depth || P.depth > DEPTH || !(P.wanted || seconds > 0) || strlen(P.job) > 100) {
         puts("{\"event\":\"error\",\"error\":\"connections 1-64, depth 1-256, and requests or seconds are needed\"}");
         return;
     }
-    P.issued = P.answered = P.accepted = P.duplicates = P.failed = P.latest_slip_ns = P.expected_deliveries = 0;
+    P.issued = P.answered = P.accepted = P.duplicates = P.failed = P.latest_slip_ns = P.idle_ns = P.expected_deliveries = 0;
     P.turn = 0;
     P.error_text[0] = 0;
     histogram_clear(&P.answer);

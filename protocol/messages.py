@@ -7,7 +7,7 @@ field. Server messages are built here as JSON text; transports frame them throug
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -107,6 +107,21 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
         raise ApiError(400, "malformed_json", "the message is nested too deeply") from None
 
 
+class _Ref(msgspec.Struct):
+    ref: str | int | None = None
+
+
+_REF_DECODER: Final = msgspec.json.Decoder(_Ref)
+
+
+def ref_of(text: str | bytes) -> Ref:
+    """The ``ref`` of a message that is not taken, as far as it can be read: the refusal shall have it."""
+    try:
+        return _REF_DECODER.decode(text).ref
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def subscribe_filter(message: Subscribe) -> Filter:
     """The filter of a ``subscribe``.
 
@@ -141,21 +156,39 @@ def min_interval_s(message: Subscribe) -> float | None:
     return message.min_interval / 1000
 
 
-def split_ids(job_ids: Iterable[str], room: int) -> tuple[list[str], list[str]]:
-    """Tell ids that can be watched from those denied: malformed ones, and those beyond ``room``."""
+def split_ids(
+    job_ids: Iterable[str], room: int, watched: Callable[[str], bool] = lambda job_id: False
+) -> tuple[list[str], list[str]]:
+    """Tell ids that can be watched from those denied: malformed ones, and those beyond ``room``.
+
+    Args:
+        job_ids: as the client sent them; a repeated one counts once.
+        room: how many more jobs the connection may watch.
+        watched: whether it watches a job already; such a job takes no room.
+    """
     good: list[str] = []
     denied: list[str] = []
     for job_id in dict.fromkeys(job_ids):
-        if len(good) < room and ID.fullmatch(job_id):
+        if not ID.fullmatch(job_id):
+            denied.append(job_id[:128])
+        elif watched(job_id):
+            good.append(job_id)
+        elif room > 0:
+            room -= 1
             good.append(job_id)
         else:
-            denied.append(job_id[:128])
+            denied.append(job_id)
     return good, denied
 
 
 def server_message(type_: str, **fields: Any) -> bytes:
     """JSON text of ``{"type":…, …fields}``; fields that are None are left out, and names are sent as they are."""
     return msgspec.json.encode({"type": type_} | {name: value for name, value in fields.items() if value is not None})
+
+
+def whole(seconds: float) -> int | float:
+    """A whole number as int, so that 30.0 is shown as 30."""
+    return int(seconds) if seconds == int(seconds) else seconds
 
 
 def error_message(error: ApiError, ref: Ref = None) -> bytes:

@@ -163,8 +163,9 @@ class Limits(Struct, frozen=True, kw_only=True):
     publishes_per_second: RateOrZero = 0.0
     # A subscribe to 1000 jobs with the longest ids is an eighth of it.
     max_message: AtLeastOne = 1024 * 1024
-    # A thousand updates: a reader further behind is served faster from the log.
-    backlog: AtLeastOne = 1024 * 1024
+    # The newest of some ten thousand jobs. What is held is shared with the log and the records, so this much text
+    # costs about 1 MB of memory.
+    backlog: AtLeastOne = 4 * 1024 * 1024
 
 
 class Store(Struct, frozen=True, kw_only=True):

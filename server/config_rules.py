@@ -95,7 +95,9 @@ def _proxies(items: tuple[str, ...]) -> tuple[str, ...]:
             ipaddress.ip_network(item, strict=False)
         except ValueError:
             hint = ' ("0.0.0.0/0" trusts everyone)' if item == "*" else ""
-            raise ValueError(f"{item!r} is neither an IP address nor a network like 10.0.0.0/8 nor unix{hint}") from None
+            raise ValueError(
+                f"{item!r} is neither an IP address nor a network like 10.0.0.0/8, nor unix{hint}"
+            ) from None
     return items
 
 

@@ -10,6 +10,7 @@ and a block without ``await`` is atomic.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Final, NamedTuple, Protocol
@@ -20,6 +21,9 @@ from protocol.update import Update
 from protocol.watch import Filter, channels_of
 from protocol.wire import WireForm
 from server.history import History
+from server.logs import log_event
+
+LOG: Final = logging.getLogger("statuswire")
 
 # The flusher lets other tasks run after about this long: long enough that the pass through Trio's loop
 # (some 20 µs) stays near 2 %, short enough that nobody notices a large channel being served.
@@ -29,6 +33,9 @@ LOOK_EVERY: Final = 16
 # Updates joined into one send hold at most about this much text, so that one flush of large records cannot
 # make one giant buffer per wire form.
 JOIN_BYTES: Final = 1024 * 1024
+# Encodings of merged batches that are kept for the next reader with the same batch. Readers that all watch
+# different things have no use for each other's.
+SHARED_BYTES: Final = 4 * 1024 * 1024
 # Publishers wait while more than this is pending: what the node cannot send, it must not take in.
 PENDING_BYTES: Final = 8 * 1024 * 1024
 
@@ -149,7 +156,7 @@ class Hub:
             self._pending_bytes += len(update.body)
         if self._dirty:
             self._wake.set()
-            if self._pending_bytes > PENDING_BYTES:
+            if self._pending_bytes > PENDING_BYTES and self._room.is_set():
                 self._room = trio.Event()
         elif not self._flushing:
             self.flushed = update.offset
@@ -169,7 +176,7 @@ class Hub:
             await self._wake.wait()
             self._wake = trio.Event()
             self._flushing = True
-            target = self.history.last
+            epoch, target = self.history.epoch, self.history.last
             dirty, self._dirty = self._dirty, []
             shared: dict[Reader, list[list[Update]]] = {}
             batches: list[tuple[Channel, list[Update]]] = []
@@ -182,23 +189,30 @@ class Hub:
             started = perf_counter()
             for channel, batch in batches:
                 for part in _split(batch):
-                    started = await self._send(channel, part, shared, started)
-            await self._send_shared(shared, started)
-            self.flushed = target
+                    started = await self._send(channel, part, epoch, shared, started)
+            await self._send_shared(shared, epoch, started)
+            if self.history.epoch == epoch:  # else log_lost has said from where on it is being given
+                self.flushed = target
             self._flushing = False
 
     async def _send(
-        self, channel: Channel, batch: list[Update], shared: dict[Reader, list[list[Update]]], started: float
+        self,
+        channel: Channel,
+        batch: list[Update],
+        epoch: str,
+        shared: dict[Reader, list[list[Update]]],
+        started: float,
     ) -> float:
-        """Send one batch to one channel's readers. Returns when the flusher last yielded.
+        """Send one batch of one epoch to one channel's readers. Returns when the flusher last yielded.
 
         The hot path. Per reader it does one ``send`` and a handful of attribute reads, and nothing else:
         what depends on the batch is worked out before the loop, what depends on the wire form once per form.
         """
+        if self.history.epoch != epoch:
+            return started  # the log was lost meanwhile; readers have been told, what is left of the flush is void
         order = channel.order
         if order is None:
             order = channel.order = tuple(channel.readers)
-        epoch = self.history.epoch
         first, last = batch[0].offset, batch[-1].offset
         has_end = any(update.ended for update in batch)
         form: WireForm | None = None
@@ -208,58 +222,72 @@ class Hub:
         self.delivered += len(order) * len(batch)
         for start in range(0, len(order), LOOK_EVERY):
             for reader in order[start : start + LOOK_EVERY]:
-                if reader.multi:
-                    shared.setdefault(reader, []).append(batch)
-                elif reader.direct and reader.offset < first and not (has_end and reader.open_jobs is not None):
-                    if reader.form is not form:
-                        form = reader.form
-                        encoded = wires.get(form)
-                        if encoded is None:
-                            encoded = wires[form] = form.updates(batch, epoch)
-                        wire, size = encoded, len(encoded)
-                    try:
-                        sent = reader.sock_send(wire)
-                    except BlockingIOError:
-                        sent = 0
-                    except OSError:
-                        reader.broken()
-                        continue
-                    reader.offset = last
-                    if sent != size:
-                        reader.stalled(wire, sent)
-                elif reader.offset < last:
-                    reader.take(batch)
+                try:
+                    if reader.multi:
+                        shared.setdefault(reader, []).append(batch)
+                    elif reader.direct and reader.offset < first and not (has_end and reader.open_jobs is not None):
+                        if reader.form is not form:
+                            form = reader.form
+                            encoded = wires.get(form)
+                            if encoded is None:
+                                encoded = wires[form] = form.updates(batch, epoch)
+                            wire, size = encoded, len(encoded)
+                        # Fetched, then called: as one expression CPython 3.11 looks for a method, never learns that
+                        # it is a slot, and the loop round the send costs 0.37 instead of 0.33 µs.
+                        send = reader.sock_send
+                        try:
+                            sent = send(wire)
+                        except BlockingIOError:
+                            sent = 0
+                        reader.offset = last
+                        if sent != size:
+                            reader.stalled(wire, sent)
+                    elif reader.offset < last:
+                        reader.take(batch)
+                except Exception as error:
+                    _end(reader, error)
             if perf_counter() - started > YIELD_AFTER_S:
                 await trio.lowlevel.checkpoint()
                 started = perf_counter()
                 if self.history.epoch != epoch:
-                    break  # the log was lost meanwhile; readers have been told, this batch is void
+                    break
         return started
 
-    async def _send_shared(self, shared: dict[Reader, list[list[Update]]], started: float) -> None:
+    async def _send_shared(self, shared: dict[Reader, list[list[Update]]], epoch: str, started: float) -> None:
         """Send to readers on several channels: one copy of each update, in log order.
 
         Readers that watch the same things meet the same merged batch, so its encoding is shared by offsets.
         """
-        epoch = self.history.epoch
         wires: dict[tuple[WireForm, tuple[int, ...]], bytes] = {}
+        size = 0
         for reader, parts in shared.items():
+            if self.history.epoch != epoch:
+                return
             merged = {update.offset: update for part in parts for update in part}
-            offsets = tuple(sorted(merged))
-            batch = [merged[offset] for offset in offsets]
-            if reader.direct and reader.offset < offsets[0]:
-                key = (reader.form, offsets)
-                wire = wires.get(key)
-                if wire is None:
-                    wire = wires[key] = reader.form.updates(batch, epoch)
-                write(reader, wire, offsets[-1])
-            else:
-                reader.take(batch)
+            try:
+                for batch in _split([merged[offset] for offset in sorted(merged)]):
+                    last = batch[-1].offset
+                    if reader.offset >= last:
+                        continue
+                    ends = reader.open_jobs is not None and any(update.ended for update in batch)
+                    if not reader.direct or reader.offset >= batch[0].offset or ends:
+                        reader.take(batch)
+                        continue
+                    key = (reader.form, tuple([update.offset for update in batch]))
+                    wire = wires.get(key)
+                    if wire is None:
+                        wire = reader.form.updates(batch, epoch)
+                        size += len(wire)
+                        if size > SHARED_BYTES:
+                            wires.clear()
+                            size = len(wire)
+                        wires[key] = wire
+                    _write(reader, wire, last)
+            except Exception as error:
+                _end(reader, error)
             if perf_counter() - started > YIELD_AFTER_S:
                 await trio.lowlevel.checkpoint()
                 started = perf_counter()
-                if self.history.epoch != epoch:
-                    return
 
     def log_lost(self) -> None:
         """A new epoch began: nothing pending counts any more, every reader starts again from a snapshot."""
@@ -270,18 +298,25 @@ class Hub:
         self._room.set()
         self.flushed = self.history.last
         for reader in list(self.readers):
-            reader.log_lost()
+            try:
+                reader.log_lost()
+            except Exception as error:
+                _end(reader, error)
 
 
-def write(reader: Reader, wire: bytes, offset: int) -> None:
+def _end(reader: Reader, error: Exception) -> None:
+    """End one reader's connection; whatever went wrong with it, the others are served."""
+    if not isinstance(error, OSError):
+        log_event(LOG, logging.ERROR, "delivery_failed", exc_info=error)
+    reader.broken()
+
+
+def _write(reader: Reader, wire: bytes, offset: int) -> None:
     """Write to a ``direct`` reader what takes it to ``offset``. The loop in ``Hub._send`` has this inline."""
     try:
         sent = reader.sock_send(wire)
     except BlockingIOError:
         sent = 0
-    except OSError:
-        reader.broken()
-        return
     reader.offset = offset
     if sent != len(wire):
         reader.stalled(wire, sent)

@@ -19,10 +19,9 @@ from typing import Final
 import trio
 
 from protocol.update import Update
-from protocol.watch import ANY, channels_of
+from protocol.watch import channels_of
 from protocol.wire import WireForm
 from server.hub import Hub, Want
-from server.reading import missed_updates
 from server.wheel import Timer, Wheel
 
 # One turn of writing gives at most this much to one socket before other tasks run.
@@ -52,12 +51,14 @@ class PushReader:
         "_due",
         "_nursery",
         "_patience",
+        "_plain",
         "_timer",
         "backlog_bytes",
         "conflating",
         "direct",
         "ended",
         "form",
+        "heard_at",
         "held",
         "held_bytes",
         "hub",
@@ -101,6 +102,8 @@ class PushReader:
         self.conflating = False
         self.min_interval_s = 0.0
         self.ended = ""
+        self.heard_at = trio.current_time()  # when the peer last gave a sign of life
+        self._plain = True  # nothing is filtered or spaced out, and there is one form for all
         self._due = False
         self._timer: Timer | None = None
         self._draining = False
@@ -119,6 +122,10 @@ class PushReader:
     def on_log_lost(self) -> None:
         """The log was lost: queue a reset and a fresh snapshot. Must not wait."""
         raise AssertionError("a transport must say how it restarts")
+
+    def reopened(self) -> set[str]:
+        """Those of the named jobs that live again after all of them had ended."""
+        return set()
 
     # What the hub calls
 
@@ -147,8 +154,7 @@ class PushReader:
         self.finish("broken")
 
     def log_lost(self) -> None:
-        """What was held belongs to a log that is gone: begin anew, behind what is half written."""
-        self.queue = None
+        """What was held belongs to a log that is gone: begin anew, behind the answers that are on their way."""
         self._drop_held()
         self.offset = self.hub.history.last
         self.on_log_lost()
@@ -172,21 +178,28 @@ class PushReader:
         has one offset for all of its channels.
         """
         history = self.hub.history
-        missed = missed_updates(history, ((name, ANY) for name in self.wants), self.offset)
-        if missed:
-            self.take(missed)
+        after = max(self.offset, self.hub.given())
+        if after < history.first - 1:  # what is pending has been trimmed from a short log already
+            self.log_lost()
+            return
+        names = self.wants.keys()
+        self.take([update for update in history.everything(after) if not names.isdisjoint(channels_of(update))])
         if self.held:  # full or spaced out: what is held goes ahead of the answer that follows
             self.post(*[self._release(keys) for keys in _pieces(list(self.held))])
         self.offset = history.last
 
     def settle(self) -> None:
-        """Work out whether the hub may write directly, after wants, interval or queue changed."""
+        """Work out whether the hub may write directly, after wants or interval changed."""
         wants = self.wants.values()
         forms = {want.form for want in wants}
         if len(forms) == 1:
             self.form = next(iter(forms))
-        plain = len(forms) <= 1 and all(want.filter.is_any for want in wants) and not self.min_interval_s
-        self.direct = plain and not (self.tail or self.queue or self.held or self._draining or self.ended)
+        self._plain = len(forms) <= 1 and all(want.filter.is_any for want in wants) and not self.min_interval_s
+        self._resume()
+
+    def _resume(self) -> None:
+        """Let the hub write directly, if it may and nothing is owed."""
+        self.direct = self._plain and not (self.tail or self.queue or self.held or self._draining or self.ended)
 
     def cursor(self) -> str:
         """The reader's cursor: everything up to it has been given (or was not for this reader)."""
@@ -197,8 +210,8 @@ class PushReader:
 
     @property
     def caught_up(self) -> bool:
-        """Whether nothing is owed to the peer."""
-        return not (self.tail or self.queue or self.held)
+        """Whether the socket has taken all that was due: what an interval holds back is not due yet."""
+        return not (self.tail or self.queue or (self.held and not self.min_interval_s))
 
     async def wait_drained(self) -> None:
         """Wait while the socket is full: a peer may ask no faster than it reads the answers."""
@@ -246,22 +259,25 @@ class PushReader:
         return None
 
     def _hold(self, update: Update) -> bool:
-        """Keep an update for later; False if that was too much and ended the reader."""
+        """Keep an update for later; False if the reader has ended, of this or otherwise."""
         held = self.held
         if held is None:
             held = self.held = {}
-        if not self.conflating:
+        self._due = self._due or update.urgent
+        if self.conflating:
+            self._hold_newest(held, update)
+        else:
             held[update.offset] = update
             self.held_bytes += len(update.body)
-            if self.min_interval_s or self.held_bytes > self.backlog_bytes // 4:
+            if self.min_interval_s:
                 self._conflate()
-        else:
-            self._hold_newest(held, update)
+            elif self.held_bytes > self.backlog_bytes // 4:
+                self.pump()  # a long batch is no backlog, what the socket does not take of it is
+                if self.held_bytes > self.backlog_bytes // 4:
+                    self._conflate()
         if self.held_bytes > self.backlog_bytes:
             self.finish("overflow")
-            return False
-        self._due = self._due or update.urgent
-        return True
+        return not self.ended
 
     def _conflate(self) -> None:
         """From now on keep the newest per job only, and every end of a job."""
@@ -277,7 +293,9 @@ class PushReader:
         older = held.pop(update.job_id, None)
         if older is not None:
             self.held_bytes -= len(older.body)
-        held[update.offset if update.ended else update.job_id] = update
+        # Spaced-out delivery promises every change of status; a reader that cannot keep up, the endings.
+        lasting = update.urgent if self.min_interval_s else update.ended
+        held[update.offset if lasting else update.job_id] = update
         self.held_bytes += len(update.body)
 
     def _drop_held(self) -> None:
@@ -307,7 +325,9 @@ class PushReader:
                     await trio.lowlevel.wait_writable(self.sock)
                 if self._patience.cancelled_caught:
                     self.finish("broken")
-                elif self._write_turn():
+                    return
+                self.heard_at = trio.current_time()  # it reads, if slowly, and may not get to answer pings
+                if self._write_turn():
                     return
         except (OSError, trio.ClosedResourceError):
             self.finish("broken")
@@ -317,7 +337,7 @@ class PushReader:
             if self._drained is not None:
                 self._drained.set()
                 self._drained = None
-            self.settle()
+            self._resume()
 
     def _write_turn(self) -> bool:
         """Write until nothing is owed (True), or the socket is full or the turn is over (False)."""
@@ -325,10 +345,11 @@ class PushReader:
         while budget > 0:
             data = self.tail or self._piece()
             if not data:
-                if self.open_jobs is not None and not self.open_jobs and not self.held:
-                    self.finish("finished")
-                else:
-                    self.settle()
+                if self.open_jobs is not None and not self.open_jobs:
+                    self.open_jobs = self.reopened()
+                    if not self.open_jobs:
+                        self.finish("finished")
+                self._resume()
                 return True
             try:
                 sent = self.sock_send(data)
@@ -352,11 +373,12 @@ class PushReader:
             head = self.queue[0]
             if isinstance(head, bytes):
                 self.queue.popleft()
-                return head
-            piece = next(head, None)
-            if piece is not None:
+                if head:
+                    return head
+            elif piece := next(head, b""):
                 return piece
-            self.queue.popleft()
+            else:
+                self.queue.popleft()
         self.queue = None  # an empty deque is 760 bytes
         while self.held and not self.min_interval_s:
             if piece := self._release(list(islice(self.held, PIECE_UPDATES))):
@@ -387,13 +409,11 @@ class PushReader:
     def _release_spaced(self) -> bytes:
         """Latest-wins delivery (``minInterval``): all that is held once per interval, and what is urgent at once."""
         assert self.held is not None
+        due, self._due = self._due, False
         if self._timer is None:
             self._timer = self.wheel.after(self.min_interval_s, self._interval_over)
             return self._release(list(self.held))
-        if self._due:
-            self._due = False
-            return self._release([key for key, update in self.held.items() if update.urgent])
-        return b""
+        return self._release([key for key, update in self.held.items() if update.urgent]) if due else b""
 
     def _interval_over(self) -> None:
         self._timer = None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from protocol.errors import ApiError
 from protocol.position import Position, Since, parse_cursor
-from protocol.update import ENDED, Job, Update
+from protocol.update import Job, Update
 from protocol.watch import EVERYTHING, Filter, Watch, job_channel, user_channel
 from server.auth import Identity
 from server.history import History
@@ -29,26 +29,31 @@ def channels_for(identity: Identity, watch: Watch, *, all_jobs: bool = False) ->
     if user_id is not None and user_id != identity.user and not identity.admin:
         raise ApiError(403, "forbidden", "userId: only an admin may read another user's jobs", field="userId")
     if watch.job_ids is not None:
-        return [_channel_of_job(identity, job_id, user_id) for job_id in watch.job_ids]
+        return [channel_of_job(identity, job_id, user_id) for job_id in watch.job_ids]
     if user_id is not None:
         return [user_channel(user_id)]
     return [EVERYTHING if identity.admin else user_channel(identity.user)]
 
 
-def _channel_of_job(identity: Identity, job_id: str, user_id: str | None) -> str:
+def channel_of_job(identity: Identity, job_id: str, user_id: str | None = None) -> str:
+    """The channel of one job, whoever owns it or will; ``user_id`` narrows it to one owner."""
     if user_id is not None:
         return job_channel(job_id, user_id)
     return job_channel(job_id) if identity.admin or identity.names_job(job_id) else job_channel(job_id, identity.user)
 
 
-def may_watch(identity: Identity, name: str) -> bool:
-    """Whether this identity may (still) be on a channel."""
-    if identity.admin or name == EVERYTHING:
-        return identity.admin
+def narrowed(identity: Identity, name: str) -> str | None:
+    """What of a channel this identity may still be on: the same, one of less, or None."""
+    if identity.admin:
+        return name
+    if name == EVERYTHING:
+        return user_channel(identity.user)
     kind, rest, *owner = name.split("/")
     if kind == "u":
-        return rest == identity.user
-    return identity.names_job(rest) if not owner else owner[0] == identity.user
+        return name if rest == identity.user else None
+    if owner:
+        return name if owner[0] == identity.user else None
+    return channel_of_job(identity, rest)
 
 
 def channel_updates(history: History, name: str, after: int) -> Sequence[Update]:
@@ -90,13 +95,18 @@ def _channel_jobs(jobs: Jobs, name: str) -> Iterable[Job]:
 
 
 def over(jobs: Jobs, history: History, name: str) -> bool:
-    """Whether the job of this channel has ended, or has been deleted as far as the log remembers."""
+    """Whether the job of this channel has ended, or has gone as far as the log remembers."""
     _, job_id, *owner = name.split("/")
     job = jobs.get(job_id)
     if job is not None and (not owner or job.latest.user_id == owner[0]):
-        return job.latest.status in ENDED
+        return job.latest.ended
     last = history.last_of_job(job_id)
-    return last is not None and last.type == "job_deleted" and (not owner or last.user_id == owner[0])
+    return last is not None and last.ended and (not owner or last.user_id == owner[0])
+
+
+def live(jobs: Jobs, name: str) -> bool:
+    """Whether the job of this channel exists and has not ended."""
+    return any(not job.latest.ended for job in _channel_jobs(jobs, name))
 
 
 class Start(NamedTuple):

@@ -19,9 +19,10 @@ RECEIVE_BYTES: Final = 65536
 # A peer that takes nothing for this long is gone.
 SEND_PATIENCE_S: Final = 60.0
 # After a final answer: read on for so long and so much, so that unread input does not turn the close into a reset
-# that takes the answer with it (RFC 9112 section 9.6).
+# that takes the answer with it (RFC 9112 section 9.6). Twice the largest body that is taken anywhere: who sends one
+# somewhat too large hears so.
 LINGER_S: Final = 2.0
-LINGER_BYTES: Final = 1024 * 1024
+LINGER_BYTES: Final = 16 * 1024 * 1024
 # The kernel gives a peer up that has not acknowledged data for this long: the same two minutes as "stale".
 UNACKNOWLEDGED_MS: Final = 120_000
 

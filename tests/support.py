@@ -311,28 +311,19 @@ class Spawned(Address):
 
     async def exit_status(self) -> int:
         """Wait for its end."""
-        status = await self._poll(self.process.poll)
-        assert isinstance(status, int)
-        return status
+        await until(lambda: self.process.poll() is not None)
+        return self.process.returncode
 
-    async def logged(self, text: str) -> None:
-        """Wait until this is in its log."""
-        await self._poll(lambda: text in self.log() or None)
-
-    async def _poll(self, look: Callable[[], object]) -> object:
-        with trio.fail_after(PATIENCE_S):
-            while True:
-                found = look()
-                if found is not None:
-                    return found
-                await trio.sleep(0.005)
+    async def logged(self, text: str, times: int = 1) -> None:
+        """Wait until this is in its log, so many times."""
+        await until(lambda: self.log().count(text) >= times)
 
 
 @asynccontextmanager
 async def spawned(
     directory: Path, *, descriptors: int | None = None, **tables: Mapping[str, object]
 ) -> AsyncIterator[Spawned]:
-    """Run ``statuswire serve`` in ``directory``, configured by a TOML file there; kill it at the end if need be.
+    """Run ``statuswire serve`` in ``directory``, configured by a TOML file there; stop it at the end if need be.
 
     Without a ``store`` it keeps everything in ``directory``, so a second one there goes on from the first.
 
@@ -353,11 +344,8 @@ async def spawned(
             log_file=log_file,
         )
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(stop, process)
 
 
 def write_config(directory: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
@@ -399,14 +387,36 @@ def start(directory: Path, descriptors: int | None = None) -> tuple[subprocess.P
     return process, line
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process, kindly if it lets us."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
 # Waiting
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition on the inside of a server in this process holds."""
+    """Wait until a condition holds, say on the inside of a server in this process."""
     with trio.fail_after(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - the inside has no events for tests
+        while not condition():  # noqa: ASYNC110 - there are no events for tests
             await trio.sleep(0.002)
+
+
+async def until_answered(at: Address, target: str, status: int) -> Answer:
+    """Ask until the answer has this status."""
+    with trio.fail_after(PATIENCE_S):
+        while True:
+            answer = await at.get(target)
+            if answer.status == status:
+                return answer
+            await trio.sleep(0.005)
 
 
 def in_seconds(seconds: float) -> float:

@@ -11,6 +11,7 @@ import logging
 import secrets
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -71,7 +72,7 @@ class Group:
         return not self.entries and not self.newest
 
 
-class LocalBroker:
+class LocalBroker(ABC):
     """Decides; a subclass says when a group is kept.
 
     Args:
@@ -132,9 +133,17 @@ class LocalBroker:
             submission.settle()
         return submission
 
+    @abstractmethod
     def _gathered(self) -> None:
         """Something was added to the current group."""
-        raise NotImplementedError
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Fill ``Jobs`` and ``History``; see ``base.Broker``."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Keep what still waits; see ``base.Broker``."""
 
     # Deciding
 

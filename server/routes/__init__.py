@@ -35,7 +35,7 @@ class Route(NamedTuple):
     always: bool = False
 
 
-# A segment in braces matches any one segment; a literal one is preferred.
+# A segment in braces matches any one segment that is not empty; a literal one is preferred.
 ROUTES: Final[dict[str, Mapping[str, Route]]] = {
     "/": {"GET": Route(page.index, public=True)},
     "/page.js": {"GET": Route(page.script, public=True)},
@@ -141,7 +141,7 @@ def _find(exchange: Exchange) -> tuple[str, Mapping[str, Route]]:
         return path, _ECHO
     segments = path.split("/")
     for template, names in _TEMPLATES.get(len(segments), ()):
-        if all(name is not None or part == segment for (part, name), segment in zip(names, segments, strict=True)):
+        if all(segment if name else part == segment for (part, name), segment in zip(names, segments, strict=True)):
             exchange.params = {
                 name: segment for (_, name), segment in zip(names, segments, strict=True) if name is not None
             }

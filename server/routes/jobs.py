@@ -107,9 +107,11 @@ async def publish_batch(exchange: Exchange) -> Response:
 
 async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | None) -> None:
     """Take NDJSON in line by line while it comes: a worker may keep one such request open for long."""
-    _check_length(exchange)
+    _check_body(exchange)
+    connection = exchange.connection
+    connection.http.limit_body(MAX_BATCH)
     rest = b""
-    async for piece in exchange.connection.body_pieces(MAX_BATCH):
+    while piece := await connection.next_piece():
         lines = (rest + piece).split(b"\n")
         # Of a line that is too long, more than it takes to refuse it is not kept.
         rest = lines.pop()[: MAX_UPDATE + 1]
@@ -194,15 +196,23 @@ async def _read_fields(exchange: Exchange) -> Fields:
 
 
 async def _read_body(exchange: Exchange, limit: int) -> bytes:
-    _check_length(exchange)
+    _check_body(exchange)
     return await exchange.connection.read_body(limit)
 
 
-def _check_length(exchange: Exchange) -> None:
-    """Refuse a request that says nothing of a body where there must be one (RFC 9110 section 15.5.12)."""
+def _check_body(exchange: Exchange) -> None:
+    """Before a body that must be there is read.
+
+    Raises:
+        ApiError: 411 if nothing is said of one (RFC 9110 section 15.5.12), 415 if it is compressed (15.5.16).
+    """
     headers = exchange.request.headers
     if "content-length" not in headers and "transfer-encoding" not in headers:
-        raise ApiError(411, "length_required", "a body is needed here, with Content-Length or Transfer-Encoding: chunked")
+        raise ApiError(411, "length_required", "a body is needed here, with Content-Length or in chunks")
+    coding = headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        message = f"the body must come as it is, without Content-Encoding {coding[:100]!r}"
+        raise ApiError(415, "unsupported_media_type", message, headers=(("Accept-Encoding", "identity"),))
 
 
 def _check_count(count: int) -> None:

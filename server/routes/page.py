@@ -35,7 +35,11 @@ def _static(exchange: Exchange, name: str, content_type: str) -> Response:
 
 
 async def index(exchange: Exchange) -> Response:
-    """``GET /``."""
+    """``GET /``. Without the slash, where a base path allows it, the page's relative links would lead elsewhere."""
+    path, question, query = exchange.request.target.partition("?")
+    if not path.endswith("/"):
+        base = exchange.node.config.server.base_path
+        return Response(308, (("Location", f"{base}/{question}{query}"),))
     return _static(exchange, "index.html", "text/html; charset=utf-8")
 
 

@@ -25,12 +25,11 @@ STALE_HEARTBEATS: Final = 4
 class LiveReader(PushReader):
     """A push connection with timers."""
 
-    __slots__ = ("_beat_timer", "_expiry_timer", "heard_at", "lease", "node")
+    __slots__ = ("_beat_timer", "_expiry_timer", "lease", "node")
 
     def __init__(self, node: Node, sock: socket.socket, nursery: trio.Nursery, form: WireForm) -> None:
         super().__init__(sock, nursery, node.hub, node.wheel, form, backlog_bytes=node.config.limits.backlog)
         self.node = node
-        self.heard_at = trio.current_time()
         self.lease: Lease | None = None
         self._expiry_timer: Timer | None = None
         # Spread, or a thousand that came together would beat together for ever.

@@ -8,7 +8,7 @@ from typing import Final
 
 from protocol.errors import ApiError
 from protocol.http1 import LAST_CHUNK
-from protocol.messages import server_message, snapshot_parts
+from protocol.messages import server_message, snapshot_parts, whole
 from protocol.update import Job, format_time
 from protocol.watch import Watch, parse_watch, wants_all
 from protocol.wire import Framing, WireForm, select_fields, wire_form
@@ -16,7 +16,7 @@ from server.answers import Response
 from server.connection import Exchange
 from server.hub import Want
 from server.node import Stream
-from server.reading import Start, channels_for, missed_updates, over, snapshot, start_from
+from server.reading import Start, channels_for, live, missed_updates, over, snapshot, start_from
 from server.socketio import all_acknowledged, receive, send_all
 from server.transports.live import LiveReader
 
@@ -54,7 +54,7 @@ async def stream(exchange: Exchange) -> Response | Stream:
         "connected",
         clientId=exchange.request_id,
         userId=identity.user,
-        heartbeat=node.config.server.heartbeat,
+        heartbeat=whole(node.config.server.heartbeat),
         timestamp=format_time(int(time.time() * 1000)),
     )
     reader.begin(head, connected, begin)
@@ -84,6 +84,7 @@ class EventStream(LiveReader):
         """Register and queue the beginning, in one step: nothing can fall between snapshot and tail."""
         node, watch = self.node, self._watch
         node.hub.attach(self, [(name, Want(watch.filter, self.form)) for name in self._names])
+        self.settle()
         self.offset = node.history.last
         if watch.job_ids is not None:
             self.open_jobs = self._still_open()
@@ -109,6 +110,12 @@ class EventStream(LiveReader):
             for job_id, name in zip(self._watch.job_ids, self._names, strict=True)
             if not over(node.jobs, node.history, name)
         }
+
+    def reopened(self) -> set[str]:
+        """A higher attempt may have reopened jobs that had ended on this stream."""
+        assert self._watch.job_ids is not None
+        named = zip(self._watch.job_ids, self._names, strict=True)
+        return {job_id for job_id, name in named if live(self.node.jobs, name)}
 
     def _reset(self, cursor: str | None) -> bytes:
         return self.form.message(

@@ -24,11 +24,13 @@ from protocol.messages import (
     decode_client_message,
     error_message,
     min_interval_s,
+    ref_of,
     server_message,
     snapshot_parts,
     split_ids,
     subscribe_fields,
     subscribe_filter,
+    whole,
 )
 from protocol.update import Job, format_time
 from protocol.watch import ANY, ID, Watch, job_channel, user_channel
@@ -51,7 +53,15 @@ from server.hub import Want
 from server.node import Stream
 from server.origins import check_origin
 from server.publishing import Batch, summary
-from server.reading import MAX_WATCHED_JOBS, channels_for, may_watch, missed_updates, snapshot, start_from
+from server.reading import (
+    MAX_WATCHED_JOBS,
+    channel_of_job,
+    channels_for,
+    missed_updates,
+    narrowed,
+    snapshot,
+    start_from,
+)
 from server.socketio import linger, receive, send_all
 from server.transports.live import LiveReader
 from server.transports.sse import REPLAY_UPDATES
@@ -139,7 +149,7 @@ class Session(LiveReader):
             AUTH_TIMEOUT_S, lambda: self.close_with(CloseCode.AUTH_TIMEOUT, "no auth message came in time")
         )
 
-    def welcome(self, identity: Identity) -> None:
+    def welcome(self, identity: Identity, ref: Ref = None) -> None:
         """The client is known now."""
         if self._auth_timer is not None:
             self._auth_timer.cancel()
@@ -147,16 +157,21 @@ class Session(LiveReader):
         try:
             self.lease = self.node.limits.acquire(identity.user)
         except ApiError as error:
+            self.post(self.form.message(error_message(error, ref)))
             self.close_with(CloseCode.RATE_LIMITED, error.message)
             return
         self.identity = identity
         self.expire_with(identity)
+        # Known to the hub from here on, though on no channel yet: should the log be lost, it is told.
+        self.hub.attach(self, ())
+        self.offset = self.hub.history.last
         self.say(
             "connected",
             clientId=self.client_id,
             userId=identity.user,
-            heartbeat=self.node.config.server.heartbeat,
+            heartbeat=whole(self.node.config.server.heartbeat),
             id=self.cursor(),
+            ref=ref,
         )
 
     def close_with(self, code: CloseCode, reason: str) -> None:
@@ -205,8 +220,6 @@ class Session(LiveReader):
                     return
                 # One client must not keep the loop to itself by never letting its socket run dry.
                 await trio.lowlevel.checkpoint()
-                # Nor may it ask faster than it reads the answers.
-                await self.wait_drained()
                 if self.wants:
                     self._incoming.release()  # who watches is silent for long: 2 KB less, for 4 µs at its next word
             data = await receive(self.sock, TURN_BYTES)
@@ -228,20 +241,22 @@ class Session(LiveReader):
                 self._farewell = close_reply(event)
                 self.finish("closing")
         if pong is not None and not self.ended:
+            await self.wait_drained()
             self.post(pong_frame(pong.payload))
 
     async def _take_text(self, text: str) -> None:
-        ref: Ref = None
+        # A peer may ask no faster than it reads the answers: a short question can have a long one.
+        await self.wait_drained()
         try:
             if self.identity is not None:
                 self.node.limits.check_message(self.identity.user, trio.current_time())
             message = decode_client_message(text)
-            ref = message.ref
             if self.identity is None and not isinstance(message, AuthMessage):
                 raise ApiError(401, "unauthorized", 'send {"type":"auth","token":…} first')
             await _HANDLERS[type(message)](self, message)
             self._mistakes = self._too_fast = 0
         except ApiError as error:
+            ref = ref_of(text)
             if error.code == "rate_limited":
                 self._too_fast += 1
                 self.post(self.form.message(error_message(error, ref)))
@@ -273,15 +288,21 @@ class Session(LiveReader):
             self.close_with(CloseCode.UNAUTHORIZED, error.message)
             return
         if known is None:
-            self.welcome(identity)
+            self.welcome(identity, message.ref)
             return
         if identity.user != known.user:
             self.close_with(CloseCode.UNAUTHORIZED, "the token is another user's")
             return
         self.identity = identity
         self.expire_with(identity)
-        # A newer token may allow less.
-        self.hub.detach(self, [name for name in self.wants if not may_watch(identity, name)])
+        # A newer token may allow less. What is pending came under the old one.
+        self.catch_up()
+        for name, want in list(self.wants.items()):
+            allowed = narrowed(identity, name)
+            if allowed != name:
+                self.hub.detach(self, [name])
+                if allowed is not None and allowed not in self.wants:
+                    self.hub.attach(self, [(allowed, want)])
         self.settle()
         expires = None if identity.expires_at is None else format_time(int(identity.expires_at * 1000))
         self.say("authenticated", userId=identity.user, expiresAt=expires, ref=message.ref)
@@ -295,7 +316,11 @@ class Session(LiveReader):
         job_ids: list[str] | None = None
         denied: list[str] = []
         if message.job_ids is not None:
-            job_ids, denied = split_ids(message.job_ids, MAX_WATCHED_JOBS - len(self.wants))
+            job_ids, denied = split_ids(
+                message.job_ids,
+                MAX_WATCHED_JOBS - len(self.wants),
+                lambda job_id: channel_of_job(identity, job_id, message.user_id) in self.wants,
+            )
         watch = Watch(None if job_ids is None else tuple(job_ids), message.user_id, wanted, fields)
         names = channels_for(identity, watch, all_jobs=message.all)
         history = self.hub.history
@@ -343,6 +368,7 @@ class Session(LiveReader):
                 names.append(user_channel(message.user_id))
             for job_id in message.job_ids or ():
                 names += [job_channel(job_id), job_channel(job_id, message.user_id or identity.user)]
+        self.catch_up()  # nothing of it may come after the answer
         self.hub.detach(self, names)
         self.settle()
         self.say("unsubscribed", jobIds=message.job_ids, ref=message.ref)
@@ -350,6 +376,7 @@ class Session(LiveReader):
     async def _get(self, message: Get) -> None:
         identity = self._known()
         good, _ = split_ids(message.job_ids, MAX_WATCHED_JOBS)
+        self.catch_up()  # no update that comes after the answer is older than it
         jobs = snapshot(self.node.jobs, channels_for(identity, Watch(tuple(good))), ANY)
         head: dict[str, Any] = {"type": "jobs"} if message.ref is None else {"type": "jobs", "ref": message.ref}
         parts = snapshot_parts((job.latest.body for job in jobs), "jobs", encode(head), b"{}")
@@ -398,6 +425,8 @@ class Session(LiveReader):
 
     def on_log_lost(self) -> None:
         """The log began anew: void what the client has and send everything it watches again."""
+        if self.identity is None:
+            return
         history = self.hub.history
         found = {
             job.latest.job_id: (job, want.form.fields)

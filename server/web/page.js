@@ -440,6 +440,7 @@ function createFeed({ token, forgetToken, snapshot, update, state, problem }) {
   // A connection ended or stays silent: find out why, say so, and try again later.
   function comeBack(guess) {
     disconnect();
+    state("reconnecting", { why: guess });
     probe().then(
       here(({ reached, unauthorized, why }) => {
         if (unauthorized) refused(why);
@@ -494,7 +495,7 @@ function createFeed({ token, forgetToken, snapshot, update, state, problem }) {
   // A connection can die without a word (sleep, another network): heartbeats that stay away tell.
   setInterval(() => {
     if (close && performance.now() - lastHeard > 2.5 * heartbeatMs) comeBack("The connection went silent");
-  }, 5_000);
+  }, 1_000);
   window.addEventListener("online", () => wanted && connect());
   window.addEventListener("offline", () => wanted && comeBack());
 

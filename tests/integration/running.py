@@ -45,7 +45,8 @@ async def running(directory: Path, *arguments: str, environ: Mapping[str, str] |
         [str(STATUSWIRE), "serve", *port, *arguments],
         stdout=subprocess.PIPE,
         cwd=directory,
-        env=clean_environment(**(environ or {})),
+        # Streams need not be closed over the five seconds that spread the clients of a busy server.
+        env=clean_environment(**({"STATUSWIRE_SERVER_DRAIN": "0.2"} | dict(environ or {}))),
     )
     assert process.stdout is not None
     try:

@@ -168,6 +168,7 @@ def test_what_the_server_sets_says_so(name: str) -> None:
         b"{",
         b"{} {}",
         b"{'a':1}",
+        b"1e400",
         b'{"progress":NaN}',
         b'{"progress":01}',
         b"\xef\xbb\xbf{}",
@@ -236,6 +237,14 @@ def test_times_become_unix_milliseconds() -> None:
     assert time_ms(moment, "timestamp") == 1500
 
 
+def outcome(data: bytes) -> ApiError | None:
+    try:
+        decode_fields(data)
+    except ApiError as error:
+        return error
+    return None
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -249,16 +258,11 @@ def test_any_object_is_taken_or_refused_by_name(update: dict[str, object]) -> No
         data = json.dumps(update, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         data = json.dumps(update).encode()
-    try:
-        decode_fields(data)
-    except ApiError as error:
-        assert error.status in (400, 413, 422)
-        assert error.status != 422 or error.field is not None
+    error = outcome(data)
+    assert error is None or error.status in (400, 413) or (error.status == 422 and error.field is not None)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_taken_or_refused(data: bytes) -> None:
-    try:
-        decode_fields(data)
-    except ApiError as error:
-        assert error.status in (400, 422)
+    error = outcome(data)
+    assert error is None or error.status in (400, 422)

@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given as given_any
+from hypothesis import strategies as st
 
 from protocol.errors import ApiError
 from protocol.fields import Fields, decode_fields
@@ -75,7 +77,7 @@ def test_an_update_is_a_merge_by_top_level_field() -> None:
 
 
 def test_null_clears_and_is_omitted() -> None:
-    everything = {
+    everything: dict[str, Any] = {
         "kind": "k",
         "stage": "s",
         "message": "m",
@@ -91,7 +93,8 @@ def test_null_clears_and_is_omitted() -> None:
     job = new(status="processing", **everything)
     assert set(everything) - {"ttl"} < set(shown(job))
     assert job.private.ttl == 5
-    cleared = then(job, **dict.fromkeys(everything))
+    nothing: dict[str, Any] = dict.fromkeys(everything)
+    cleared = then(job, **nothing)
     assert not (set(everything) | {"estimatedCompletionTime"}) & set(shown(cleared))
     assert cleared.private.ttl is None
     assert cleared.latest.kind is None
@@ -350,3 +353,37 @@ def test_parts_nest_so_deep_and_no_deeper() -> None:
 def test_records_read_back_typed() -> None:
     job = new(progress=1.5, metadata={"a": 1})
     assert (record_of(job).progress, bytes(record_of(job).metadata)) == (1.5, b'{"a":1}')  # type: ignore[arg-type]
+
+
+@given_any(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "status": st.sampled_from(STATUSES),
+                "progress": st.floats(0, 100),
+                "attempt": st.integers(1, 4),
+                "seq": st.integers(0, 6),
+                "reset": st.booleans(),
+            },
+        ),
+        max_size=20,
+    )
+)
+def test_any_updates_keep_the_laws(updates: list[dict[str, Any]]) -> None:
+    job = new()
+    for given in updates:
+        before = shown(job)
+        try:
+            after = then(job, **given)
+        except ApiError:
+            continue
+        record = shown(after)
+        assert record["version"] == before["version"] + 1
+        assert record["attempt"] >= before["attempt"]
+        if record["attempt"] == before["attempt"]:
+            assert before["status"] not in ENDED
+            assert record["progress"] >= before["progress"] or given.get("reset") is True
+        assert record["createdAt"] == before["createdAt"]
+        assert ("endedAt" in record) == (record["status"] in ENDED)
+        job = after

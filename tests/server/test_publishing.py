@@ -1,0 +1,544 @@
+"""Publishing over HTTP, against a real server: one update, a new job, batches, deletion, cancellation."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from protocol.fields import MAX_UPDATE
+from server.routes import jobs as routes
+from tests.support import ADMIN, AUTH, WORKER, Address, Answer, Http, bearer, request_bytes, server, until
+
+CURSOR = re.compile(r"[a-z0-9]+:[0-9]+")
+NDJSON = {"Content-Type": "application/x-ndjson"}
+JOBS, UPDATES = "/api/v2/jobs", "/api/v2/updates"
+
+
+def offset(answer: Answer) -> int:
+    cursor = answer.json["id"]
+    assert CURSOR.fullmatch(cursor), cursor
+    return int(cursor.rpartition(":")[2])
+
+
+def lines(*updates: object) -> bytes:
+    return b"".join(json.dumps(update).encode() + b"\n" for update in updates)
+
+
+async def record(at: Address, job_id: str) -> dict[str, Any]:
+    answer = await at.get(f"{JOBS}/{job_id}", ADMIN)
+    assert answer.status == 200, answer
+    found = answer.json
+    assert isinstance(found, dict)
+    return found
+
+
+# --- a new job ----------------------------------------------------------------------------------------------------
+
+
+async def test_create_answers_201_with_the_record_and_its_place() -> None:
+    async with server() as at:
+        answer = await at.post(JOBS, {"jobId": "j1", "userId": "alice", "kind": "export", "metadata": {"a": [1]}})
+        assert answer.status == 201
+        assert set(answer.json) == {"job", "id"}
+        job = answer.json["job"]
+        assert job == await record(at, "j1")
+        assert (job["status"], job["progress"], job["version"], job["attempt"]) == ("queued", 0, 1, 1)
+        assert job["metadata"] == {"a": [1]}
+        assert "message" not in job, "absent optional fields are omitted"
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", job["createdAt"])
+        assert answer.headers["location"] == f"{JOBS}/j1"
+        assert (await at.get(answer.headers["location"])).status == 200
+
+
+@pytest.mark.parametrize(("tables", "headers", "owner"), [({}, {}, "anonymous"), ({"auth": AUTH}, WORKER, "worker")])
+async def test_create_makes_an_id_and_takes_the_caller_for_the_owner(
+    tables: dict[str, Any], headers: dict[str, str], owner: str
+) -> None:
+    async with server(**tables) as at:
+        first = (await at.post(JOBS, {}, headers)).json["job"]
+        second = (await at.post(JOBS, {}, headers)).json["job"]
+        assert first["userId"] == owner
+        assert first["jobId"] != second["jobId"]
+
+
+async def test_create_refuses_a_taken_id() -> None:
+    async with server() as at:
+        await at.post(JOBS, {"jobId": "j1", "message": "first"})
+        answer = await at.post(JOBS, {"jobId": "j1", "message": "second"})
+        assert (answer.status, answer.error) == (409, "job_exists")
+        assert (await record(at, "j1"))["message"] == "first"
+
+
+async def test_a_repeated_create_is_200_and_the_same_job() -> None:
+    async with server() as at:
+        body = {"kind": "export"}
+        first = await at.post(JOBS, body, {"Idempotency-Key": "k1"})
+        again = await at.post(JOBS, body, {"Idempotency-Key": "k1"})
+        assert (first.status, again.status) == (201, 200)
+        assert again.json == {"job": first.json["job"], "id": first.json["id"], "version": 1, "duplicate": True}
+        other = await at.post(JOBS, {"kind": "import"}, {"Idempotency-Key": "k1"})
+        assert (other.status, other.error) == (422, "idempotency_key_reused")
+        assert len((await at.get(JOBS)).json["jobs"]) == 1
+
+
+async def test_a_repeated_create_shows_nothing_of_a_foreign_job() -> None:
+    async with server(auth=AUTH) as at:
+        await at.post(JOBS, {"jobId": "j1", "userId": "alice", "seq": 5, "message": "secret"}, WORKER)
+        nosy = bearer("nosy", capabilities=["publish"])
+        answer = await at.post(JOBS, {"jobId": "j1", "seq": 0}, nosy)
+        assert (answer.status, answer.json["duplicate"]) == (200, True)
+        assert answer.json["job"] == {"jobId": "j1", "status": "queued", "version": 1}
+        own = await at.post(JOBS, {"jobId": "j1", "seq": 0}, bearer("alice", capabilities=["publish"]))
+        assert own.json["job"]["message"] == "secret"
+
+
+# --- one update ---------------------------------------------------------------------------------------------------
+
+
+async def test_an_update_answers_with_its_place_and_version() -> None:
+    async with server() as at:
+        first = await at.publish("j1", userId="alice")
+        second = await at.publish("j1", status="processing", progress=12.5)
+        assert set(second.json) == {"id", "version"}
+        assert (first.json["version"], second.json["version"]) == (1, 2)
+        assert offset(second) == offset(first) + 1
+        job = await record(at, "j1")
+        assert (job["userId"], job["status"], job["progress"], job["version"]) == ("alice", "processing", 12.5, 2)
+
+
+async def test_an_update_of_an_unknown_job_needs_an_owner() -> None:
+    async with server() as at:
+        answer = await at.post(f"{JOBS}/j1/updates", {"progress": 1})
+        assert (answer.status, answer.error) == (404, "job_not_found")
+        assert (await at.get(f"{JOBS}/j1")).status == 404
+
+
+async def test_the_ids_of_path_and_body_must_agree() -> None:
+    async with server() as at:
+        answer = await at.post(f"{JOBS}/j1/updates", {"jobId": "j2", "userId": "alice"})
+        assert (answer.status, answer.json["error"]["field"]) == (422, "jobId")
+        assert (await at.post(f"{JOBS}/j1/updates", {"jobId": "j1", "userId": "alice"})).status == 200
+
+
+async def test_a_repeated_seq_changes_nothing() -> None:
+    async with server() as at:
+        await at.publish("j1", userId="alice", seq=7, message="one")
+        again = await at.publish("j1", seq=7, message="two")
+        assert again.json["duplicate"] is True
+        assert ((await record(at, "j1"))["message"], again.json["version"]) == ("one", 1)
+        await at.publish("j1", seq=8, status="completed")
+        late = await at.publish("j1", seq=8, status="completed")
+        assert late.json["duplicate"] is True, "a repeat wins over job_ended"
+
+
+@pytest.mark.parametrize("way", ["header", "eventId"])
+async def test_an_idempotency_key_gives_the_first_answer_again(way: str) -> None:
+    async with server(auth=AUTH) as at:
+        key: dict[str, str] = {"Idempotency-Key": "k"} if way == "header" else {}
+        event: dict[str, Any] = {"eventId": "k"} if way == "eventId" else {}
+        await at.publish("j1", WORKER, userId="alice")
+        first = await at.publish("j1", WORKER | key, message="m", **event)
+        await at.publish("j1", WORKER, status="completed")
+        again = await at.publish("j1", WORKER | key, message="m", **event)
+        assert again.json == first.json | {"duplicate": True}
+        other = bearer("other", capabilities=["publish"])
+        refused = await at.post(f"{JOBS}/j1/updates", {"message": "m", **event}, other | key)
+        assert refused.error == "job_ended", "keys are scoped to the publisher"
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256, "schl\u00fcssel"])
+async def test_an_unfit_idempotency_key_is_refused(key: str) -> None:
+    async with server() as at:
+        answer = await at.post(JOBS, {"jobId": "j1"}, {"Idempotency-Key": key})
+        assert (answer.status, answer.error) == (400, "invalid_header")
+        assert (await at.get(f"{JOBS}/j1")).status == 404
+
+
+async def test_conflicts_change_nothing() -> None:
+    async with server() as at:
+        await at.publish("j1", userId="alice", status="processing", attempt=2)
+        for body, code in (
+            ({"attempt": 1}, "stale_attempt"),
+            ({"status": "queued"}, "bad_transition"),
+            ({"userId": "bob"}, "owner_fixed"),
+        ):
+            answer = await at.post(f"{JOBS}/j1/updates", body)
+            assert (answer.status, answer.error) == (409, code)
+        await at.publish("j1", status="failed", error="e")
+        answer = await at.post(f"{JOBS}/j1/updates", {"progress": 5})
+        assert (answer.status, answer.error) == (409, "job_ended")
+        assert (await record(at, "j1"))["version"] == 2
+        await at.publish("j1", attempt=3)
+        reopened = await record(at, "j1")
+        assert (reopened["status"], reopened["attempt"], "error" in reopened) == ("processing", 3, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "field"),
+    [
+        (b"{", 400, "malformed_json", None),
+        (b"", 400, "malformed_json", None),
+        (b'{"message":"\xff"}', 400, "malformed_json", None),
+        (b'{"metadata":' + b'{"a":' * 3000 + b"1" + b"}" * 3001, 400, "malformed_json", None),
+        (b"[]", 422, "invalid_update", None),
+        (b'{"progress":101}', 422, "invalid_field", "progress"),
+        (b'{"progress":"50"}', 422, "invalid_field", "progress"),
+        (b'{"status":"done"}', 422, "invalid_field", "status"),
+        (b'{"userId":"a b"}', 422, "invalid_field", "userId"),
+        (b'{"message":"' + b"x" * 2049 + b'"}', 422, "invalid_field", "message"),
+        (b'{"result":"' + b"x" * 65536 + b'"}', 422, "invalid_field", "result"),
+        (b'{"procress":1}', 422, "unknown_field", "procress"),
+        (b'{"version":1}', 422, "unknown_field", "version"),
+        (b'{"parentId":"nobody"}', 404, "parent_not_found", None),
+    ],
+    ids=lambda value: repr(value)[:24] if isinstance(value, bytes) else None,
+)
+async def test_bad_bodies_are_refused_by_name(body: bytes, status: int, code: str, field: str | None) -> None:
+    async with server() as at:
+        for target in (JOBS, f"{JOBS}/j1/updates"):
+            if code == "parent_not_found":
+                body = b'{"userId":"alice","parentId":"nobody"}'
+            answer = await at.ask("POST", target, body, {"Content-Type": "application/json"})
+            assert (answer.status, answer.error) == (status, code), answer
+            assert answer.json["error"].get("field") == field
+            if field is not None:
+                assert field in answer.json["error"]["message"]
+        assert (await at.get(JOBS)).json["jobs"] == []
+
+
+@pytest.mark.parametrize("target", [f"{JOBS}/a%20b/updates", f"{JOBS}/{'x' * 129}/updates"])
+async def test_a_malformed_id_in_the_path_is_400(target: str) -> None:
+    async with server() as at:
+        answer = await at.post(target, {"userId": "alice"})
+        assert (answer.status, answer.json["error"]["field"]) == (400, "jobId")
+
+
+async def test_an_update_may_have_128_kib_and_no_more() -> None:
+    async with server() as at:
+        # As whitespace: what counts is what came.
+        fits = b'{"userId":"alice"}'.ljust(MAX_UPDATE)
+        assert (await at.ask("POST", f"{JOBS}/j1/updates", fits)).status == 200
+        async with at.connect() as http:
+            answer = await http.request("POST", f"{JOBS}/j1/updates", body=fits + b" ")
+            assert (answer.status, answer.error) == (413, "payload_too_large")
+            assert answer.headers["connection"] == "close"
+            assert await http.closed()
+        assert (await record(at, "j1"))["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        (None, 200),
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("application/x-ndjson", 415),
+    ],
+)
+async def test_the_content_type_of_an_update(content_type: str | None, status: int) -> None:
+    async with server() as at:
+        headers = {} if content_type is None else {"Content-Type": content_type}
+        answer = await at.ask("POST", f"{JOBS}/j1/updates", b'{"userId":"alice"}', headers)
+        assert answer.status == status
+        if status == 415:
+            assert answer.error == "unsupported_media_type"
+
+
+async def test_a_compressed_body_is_415_and_says_what_is_taken() -> None:
+    async with server() as at:
+        for target in (JOBS, UPDATES):
+            answer = await at.ask("POST", target, b"\x1f\x8b", {"Content-Encoding": "gzip"})
+            assert (answer.status, answer.error) == (415, "unsupported_media_type")
+            assert answer.headers["accept-encoding"] == "identity"
+        assert (await at.ask("POST", JOBS, b"{}", {"Content-Encoding": "identity"})).status == 201
+
+
+# --- deletion and cancellation ------------------------------------------------------------------------------------
+
+
+async def test_a_deleted_job_is_gone_and_its_id_is_free() -> None:
+    async with server() as at:
+        first = await at.publish("j1", userId="alice", message="old")
+        answer = await at.ask("DELETE", f"{JOBS}/j1")
+        assert (answer.status, answer.body) == (204, b"")
+        assert "content-length" not in answer.headers
+        for target in (f"{JOBS}/j1", f"{JOBS}/j1/history"):
+            assert (await at.get(target)).error == "job_not_found"
+        assert (await at.ask("DELETE", f"{JOBS}/j1")).error == "job_not_found"
+        await at.publish("j1", userId="bob")
+        job = await record(at, "j1")
+        assert (job["version"], job["userId"], "message" in job) == (1, "bob", False)
+        history = (await at.get(f"{JOBS}/j1/history")).json["updates"]
+        assert [update["version"] for update in history] == [1]
+        assert offset(first) == 1
+
+
+async def test_cancel_is_recorded_and_reaches_the_worker_with_its_next_answer() -> None:
+    async with server(auth=AUTH) as at:
+        await at.publish("j1", WORKER, userId="alice", status="processing")
+        answer = await at.ask("POST", f"{JOBS}/j1/cancel", headers=bearer("alice"))
+        assert answer.status == 202
+        assert set(answer.json) == {"job"}
+        assert (answer.json["job"]["cancelRequested"], answer.json["job"]["version"]) == (True, 2)
+        update = await at.publish("j1", WORKER, progress=10)
+        assert update.json["cancelRequested"] is True
+        batch = await at.post(UPDATES, [{"jobId": "j1", "progress": 11}], WORKER)
+        assert batch.json["cancelRequested"] == ["j1"]
+        again = await at.ask("POST", f"{JOBS}/j1/cancel", headers=ADMIN)
+        assert (again.status, again.json["job"]["version"]) == (202, 4)
+        await at.publish("j1", WORKER, status="cancelled")
+        ended = await at.ask("POST", f"{JOBS}/j1/cancel", headers=ADMIN)
+        assert (ended.status, ended.error) == (409, "job_ended")
+
+
+async def test_only_owner_and_admin_may_cancel() -> None:
+    async with server(auth=AUTH) as at:
+        await at.publish("j1", WORKER, userId="alice")
+        for headers, status, code in (
+            (bearer("bob"), 404, "job_not_found"),
+            (WORKER, 404, "job_not_found"),
+            (bearer("bob", jobs=["j*"]), 403, "forbidden"),
+        ):
+            answer = await at.ask("POST", f"{JOBS}/j1/cancel", headers=headers)
+            assert (answer.status, answer.error) == (status, code)
+        assert (await record(at, "j1"))["version"] == 1
+        unknown = await at.ask("POST", f"{JOBS}/none/cancel", headers=ADMIN)
+        assert (unknown.status, unknown.error) == (404, "job_not_found")
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+async def test_one_bad_update_never_spoils_the_others() -> None:
+    async with server() as at:
+        batch = [
+            {"jobId": "a", "userId": "alice"},
+            {"jobId": "b", "progress": 5},
+            {"jobId": "c", "userId": "alice", "progress": 500},
+            "text",
+            {"userId": "alice"},
+            {"jobId": "a", "progress": 5, "seq": 1},
+            {"jobId": "a", "progress": 6, "seq": 1},
+            {"jobId": "d", "userId": "alice", "eventId": "e"},
+            {"jobId": "d", "userId": "alice", "eventId": "e"},
+        ]
+        for body, headers in ((json.dumps(batch).encode(), {"Content-Type": "application/json"}),):
+            answer = await at.ask("POST", UPDATES, body, headers)
+        assert answer.status == 200
+        assert (answer.json["accepted"], answer.json["duplicates"]) == (3, 2)
+        rejected = answer.json["rejected"]
+        assert [(item["index"], item["code"]) for item in rejected] == [
+            (1, "job_not_found"),
+            (2, "invalid_field"),
+            (3, "invalid_update"),
+            (4, "invalid_field"),
+        ]
+        assert (rejected[1]["field"], rejected[3]["field"]) == ("progress", "jobId")
+        assert all(item["message"] for item in rejected)
+        assert offset(answer) == 3
+        assert {job["jobId"] for job in (await at.get(JOBS)).json["jobs"]} == {"a", "d"}
+
+
+async def test_ndjson_is_taken_like_an_array_whatever_its_line_ends() -> None:
+    async with server() as at:
+        body = b'\n{"jobId":"a","userId":"alice"}\r\n\r\n{"jobId":\n{"jobId":"b","userId":"alice"}'
+        for content_type in ("application/x-ndjson", "application/ndjson; charset=utf-8", "application/jsonl"):
+            answer = await at.ask("POST", UPDATES, body, {"Content-Type": content_type})
+            assert answer.status == 200
+            assert answer.json["accepted"] == 2
+            assert [(item["index"], item["code"]) for item in answer.json["rejected"]] == [(1, "malformed_json")]
+
+
+async def test_ndjson_is_shown_while_it_still_comes() -> None:
+    async with server() as at, at.connect() as http:
+        await http.send(
+            b"POST /api/v2/updates HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        first, rest = b'{"jobId":"a","userId":"alice"}\n{"jobId":"a","pro', b'gress":40}\n{"jobId":"a","progress":41}'
+        await chunk(http, first)
+        await until(lambda: at.node.jobs.get("a") is not None)
+        assert (await record(at, "a"))["progress"] == 0
+        for position in range(len(rest)):
+            await chunk(http, rest[position : position + 1])
+        await until(lambda: at.node.history.last == 2)
+        await http.send(b"0\r\n\r\n")
+        answer = await http.answer()
+        assert (answer.json["accepted"], answer.json["rejected"], offset(answer)) == (3, [], 3)
+        assert (await record(at, "a"))["progress"] == 41
+        assert (await http.request("GET", "/health")).status == 200, "the connection goes on"
+
+
+async def chunk(http: Http, data: bytes) -> None:
+    await http.send(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+async def test_ndjson_that_breaks_off_keeps_what_was_whole() -> None:
+    async with server() as at:
+        async with at.connect() as http:
+            headers = NDJSON | {"Content-Length": "1000"}
+            await http.send(
+                request_bytes("POST", UPDATES, headers=headers)
+                + lines({"jobId": "a", "userId": "alice"})
+                + b'{"jobId":"b","userId":"a"}'
+            )
+            await until(lambda: at.node.jobs.get("a") is not None)
+        await until(lambda: at.node.connections == 0)
+        assert [job["jobId"] for job in (await at.get(JOBS)).json["jobs"]] == ["a"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_line_that_is_too_long_is_refused_alone_however_it_is_cut(whole: bool) -> None:
+    async with server() as at, at.connect() as http:
+        good = {"jobId": "a", "userId": "alice"}
+        long = b'{"jobId":"b","userId":"alice","message":"' + b"x" * (3 * MAX_UPDATE) + b'"}\n'
+        body = lines(good) + long + lines({"jobId": "c", "userId": "alice"})
+        await http.send(
+            b"POST /api/v2/updates HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body)
+        )
+        size = len(body) if whole else 50_000
+        for start in range(0, len(body), size):
+            await http.send(body[start : start + size])
+        answer = await http.answer()
+        assert answer.json["accepted"] == 2
+        assert [(item["index"], item["code"]) for item in answer.json["rejected"]] == [(1, "payload_too_large")]
+
+
+async def test_a_repeated_batch_is_all_duplicates() -> None:
+    async with server() as at:
+        batch = [{"jobId": "a", "userId": "alice"}, {"jobId": "a", "progress": 5}, {"jobId": "a", "progress": 5}]
+        headers = {"Idempotency-Key": "k"}
+        first = await at.post(UPDATES, batch, headers)
+        again = await at.ask("POST", UPDATES, lines(*batch), headers | NDJSON)
+        assert (first.json["accepted"], first.json["duplicates"]) == (3, 0)
+        assert (again.json["accepted"], again.json["duplicates"], again.json["id"]) == (0, 3, first.json["id"])
+        assert (await record(at, "a"))["version"] == 3
+
+
+async def test_an_empty_batch_is_fine() -> None:
+    async with server() as at:
+        await at.publish("a", userId="alice")
+        for body, headers in ((b"[]", {}), (b"", NDJSON), (b"\n", NDJSON)):
+            answer = await at.ask("POST", UPDATES, body, headers)
+            assert answer.status == 200
+            assert (answer.json["accepted"], answer.json["rejected"], offset(answer)) == (0, [], 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status", "code"),
+    [
+        (b"[{}", "application/json", 400, "malformed_json"),
+        (b"[" * 5000, "application/json", 400, "malformed_json"),
+        (b'{"jobId":"a"}', "application/json", 422, "invalid_field"),
+        (b"[]", "text/plain", 415, "unsupported_media_type"),
+        (b" " * (routes.MAX_BATCH + 1), "application/json", 413, "payload_too_large"),
+        (b"\n" * (routes.MAX_BATCH + 1), "application/x-ndjson", 413, "payload_too_large"),
+        (b"[" + b"0," * routes.MAX_UPDATES + b"0]", "application/json", 413, "payload_too_large"),
+    ],
+    ids=["cut", "deep", "object", "type", "large", "large-lines", "many"],
+)
+async def test_a_batch_that_is_none(body: bytes, content_type: str, status: int, code: str) -> None:
+    async with server() as at, at.connect() as http:
+        # The body of the largest is never sent: its announced length is enough.
+        head = request_bytes("POST", UPDATES, headers={"Content-Type": content_type, "Content-Length": str(len(body))})
+        await http.send(head if len(body) > routes.MAX_BATCH else head + body)
+        answer = await http.answer()
+        assert (answer.status, answer.error) == (status, code)
+
+
+async def test_more_lines_than_a_batch_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "MAX_UPDATES", 3)
+    async with server() as at:
+        body = lines({"jobId": "a", "userId": "alice"}, *[{"jobId": "a"}] * 3)
+        answer = await at.ask("POST", UPDATES, body, NDJSON)
+        assert (answer.status, answer.error) == (413, "payload_too_large")
+
+
+async def test_a_large_batch_lets_others_in_between() -> None:
+    async with server() as at:
+        batch = [{"jobId": f"j{number}", "userId": "alice"} for number in range(3000)]
+        health: list[Answer] = []
+
+        async def look() -> None:
+            await until(lambda: at.node.history.last > 0)
+            assert at.node.history.last < 3000
+            health.append(await at.get("/health"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            answer = await at.post(UPDATES, batch)
+        assert answer.json["accepted"] == 3000
+        assert health[0].status == 200
+
+
+# --- rates --------------------------------------------------------------------------------------------------------
+
+
+async def test_publishes_over_the_rate_are_429_and_change_nothing() -> None:
+    async with server(auth=AUTH, limits={"publishes_per_second": 0.01}) as at:
+        await at.publish("j1", WORKER, userId="alice")
+        calls: list[tuple[str, str, Any, dict[str, str]]] = [
+            ("POST", JOBS, {"jobId": "j2"}, {}),
+            ("POST", f"{JOBS}/j1/updates", {"progress": 1}, {}),
+            ("POST", UPDATES, [{"jobId": "j1", "progress": 1}], {}),
+            ("POST", UPDATES, lines({"jobId": "j1", "progress": 1}), NDJSON),
+            ("DELETE", f"{JOBS}/j1", None, {}),
+        ]
+        for method, target, body, headers in calls:
+            answer = await at.ask(method, target, body, WORKER | headers)
+            assert (answer.status, answer.error) == (429, "rate_limited"), target
+            assert 1 <= int(answer.headers["retry-after"]) <= 100
+        assert (await record(at, "j1"))["version"] == 1
+        assert (await at.post(JOBS, {"jobId": "j2"}, bearer("other", capabilities=["publish"]))).status == 201
+
+
+async def test_a_batch_larger_than_the_rate_passes_whole() -> None:
+    async with server(limits={"publishes_per_second": 10}) as at:
+        batch = [{"jobId": f"j{number}", "userId": "alice"} for number in range(2 * routes.PORTION + 1)]
+        answer = await at.post(UPDATES, batch)
+        assert (answer.status, answer.json["accepted"]) == (200, len(batch))
+        debt = await at.post(UPDATES, batch[:1])
+        assert (debt.status, int(debt.headers["retry-after"]) > 10) == (429, True)
+
+
+async def test_a_stream_of_lines_is_slowed_down_to_the_rate(autojump_clock: trio.testing.MockClock) -> None:
+    # Only the waiting itself: a clock that jumps over it would jump over waiting for a socket, too.
+    async with server(limits={"publishes_per_second": 10}) as at:
+        exchange = Waiting(at)
+        await routes._wait_rate(exchange, 10, first=True)  # type: ignore[arg-type]
+        started = trio.current_time()
+        await routes._wait_rate(exchange, 10, first=False)  # type: ignore[arg-type]
+        assert 1 <= trio.current_time() - started < 3
+
+
+class Waiting:
+    """As much of an exchange as waiting for one's rate looks at."""
+
+    def __init__(self, at: Any) -> None:
+        self.node = at.node
+        self.caller = at.node.authenticator.identify(None)
+
+
+# --- the store ----------------------------------------------------------------------------------------------------
+
+
+async def test_sqlite_answers_the_same_and_keeps_it(tmp_path: Path) -> None:
+    store = {"url": f"sqlite:{tmp_path}/s.db"}
+    async with server(store=store) as at:
+        created = await at.post(JOBS, {"jobId": "j1", "userId": "alice"}, {"Idempotency-Key": "k"})
+        updated = await at.publish("j1", progress=5, seq=1)
+        kept = await record(at, "j1")
+    async with server(store=store) as at:
+        assert await record(at, "j1") == kept
+        again = await at.post(JOBS, {"jobId": "j1", "userId": "alice"}, {"Idempotency-Key": "k"})
+        assert (again.status, again.json["id"]) == (200, created.json["id"])
+        assert (await at.publish("j1", progress=5, seq=1)).json == updated.json | {"duplicate": True}
+        assert offset(await at.publish("j1", progress=6, seq=2)) == 3
