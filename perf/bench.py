@@ -154,6 +154,7 @@ def main() -> int:
         print(table(rows))
         print(f"\nMedians of rounds by turns with the bare loop; {seconds:.0f} s. How to read this: perf/README.md")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(as_json(rows, seconds, options.quick) + "\n")
     if failed:
         return 2

@@ -412,6 +412,11 @@ class HttpConnection:
         return self._expects_continue and not self._buffer and not self._eof
 
     @property
+    def begun(self) -> bool:
+        """Between two requests: whether bytes of the next one have come already."""
+        return bool(self._buffer)
+
+    @property
     def pending(self) -> bool:
         """Whether nothing of an answer has been sent to the request under way."""
         return self._answer is _Answer.PENDING

@@ -101,7 +101,7 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
             field = complaint.split("`")[1]
         message = _PATH.sub("", complaint)
         raise ApiError(422, "invalid_field", f"{field}: {message}" if field else message, field=field) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeError) as error:
         raise ApiError(400, "malformed_json", f"the message is not JSON: {error}") from None
     except RecursionError:
         raise ApiError(400, "malformed_json", "the message is nested too deeply") from None
@@ -118,7 +118,7 @@ def ref_of(text: str | bytes) -> Ref:
     """The ``ref`` of a message that is not taken, as far as it can be read: the refusal shall have it."""
     try:
         return _REF_DECODER.decode(text).ref
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
 
 

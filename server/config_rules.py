@@ -11,6 +11,7 @@ import ipaddress
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from msgspec import inspect
@@ -50,6 +51,7 @@ def expected(info: inspect.Type) -> str:
     return "a string"
 
 
+@lru_cache(maxsize=256)  # asked of the Host header of every request in open mode, mostly the same few names
 def is_loopback(host: str) -> bool:
     """Whether ``host`` can be reached from this machine only: 127.0.0.0/8, ::1 or a name under ``localhost``.
 

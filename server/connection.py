@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import socket
 from contextlib import suppress
 from typing import Final
@@ -19,6 +18,7 @@ from protocol.http1 import BodyData, EndOfBody, HttpConnection, PeerClosed
 from protocol.request import Request
 from server.answers import Response, error_answer
 from server.auth import Identity
+from server.ids import new_id
 from server.limits import client_address
 from server.logs import log_event
 from server.node import LOG, Node, Stream
@@ -59,7 +59,7 @@ class Exchange:
         self.node = connection.node
         self.request = request
         given = request.headers.get("x-request-id", "")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else new_id()
         self.address = client_address(connection.peer, request, connection.node.proxies)
         self.identity: Identity | None = None
         self.params: dict[str, str] = {}
@@ -161,9 +161,9 @@ class Connection:
 
     async def _next_request(self, patience_s: float) -> Request | None:
         """The next request; None when there is none to answer any more."""
-        begun = False
+        begun = self.http.begun  # pipelined, in part
         refusal: ApiError | None = None
-        with trio.move_on_after(patience_s) as patience:
+        with trio.move_on_after(HEAD_TIMEOUT_S if begun else patience_s) as patience:
             try:
                 while True:
                     event = self.http.next_event()
@@ -186,7 +186,7 @@ class Connection:
 
     async def _refuse(self, error: ApiError) -> None:
         """Answer what never became a request, and close."""
-        request_id = secrets.token_hex(8)
+        request_id = new_id()
         log_event(
             LOG,
             logging.INFO,

@@ -11,9 +11,9 @@ and a block without ``await`` is atomic.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import trio
 
@@ -47,39 +47,48 @@ class Want(NamedTuple):
     form: WireForm
 
 
-class Reader(Protocol):
+class Reader:
     """What the hub asks of a connection that watches something.
+
+    A class of its own for the sake of memory: CPython lays out a base class's slots first, so all that the
+    flusher reads of a reader is next to its head, in one or two cache lines instead of five.
 
     Attributes:
         direct: nothing is held back and nothing is filtered: the flusher may write to the socket itself.
-        offset: everything up to here has been given, held or filtered.
         form: the wire form, when ``direct``.
         multi: it is on several channels; kept by the hub.
+        offset: everything up to here has been given, held or filtered.
         open_jobs: named jobs that have not ended yet, for readers that stop with the last; else None.
-        wants: channel name to what is wanted of it.
         sock_send: the socket's non-blocking ``send``.
+        wants: channel name to what is wanted of it; kept by the hub.
     """
 
-    direct: bool
-    offset: int
-    form: WireForm
-    multi: bool
-    open_jobs: set[str] | None
-    wants: dict[str, Want]
+    __slots__ = ("direct", "form", "multi", "offset", "open_jobs", "sock_send", "wants")
 
-    def sock_send(self, data: bytes, /) -> int: ...
+    def __init__(self, form: WireForm, offset: int, sock_send: Callable[[bytes | memoryview], int]) -> None:
+        self.direct = False
+        self.form = form
+        self.multi = False
+        self.offset = offset
+        self.open_jobs: set[str] | None = None
+        self.sock_send = sock_send
+        self.wants: dict[str, Want] = {}
 
     def take(self, batch: Sequence[Update]) -> None:
         """Accept a batch on the slow path; never waits."""
+        raise NotImplementedError
 
     def stalled(self, wire: bytes, sent: int) -> None:
         """The socket took only ``sent`` bytes of ``wire``; the rest is the reader's to send."""
+        raise NotImplementedError
 
     def broken(self) -> None:
         """The socket failed; end this connection."""
+        raise NotImplementedError
 
     def log_lost(self) -> None:
         """The log began a new epoch: what was held is void."""
+        raise NotImplementedError
 
 
 class Channel:

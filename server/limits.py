@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from math import ceil
 from typing import TYPE_CHECKING
@@ -271,6 +272,7 @@ def _parse_hop(text: str) -> IPv4Address | IPv6Address | None:
     return _parse_address(text)
 
 
+@lru_cache(maxsize=4096)  # a connection has one address for all its requests
 def _parse_address(text: str) -> IPv4Address | IPv6Address | None:
     try:
         address = ip_address(text.partition("%")[0])  # without the interface of a link-local address

@@ -21,7 +21,7 @@ import trio
 from protocol.update import Update
 from protocol.watch import channels_of
 from protocol.wire import WireForm
-from server.hub import Hub, Want
+from server.hub import Hub, Reader
 from server.wheel import Timer, Wheel
 
 # One turn of writing gives at most this much to one socket before other tasks run.
@@ -33,7 +33,7 @@ PIECE_UPDATES: Final = 64
 STALL_TIMEOUT_S: Final = 60.0
 
 
-class PushReader:
+class PushReader(Reader):
     """The hub's side of one WebSocket or event-stream connection.
 
     Args:
@@ -55,22 +55,15 @@ class PushReader:
         "_timer",
         "backlog_bytes",
         "conflating",
-        "direct",
         "ended",
-        "form",
         "heard_at",
         "held",
         "held_bytes",
         "hub",
         "min_interval_s",
-        "multi",
-        "offset",
-        "open_jobs",
         "queue",
         "sock",
-        "sock_send",
         "tail",
-        "wants",
         "wheel",
     )
 
@@ -84,17 +77,12 @@ class PushReader:
         *,
         backlog_bytes: int,
     ) -> None:
+        super().__init__(form, hub.history.last, sock.send)
+        self.direct = True
         self.sock = sock
-        self.sock_send = sock.send
         self.hub = hub
         self.wheel = wheel
-        self.form = form
         self.backlog_bytes = backlog_bytes
-        self.direct = True
-        self.offset = hub.history.last
-        self.multi = False
-        self.open_jobs: set[str] | None = None
-        self.wants: dict[str, Want] = {}
         self.tail: bytes | memoryview = b""
         self.queue: deque[bytes | Iterator[bytes]] | None = None  # made when first needed: idle readers are many
         self.held: dict[int | str, Update] | None = None

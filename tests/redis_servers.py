@@ -201,7 +201,7 @@ class Cluster:
         """Every node sees every slot served."""
         for server in self.servers:
             with server.oracle() as oracle:
-                if b"cluster_state:ok" not in oracle.execute_command("CLUSTER INFO", NEVER_DECODE=True):
+                if b"cluster_state:ok" not in oracle.execute_command("CLUSTER", "INFO"):
                     return False
         return True
 

@@ -310,6 +310,7 @@ class Stream:
         self.status = status
         self.headers = headers
         self._events: list[SseEvent] = []
+        self._size: int | None = None  # of the chunk under way
         self.last_id: str | None = None
         self.chunk_sizes: list[int] = []  # events in each chunk
 
@@ -318,11 +319,13 @@ class Stream:
         with trio.fail_after(PATIENCE_S):
             while not self._events:
                 assert self.headers["transfer-encoding"] == "chunked"
-                size = int(await self.http._until(b"\r\n"), 16)
-                chunk = await self.http._exactly(size + 2)
+                if self._size is None:  # kept, so that a reader may be cancelled here and come back
+                    self._size = int(await self.http._until(b"\r\n"), 16)
+                chunk = await self.http._exactly(self._size + 2)
                 assert chunk.endswith(b"\r\n"), chunk
-                if not size:
+                if not self._size:
                     raise Ended
+                self._size = None
                 events = parse_events(chunk[:-2])
                 self.chunk_sizes.append(len(events))
                 self._events += events

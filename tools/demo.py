@@ -31,7 +31,9 @@ import trio
 
 OWNERS = ("alice", "bob", "carol")
 # A lease some updates long: one that is late does no harm, a dead worker shows within seconds.
-TTL_S = 12
+TTL_S = 12.0
+# The lease of the worker that goes silent.
+LEASE_S = 4.0
 # Ended jobs beyond these are deleted again: the demo may run for weeks.
 KEPT = 80
 LONGEST_PAUSE_S = 5.0
@@ -267,13 +269,11 @@ async def silent(api: Api) -> None:
     """A worker that dies: its lease runs out, and the server says `stalled`, then `failed`."""
     async with job(api, "crawl") as work:
         await work.count(8, 0.6, "fetch", "Crawling site {done}", (0, 30))
-        await work.say(ttl=4)
+        await work.say(ttl=LEASE_S)
+        await trio.sleep(1.5 * LEASE_S)  # in real time, as leases are
         if random.random() < 0.5:  # sometimes it was merely slow
-            await api.pause(5.5)
             await work.count(10, 0.5, "fetch", "Crawling site {done}, after a pause", (30, 100))
-            await work.say(status="completed")
-        else:
-            await api.pause(20)
+            await work.say(status="completed", message="slow, but done")
 
 
 async def endless(api: Api) -> None:

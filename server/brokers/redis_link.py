@@ -373,6 +373,8 @@ class SubscriptionLink(Link):
         self._tell(self._unsubscribe, asked)
 
     def _ask(self) -> None:
+        if self._wire is None:
+            return  # the next connection begins with all that is wanted
         missing = self.wanted - self._asked
         self._asked |= missing
         self._tell(self._subscribe, missing)

@@ -296,7 +296,7 @@ class Client:
         return master
 
     def _sentinel_watch(self) -> SubscriptionLink:
-        """Listens to one of the sentinels for a new master: the failover is known at once instead of after a silence."""
+        """Listens to a sentinel for a new master: the failover is known at once instead of after a silence."""
 
         async def any_sentinel() -> tuple[Stream, NodeInfo]:
             for sentinel in self._sentinels:

@@ -16,40 +16,13 @@ from server.brokers.redis_url import Address, Options, RedisUrl
 SLOTS: Final = 16384
 
 # Commands whose keys are not just their first argument; what is missing here has one key, directly after its name.
-_NO_KEY: Final = frozenset(
-    [
-        "ACL",
-        "ASKING",
-        "AUTH",
-        "CLIENT",
-        "CLUSTER",
-        "COMMAND",
-        "CONFIG",
-        "DBSIZE",
-        "DEBUG",
-        "ECHO",
-        "FLUSHALL",
-        "FLUSHDB",
-        "FUNCTION",
-        "INFO",
-        "KEYS",
-        "LATENCY",
-        "PING",
-        "PUBLISH",
-        "PUBSUB",
-        "ROLE",
-        "SAVE",
-        "SCAN",
-        "SCRIPT",
-        "SELECT",
-        "SLOWLOG",
-        "TIME",
-        "WAIT",
-    ]
-)
-_ALL_KEYS: Final = frozenset(
-    ["DEL", "EXISTS", "MGET", "PFCOUNT", "SDIFF", "SINTER", "SUNION", "TOUCH", "UNLINK", "WATCH", "RENAME"]
-)
+# fmt: off
+_NO_KEY: Final = frozenset({
+    "ACL", "CLIENT", "CLUSTER", "COMMAND", "CONFIG", "DBSIZE", "DEBUG", "ECHO", "FLUSHALL", "FLUSHDB", "FUNCTION",
+    "INFO", "KEYS", "LATENCY", "PING", "PUBLISH", "PUBSUB", "ROLE", "SCAN", "SCRIPT", "SLOWLOG", "TIME", "WAIT",
+})
+_ALL_KEYS: Final = frozenset({"DEL", "EXISTS", "MGET", "RENAME", "TOUCH", "UNLINK", "SDIFF", "SINTER", "SUNION"})
+# fmt: on
 _NUMBER_OF_KEYS: Final = frozenset(["EVAL", "EVALSHA", "EVAL_RO", "EVALSHA_RO", "FCALL", "FCALL_RO"])
 _SECOND: Final = frozenset(["BITOP", "MEMORY", "OBJECT", "XGROUP", "XINFO"])
 

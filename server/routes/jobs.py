@@ -182,10 +182,11 @@ async def _decide(exchange: Exchange, operation: Operation) -> Accepted:
     node.limits.check_publish(exchange.caller.user, trio.current_time())
     await node.hub.wait_room()
     submission = node.broker.submit([operation])
+    # First, because a refusal too can rest on something that is not kept yet.
+    await submission.wait_kept()
     result = submission.results[0]
     if isinstance(result, ApiError):
         raise result
-    await submission.wait_kept()
     return result
 
 

@@ -17,7 +17,7 @@ from server.answers import JSON, NO_STORE, Response
 from server.auth import bad_token
 from server.connection import Exchange
 from server.cursors import Client
-from server.hub import Want
+from server.hub import Reader, Want
 from server.node import Node
 from server.reading import channels_for, missed_updates, over, snapshot, start_from
 
@@ -25,38 +25,27 @@ from server.reading import channels_for, missed_updates, over, snapshot, start_f
 ANSWER_BYTES: Final = 1024 * 1024
 
 
-class PollReader:
+class PollReader(Reader):
     """The hub's side of a poll that waits: any wanted update wakes it; the answer is read from the log."""
 
-    __slots__ = ("direct", "form", "multi", "offset", "open_jobs", "wake", "wants")
+    __slots__ = ("wake",)
 
     def __init__(self, wake: trio.Event, form: WireForm, offset: int) -> None:
-        self.direct = False
-        self.multi = False
-        self.offset = offset
-        self.form = form
-        self.open_jobs: set[str] | None = None
-        self.wants: dict[str, Want] = {}
+        super().__init__(form, offset, _not_written_to)
         self.wake = wake
-
-    def sock_send(self, data: bytes, /) -> int:
-        """Never called: nothing is written directly."""
-        raise AssertionError("a poll is not written to by the hub")
 
     def take(self, batch: Sequence[Update]) -> None:
         """Wake up if any of it is wanted."""
         if any(want.filter.passes(update) for update in batch for want in self.wants.values()):
             self.wake.set()
 
-    def stalled(self, wire: bytes, sent: int) -> None:
-        """Never called, for the same reason."""
-
-    def broken(self) -> None:
-        """Never called, for the same reason."""
-
     def log_lost(self) -> None:
         """The log began anew: answer now, with a reset."""
         self.wake.set()
+
+
+def _not_written_to(data: bytes | memoryview) -> int:
+    raise AssertionError("a poll is not written to by the hub")
 
 
 async def poll(exchange: Exchange) -> Response:

@@ -15,6 +15,7 @@ from protocol.wire import Framing, WireForm, select_fields, wire_form
 from server.answers import Response
 from server.connection import Exchange
 from server.hub import Want
+from server.ids import new_id
 from server.node import Stream
 from server.reading import Start, channels_for, live, missed_updates, over, snapshot, start_from
 from server.socketio import all_acknowledged, receive, send_all
@@ -52,7 +53,7 @@ async def stream(exchange: Exchange) -> Response | Stream:
     reader.expire_with(identity)
     connected = server_message(
         "connected",
-        clientId=exchange.request_id,
+        clientId=new_id(),
         userId=identity.user,
         heartbeat=whole(node.config.server.heartbeat),
         timestamp=format_time(int(time.time() * 1000)),

@@ -50,6 +50,7 @@ from protocol.wire import Framing, select_fields, wire_form
 from server.auth import Identity
 from server.connection import Exchange
 from server.hub import Want
+from server.ids import new_id
 from server.node import Stream
 from server.origins import check_origin
 from server.publishing import Batch, summary
@@ -138,7 +139,7 @@ class Session(LiveReader):
         self._mistakes = 0
         self._too_fast = 0
         self._unanswered = 0
-        self.client_id = exchange.request_id
+        self.client_id = new_id()
         self.identity: Identity | None = None
 
     # Beginning and end

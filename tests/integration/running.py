@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -22,6 +23,13 @@ PYTHON = STATUSWIRE.with_name("python")
 def clean_environment(**more: str) -> dict[str, str]:
     """Our own environment without what would configure a server behind a test's back."""
     return {name: value for name, value in os.environ.items() if not name.startswith("STATUSWIRE_")} | more
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
 
 
 @dataclass(frozen=True)

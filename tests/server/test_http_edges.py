@@ -349,6 +349,9 @@ async def test_a_head_that_does_not_come_to_its_end_is_408(monkeypatch: pytest.M
         answer = await http.answer()
         assert (answer.status, answer.error, answer.headers["connection"]) == (408, "request_timeout", "close")
         assert await http.closed()
+        async with at.connect() as pipelining:
+            await pipelining.send(GET + GET[:20])
+            assert [(await pipelining.answer()).status for _ in range(2)] == [200, 408]
         assert await silent.closed(), "who never said anything is owed nothing"
 
 

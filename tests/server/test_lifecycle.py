@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import resource
@@ -365,6 +366,33 @@ async def test_running_out_of_descriptors_is_survived(tmp_path: Path) -> None:
         assert "few_descriptors" in at.log()
         at.signal(signal.SIGTERM)
         assert await at.exit_status() == 0
+
+
+class Scarce(socket.socket):
+    """A listener that finds no free descriptor the first times."""
+
+    left = 3
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+async def test_a_pause_in_accepting_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(listener, "EXHAUSTED_PAUSE_S", 0.01)
+    with Scarce() as scarce:
+        scarce.bind(("127.0.0.1", 0))
+        scarce.listen()
+        scarce.setblocking(False)
+        async with server() as at, trio.open_nursery() as nursery:
+            nursery.start_soon(listener.accept_forever, at.node, scarce, nursery)
+            assert (await Address(scarce.getsockname()[1]).get("/health")).status == 200
+            nursery.cancel_scope.cancel()
+    assert (scarce.left, caplog.text.count("accept_paused")) == (0, 1)
 
 
 async def test_over_max_connections_a_client_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

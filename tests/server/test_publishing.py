@@ -509,22 +509,14 @@ async def test_a_batch_larger_than_the_rate_passes_whole() -> None:
         assert (debt.status, int(debt.headers["retry-after"]) > 10) == (429, True)
 
 
-async def test_a_stream_of_lines_is_slowed_down_to_the_rate(autojump_clock: trio.testing.MockClock) -> None:
-    # Only the waiting itself: a clock that jumps over it would jump over waiting for a socket, too.
+async def test_a_stream_of_lines_is_slowed_down_to_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "PORTION", 10)
     async with server(limits={"publishes_per_second": 10}) as at:
-        exchange = Waiting(at)
-        await routes._wait_rate(exchange, 10, first=True)  # type: ignore[arg-type]
+        body = lines({"jobId": "a", "userId": "alice"}, *[{"jobId": "a"}] * 10)
         started = trio.current_time()
-        await routes._wait_rate(exchange, 10, first=False)  # type: ignore[arg-type]
-        assert 1 <= trio.current_time() - started < 3
-
-
-class Waiting:
-    """As much of an exchange as waiting for one's rate looks at."""
-
-    def __init__(self, at: Any) -> None:
-        self.node = at.node
-        self.caller = at.node.authenticator.identify(None)
+        answer = await at.ask("POST", UPDATES, body, NDJSON)
+        assert (answer.status, answer.json["accepted"], answer.json["rejected"]) == (200, 11, [])
+        assert trio.current_time() - started >= 0.1, "the eleventh comes a tenth of a second after the first ten"
 
 
 # --- the store ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,403 @@
+"""The hub from the inside: what the flusher does, when, and what it costs in encodings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import pytest
+import trio
+from trio.testing import assert_checkpoints, assert_no_checkpoints, wait_all_tasks_blocked
+
+from protocol.update import Update
+from protocol.watch import ANY, EVERYTHING, Filter, job_channel, user_channel
+from protocol.wire import Framing, WireForm
+from server import hub as hub_module
+from server.history import History
+from server.hub import Hub, Want
+
+
+def update(offset: int, job_id: str = "a", user: str = "u", *, ended: bool = False, body: bytes = b'{"x":1}') -> Update:
+    return Update(offset, 0, "status_update", job_id, user, None, "queued", offset, body, ended, ended)
+
+
+class CountingForm(WireForm):
+    """A form that says how often it encoded what."""
+
+    def __init__(self) -> None:
+        super().__init__(Framing.JSON, None)
+        self.encoded: list[list[int]] = []
+
+    def updates(self, updates: Sequence[Update], epoch: str) -> bytes:
+        self.encoded.append([update.offset for update in updates])
+        return b"".join(b"%s:%d " % (epoch.encode(), update.offset) for update in updates)
+
+
+class Recorder:
+    """A reader that takes everything down. ``room`` is what its socket still takes."""
+
+    def __init__(self, form: WireForm, *, offset: int = 0, direct: bool = True) -> None:
+        self.direct = direct
+        self.offset = offset
+        self.form = form
+        self.multi = False
+        self.open_jobs: set[str] | None = None
+        self.wants: dict[str, Want] = {}
+        self.sent: list[bytes] = []
+        self.taken: list[list[int]] = []
+        self.rest: list[tuple[bytes, int]] = []
+        self.room = 10**9
+        self.failure: Exception | None = None
+        self.ended = False
+        self.resets = 0
+
+    def sock_send(self, data: bytes, /) -> int:
+        if self.failure is not None:
+            raise self.failure
+        if not self.room:
+            raise BlockingIOError
+        size = min(self.room, len(data))
+        self.sent.append(bytes(data[:size]))
+        return size
+
+    def take(self, batch: Sequence[Update]) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.taken.append([update.offset for update in batch])
+
+    def stalled(self, wire: bytes, sent: int) -> None:
+        self.direct = False
+        self.rest.append((wire, sent))
+
+    def broken(self) -> None:
+        self.ended = True
+        self.direct = False
+
+    def log_lost(self) -> None:
+        self.resets += 1
+        if self.failure is not None:
+            raise self.failure
+
+
+class Bench:
+    """A hub over a log that the test writes."""
+
+    def __init__(self, nursery: trio.Nursery | None) -> None:
+        self.history = History("e", max_updates=10_000, max_age=1e9, max_bytes=10**9)
+        self.hub = Hub(self.history)
+        self.form = CountingForm()
+        if nursery is not None:  # else the flusher is the test's to start
+            nursery.start_soon(self.hub.run)
+
+    def reader(self, *names: str, form: WireForm | None = None, filter: Filter = ANY) -> Recorder:
+        reader = Recorder(form or self.form, offset=self.history.last)
+        self.hub.attach(reader, [(name, Want(filter, reader.form)) for name in names])
+        return reader
+
+    def deliver(self, *updates: Update) -> None:
+        for one in updates:
+            self.history.append(one)
+            self.hub.deliver(one)
+
+    def next(self, job_id: str = "a", user: str = "u", *, ended: bool = False, body: bytes = b'{"x":1}') -> int:
+        one = update(self.history.last + 1, job_id, user, ended=ended, body=body)
+        self.deliver(one)
+        return one.offset
+
+
+@pytest.fixture
+def bench(nursery: trio.Nursery) -> Bench:
+    return Bench(nursery)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The flusher lets others run after every reader."""
+    monkeypatch.setattr(hub_module, "LOOK_EVERY", 1)
+    monkeypatch.setattr(hub_module, "YIELD_AFTER_S", -1.0)
+    yield
+
+
+async def test_registering_and_delivering_never_wait(bench: Bench) -> None:
+    with assert_no_checkpoints():
+        reader = bench.reader("j/a", "u/u")
+        bench.next()
+        bench.hub.attach(reader, [("*", Want(ANY, bench.form))])
+        bench.hub.detach(reader, ["*", "unknown"])
+        bench.hub.log_lost()
+        bench.hub.leave(reader)
+    assert not bench.hub.channels
+    assert not bench.hub.readers
+    with assert_checkpoints():
+        await wait_all_tasks_blocked()
+
+
+async def test_leaving_leaves_nothing(bench: Bench) -> None:
+    one, two = bench.reader("j/a", "j/b"), bench.reader("j/b")
+    assert (one.multi, two.multi) == (True, False)
+    bench.hub.detach(one, ["j/b"])
+    assert not one.multi
+    assert set(bench.hub.channels) == {"j/a", "j/b"}
+    bench.hub.leave(one)
+    assert set(bench.hub.channels) == {"j/b"}
+    bench.next("b")
+    bench.hub.leave(two)  # with something pending
+    assert not bench.hub.channels
+    await wait_all_tasks_blocked()
+    assert two.sent == []
+    assert bench.hub.given() == bench.history.last
+
+
+async def test_an_update_is_offered_on_its_four_channels(bench: Bench) -> None:
+    names = [EVERYTHING, user_channel("u"), job_channel("a"), job_channel("a", "u")]
+    readers = [bench.reader(name) for name in names]
+    others = [bench.reader(name) for name in (user_channel("v"), job_channel("b"), job_channel("a", "v"))]
+    bench.next("a", "u")
+    await wait_all_tasks_blocked()
+    assert [reader.sent for reader in readers] == [[b"e:1 "]] * 4
+    assert [reader.sent for reader in others] == [[]] * 3
+
+
+async def test_a_flush_encodes_once_per_form_and_sends_once_per_reader(bench: Bench) -> None:
+    other = CountingForm()
+    readers = [bench.reader("j/a", form=form) for form in (bench.form, other) * 50]
+    for _ in range(3):
+        bench.next()
+    await wait_all_tasks_blocked()
+    assert bench.form.encoded == other.encoded == [[1, 2, 3]]
+    assert all(reader.sent == [b"e:1 e:2 e:3 "] for reader in readers)
+    assert all(reader.offset == 3 for reader in readers)
+    bench.next()
+    await wait_all_tasks_blocked()
+    assert bench.form.encoded == [[1, 2, 3], [4]]
+    assert bench.hub.delivered == 400
+
+
+async def test_several_channels_are_merged_in_log_order_without_doubles(bench: Bench) -> None:
+    readers = [bench.reader("j/a", "u/u", "*") for _ in range(3)]
+    apart = bench.reader("j/a", "j/b")
+    bench.next("a")
+    bench.next("b", "v")
+    bench.next("c", "u")
+    bench.next("a")
+    await wait_all_tasks_blocked()
+    assert all(reader.sent == [b"e:1 e:2 e:3 e:4 "] for reader in readers)
+    assert apart.sent == [b"e:1 e:2 e:4 "]
+    assert sorted(bench.form.encoded) == [[1, 2, 3, 4], [1, 2, 4]]  # shared by those who watch the same
+    assert (readers[0].offset, apart.offset) == (4, 4)
+
+
+async def test_who_is_not_direct_takes_the_batch(bench: Bench) -> None:
+    one, two = bench.reader("j/a"), bench.reader("j/a", "j/b")
+    one.direct = two.direct = False
+    bench.next()
+    bench.next()
+    await wait_all_tasks_blocked()
+    assert one.taken == two.taken == [[1, 2]]
+    assert bench.form.encoded == []
+
+
+@pytest.mark.parametrize("names", [["j/a"], ["j/a", "j/b"]])
+async def test_an_end_goes_the_slow_way_to_those_who_count(bench: Bench, names: list[str]) -> None:
+    counting, plain = bench.reader(*names), bench.reader(*names)
+    counting.open_jobs = {"a"}
+    bench.next()
+    await wait_all_tasks_blocked()
+    bench.next(ended=True)
+    await wait_all_tasks_blocked()
+    assert (counting.sent, counting.taken) == ([b"e:1 "], [[2]])
+    assert plain.sent == [b"e:1 ", b"e:2 "]
+
+
+@pytest.mark.parametrize("names", [["j/a"], ["j/a", "j/b"]])
+async def test_nobody_is_given_what_it_was_given_before(bench: Bench, names: list[str]) -> None:
+    """A reader that came, or caught up, while updates were pending."""
+    early = bench.reader(*names)
+    bench.next()
+    bench.next()
+    late, half = bench.reader(*names), bench.reader(*names)
+    half.offset -= 1
+    await wait_all_tasks_blocked()
+    assert early.sent == [b"e:1 e:2 "]
+    assert (late.sent, late.taken) == ([], [])
+    # It gets the whole batch, and drops itself what it has.
+    assert (half.sent, half.taken) == ([], [[1, 2]])
+
+
+async def test_a_full_socket_stalls_its_reader_alone(bench: Bench) -> None:
+    full, half, fine = bench.reader("j/a"), bench.reader("j/a", "j/b"), bench.reader("j/a")
+    full.room, half.room = 0, 2
+    bench.next()
+    await wait_all_tasks_blocked()
+    assert full.rest == [(b"e:1 ", 0)]
+    assert half.rest == [(b"e:1 ", 2)]
+    assert fine.sent == [b"e:1 "]
+    bench.next()
+    await wait_all_tasks_blocked()
+    assert full.taken == half.taken == [[2]]
+    assert fine.sent == [b"e:1 ", b"e:2 "]
+
+
+@pytest.mark.parametrize("failure", [ConnectionResetError(), BrokenPipeError(), RuntimeError("a bug")])
+@pytest.mark.parametrize("direct", [True, False])
+async def test_whatever_goes_wrong_with_one_reader_ends_that_one(
+    bench: Bench, failure: Exception, direct: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for names in (["j/a"], ["j/a", "j/b"]):
+        bad, good = bench.reader(*names), bench.reader(*names)
+        bad.failure, bad.direct = failure, direct
+        bench.next()
+        await wait_all_tasks_blocked()
+        assert bad.ended
+        assert len(good.sent) == 1
+        with caplog.at_level(logging.ERROR):
+            caplog.clear()
+            bench.hub.log_lost()
+        assert (bad.resets, good.resets) == (1, 1)
+        assert ("delivery_failed" in caplog.text) == isinstance(failure, RuntimeError)
+        bench.hub.leave(bad)
+        bench.hub.leave(good)
+
+
+async def test_the_flusher_yields_within_a_channel(bench: Bench, impatient: None) -> None:
+    """Others run while a large channel is served, and may come and go meanwhile."""
+    readers = [bench.reader("j/a") for _ in range(50)]
+    shared = [bench.reader("j/a", "j/b") for _ in range(50)]
+    turns = 0
+    bench.next()
+    while not shared[-1].sent:
+        await trio.lowlevel.checkpoint()
+        turns += 1
+        if turns == 5:
+            bench.hub.leave(readers[10])
+            late = bench.reader("j/a")
+            bench.next()
+            assert bench.hub.given() == 0  # nobody's cursor may pass what is under way
+    assert turns >= 50
+    await wait_all_tasks_blocked()
+    assert all(reader.sent == [b"e:1 ", b"e:2 "] for reader in readers if reader is not readers[10])
+    assert all(reader.sent == [b"e:1 ", b"e:2 "] for reader in shared)
+    assert late.sent == [b"e:2 "]
+    assert bench.hub.given() == 2
+
+
+async def test_what_arrives_during_a_flush_goes_together_in_the_next(bench: Bench, impatient: None) -> None:
+    readers = [bench.reader("j/a") for _ in range(10)]
+    bench.next()
+    while not readers[0].sent:
+        await trio.lowlevel.checkpoint()
+    bench.next()
+    bench.next()
+    await wait_all_tasks_blocked()
+    assert readers[-1].sent == [b"e:1 ", b"e:2 e:3 "]
+
+
+async def test_a_flush_of_large_updates_is_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "JOIN_BYTES", 100)
+    one, two = bench.reader("j/a"), bench.reader("j/a", "j/b")
+    for size in (60, 30, 60, 500, 10):
+        bench.next(body=b"x" * size)
+    await wait_all_tasks_blocked()
+    assert one.sent == two.sent == [b"e:1 e:2 ", b"e:3 ", b"e:4 ", b"e:5 "]
+
+
+async def test_kept_encodings_are_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "SHARED_BYTES", 10)
+    readers = [bench.reader("j/a", "j/b") for _ in range(2)]
+    apart = [bench.reader("j/a", f"j/{number}") for number in range(10)]
+    bench.next("a")
+    for number in range(10):
+        bench.next(str(number))
+    await wait_all_tasks_blocked()
+    assert all(reader.sent == [b"e:1 "] for reader in readers)
+    assert [reader.sent for reader in apart] == [[b"e:1 e:%d " % (number + 2)] for number in range(10)]
+
+
+async def test_the_cursor_of_the_quiet_moves_only_with_what_was_given(bench: Bench) -> None:
+    hub = bench.hub
+    assert hub.given() == 0
+    bench.next("nobody")
+    assert hub.given() == 1
+    reader = bench.reader("j/a")
+    bench.next("a")
+    bench.next("nobody")
+    assert hub.given() == 1
+    await wait_all_tasks_blocked()
+    assert hub.given() == 3
+    assert reader.sent == [b"e:2 "]
+    bench.next("nobody")
+    assert hub.given() == 4
+
+
+async def test_publishers_wait_while_too_much_is_pending(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PENDING_BYTES", 1000)
+    bench = Bench(None)
+    reader = bench.reader("j/a")
+    bench.next(body=b"x" * 1000)
+    with assert_no_checkpoints():
+        await bench.hub.wait_room()
+    passed: list[int] = []
+
+    async def publisher(number: int) -> None:
+        await bench.hub.wait_room()
+        passed.append(number)
+
+    for number in (1, 2):
+        # More comes while one waits already: by a lease, or in the group of another publisher.
+        bench.next(body=b"x")
+        nursery.start_soon(publisher, number)
+        await wait_all_tasks_blocked()
+    bench.next(body=b"x")
+    assert passed == []
+    nursery.start_soon(bench.hub.run)
+    await wait_all_tasks_blocked()
+    assert sorted(passed) == [1, 2]
+    assert reader.offset == 4
+    with assert_no_checkpoints():
+        await bench.hub.wait_room()
+
+
+async def test_nobody_waits_for_room_in_a_log_that_was_lost(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PENDING_BYTES", 1000)
+    bench = Bench(None)
+    bench.reader("j/a")
+    bench.next(body=b"x" * 2000)
+    nursery.start_soon(bench.hub.wait_room)
+    await wait_all_tasks_blocked()
+    bench.hub.log_lost()
+    with trio.fail_after(5):
+        while nursery.child_tasks:
+            await trio.lowlevel.checkpoint()
+
+
+async def test_a_log_lost_in_the_middle_of_a_flush_voids_the_rest_of_it(bench: Bench, impatient: None) -> None:
+    first = [bench.reader("j/a") for _ in range(5)]
+    second = [bench.reader("j/b") for _ in range(5)]
+    both = [bench.reader("j/a", "j/b") for _ in range(5)]
+    for _ in range(10):
+        bench.next("a")
+        bench.next("b")
+    while not first[1].sent:
+        await trio.lowlevel.checkpoint()
+    everyone = [*first, *second, *both]
+    sent = [len(reader.sent) for reader in everyone]
+    assert 0 < sum(sent) < 5
+    bench.history.restart("f")
+    for reader in everyone:
+        reader.offset = 0
+    bench.hub.log_lost()
+    assert bench.hub.given() == 0
+    await wait_all_tasks_blocked()
+    assert all(reader.resets == 1 for reader in everyone)
+    assert [len(reader.sent) for reader in everyone] == sent
+    # The cursor follows the new log, not the offsets of the old one.
+    assert bench.hub.given() == 0
+    bench.next("a")
+    assert bench.hub.given() == 0
+    await wait_all_tasks_blocked()
+    assert bench.hub.given() == 1
+    assert all(reader.sent[-1] == b"f:1 " for reader in [*first, *both])

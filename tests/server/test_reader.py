@@ -1,0 +1,458 @@
+"""One push reader from the inside, over a real socket: what it holds, when it lets go, where it says it stands."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+
+import pytest
+import trio
+from trio.testing import assert_no_checkpoints, wait_all_tasks_blocked
+
+from protocol.update import Update
+from protocol.watch import ANY, Filter
+from protocol.wire import Framing, wire_form
+from server import reader as reader_module
+from server.history import History
+from server.hub import Hub, Want
+from server.reader import PushReader
+from server.wheel import Wheel
+
+FORM = wire_form(Framing.SSE)
+
+
+class Probe(PushReader):
+    """Says what happened to it."""
+
+    __slots__ = ("again", "ends", "resets")
+
+    def on_end(self) -> None:
+        self.ends += 1
+
+    def on_log_lost(self) -> None:
+        self.resets += 1
+        self.post(self.form.message(b'{"type":"reset"}'))
+
+    def reopened(self) -> set[str]:
+        return self.again
+
+
+class Bench:
+    """A reader on one end of a socket pair, the test on the other."""
+
+    def __init__(self, nursery: trio.Nursery, *, backlog: int = 100_000, max_updates: int = 10_000) -> None:
+        self.history = History("e", max_updates=max_updates, max_age=1e9, max_bytes=10**9)
+        self.hub = Hub(self.history)
+        self.wheel = Wheel()
+        ours, self.peer = socket.socketpair()
+        for sock in (ours, self.peer):
+            sock.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self.nursery = nursery
+        self.reader = Probe(ours, nursery, self.hub, self.wheel, FORM, backlog_bytes=backlog)
+        self.reader.ends = self.reader.resets = 0
+        self.reader.again = set()
+        nursery.start_soon(self.hub.run)
+        nursery.start_soon(self.wheel.run)
+
+    def watch(self, *names: str, filter: Filter = ANY) -> None:
+        self.hub.attach(self.reader, [(name, Want(filter, FORM)) for name in names])
+        self.reader.settle()
+
+    def put(
+        self, job_id: str = "a", *, size: int = 0, ended: bool = False, urgent: bool = False, kind: str | None = None
+    ) -> int:
+        offset = self.history.last + 1
+        body = json.dumps({"jobId": job_id, "x": "x" * size}, separators=(",", ":")).encode()
+        type_ = "job_completed" if ended else "status_update"
+        update = Update(offset, 0, type_, job_id, "u", kind, "queued", offset, body, ended, ended or urgent)
+        self.history.append(update)
+        self.hub.deliver(update)
+        return offset
+
+    def fill(self) -> None:
+        """Make the socket full, once this update is flushed."""
+        self.put(size=20_000)
+
+    async def received(self, ends_with: str | None = None) -> list[dict[str, object]]:
+        """What has come by now, whole events; with ``ends_with``, up to an event with this id."""
+        data = b""
+        with trio.fail_after(10):
+            while True:
+                try:
+                    data += self.peer.recv(65536)
+                    continue
+                except BlockingIOError:
+                    pass
+                if ends_with is None or f"id: {ends_with}\n".encode() in data:
+                    await wait_all_tasks_blocked()
+                    try:
+                        data += self.peer.recv(65536)
+                        continue
+                    except BlockingIOError:
+                        break
+                await trio.lowlevel.wait_readable(self.peer)
+        events = []
+        for block in data.decode().split("\n\n")[:-1]:
+            lines = dict(line.split(": ", 1) for line in block.split("\n"))
+            events.append(json.loads(lines["data"]) | ({"cursor": lines["id"]} if "id" in lines else {}))
+        return events
+
+    def close(self) -> None:
+        self.reader.finish("closed")
+        self.hub.leave(self.reader)
+        self.reader.sock.close()
+        self.peer.close()
+
+
+@pytest.fixture
+def bench(nursery: trio.Nursery) -> Iterator[Bench]:
+    bench = Bench(nursery)
+    yield bench
+    bench.close()
+
+
+def ids(events: list[dict[str, object]]) -> list[object]:
+    return [str(event["id"]).partition(":")[2] for event in events if "id" in event]
+
+
+async def test_what_the_hub_calls_never_waits(bench: Bench) -> None:
+    reader = bench.reader
+    with assert_no_checkpoints():
+        bench.watch("j/a", "j/b")
+        reader.post(b"data: {}\n\n", iter([b"data: {}\n\n"]))
+        reader.catch_up()
+        bench.put()
+        reader.take(bench.history.everything(0))
+        reader.log_lost()
+        reader.cursor()
+        reader.finish("closed")
+        reader.broken()
+    assert reader.ends == 1
+
+
+async def test_order_is_kept_between_answers_and_updates(bench: Bench) -> None:
+    reader = bench.reader
+    bench.watch("j/a")
+    for number in range(50):
+        reader.post(FORM.message(b'{"answer":%d}' % number))
+        if number % 2:
+            bench.put()
+            await wait_all_tasks_blocked()
+    events = await bench.received("e:25")
+    assert [event["answer"] for event in events if "answer" in event] == list(range(50))
+    assert ids(events) == [str(offset) for offset in range(1, 26)]
+    assert reader.direct
+
+
+async def test_few_held_updates_are_all_given(bench: Bench) -> None:
+    bench.watch("j/a", "j/b")
+    bench.fill()
+    await wait_all_tasks_blocked()
+    assert not bench.reader.direct
+    assert bench.reader.tail
+    for _ in range(100):
+        bench.put("a")
+        bench.put("b")
+    await wait_all_tasks_blocked()
+    assert not bench.reader.conflating
+    events = await bench.received("e:201")
+    assert ids(events) == [str(offset) for offset in range(1, 202)]
+    assert bench.reader.direct
+    assert bench.reader.held_bytes == 0
+
+
+async def test_many_held_updates_collapse_to_the_newest_and_every_ending(bench: Bench) -> None:
+    bench.watch("u/u")
+    bench.fill()
+    await wait_all_tasks_blocked()
+    ended = []
+    for number in range(300):
+        bench.put("a", size=500)
+        bench.put("b", size=500)
+        if number % 100 == 50:
+            ended.append(bench.put("a", ended=True))
+        await wait_all_tasks_blocked()
+    reader = bench.reader
+    assert reader.conflating
+    assert reader.held is not None
+    assert len(reader.held) == 5
+    assert reader.held_bytes == sum(len(update.body) for update in reader.held.values())
+    last = bench.history.last
+    events = await bench.received(f"e:{last}")
+    assert ids(events) == sorted({"1", *map(str, ended), str(last - 1), str(last)}, key=int)
+    assert not reader.conflating
+    assert reader.direct
+
+
+async def test_updates_without_end_are_no_way_to_take_memory(bench: Bench) -> None:
+    bench.watch("u/u")
+    bench.fill()
+    await wait_all_tasks_blocked()
+    while not bench.reader.ended:
+        bench.put("a", size=1000, ended=True)
+        await wait_all_tasks_blocked()
+        assert bench.reader.held_bytes <= bench.reader.backlog_bytes
+    assert bench.reader.ended == "overflow"
+    assert 95 <= bench.history.last <= 110
+    assert not bench.reader.held
+    bench.put()
+    await wait_all_tasks_blocked()
+    assert not bench.reader.held
+
+
+async def test_a_filtered_batch_is_written_as_it_is_held(bench: Bench) -> None:
+    """More than the backlog in one flush, for a reader that takes it all."""
+    bench.reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10**6)
+    bench.watch("u/u", filter=Filter(kinds=frozenset({"k"})))
+    for _ in range(100):
+        bench.put(size=1500, kind="k")
+        bench.put(size=1500)
+    events = await bench.received("e:199")
+    assert ids(events) == [str(offset) for offset in range(1, 200, 2)]
+    assert not bench.reader.ended
+
+
+async def test_catch_up_gives_what_is_pending_before_the_flusher_does(bench: Bench) -> None:
+    bench.watch("j/a")
+    bench.put("a")
+    bench.put("other")
+    bench.put("a")
+    bench.reader.catch_up()
+    assert bench.reader.offset == 3
+    bench.watch("j/other")
+    bench.put("other")
+    events = await bench.received("e:4")
+    assert ids(events) == ["1", "3", "4"]
+
+
+async def test_catch_up_lets_go_of_what_is_held_in_front_of_the_answer(bench: Bench) -> None:
+    reader = bench.reader
+    bench.watch("j/a")
+    bench.fill()
+    await wait_all_tasks_blocked()
+    bench.put("a")
+    bench.put("a")
+    reader.catch_up()
+    assert not reader.held
+    reader.post(FORM.message(b'{"answer":1}', "e:3"))
+    bench.put("a")
+    events = await bench.received("e:4")
+    assert [event.get("answer", event.get("cursor")) for event in events] == ["e:1", "e:2", "e:3", 1, "e:4"]
+
+
+async def test_what_is_pending_and_trimmed_already_is_a_loss(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, max_updates=2)
+    bench.watch("j/a")
+    for _ in range(3):
+        bench.put("a")
+    bench.reader.catch_up()
+    assert bench.reader.resets == 1
+    await wait_all_tasks_blocked()
+    events = await bench.received()
+    assert [event["type"] for event in events] == ["reset"]
+    # Others' updates that were trimmed are none.
+    for _ in range(3):
+        bench.put("b")
+    await wait_all_tasks_blocked()
+    bench.reader.catch_up()
+    assert bench.reader.resets == 1
+    bench.close()
+
+
+async def test_what_was_unsubscribed_while_held_is_not_sent_and_holds_nothing_up(bench: Bench) -> None:
+    reader = bench.reader
+    bench.watch("j/a", "j/b")
+    bench.fill()
+    await wait_all_tasks_blocked()
+    bench.put("b")
+    await wait_all_tasks_blocked()
+    bench.hub.detach(reader, ["j/b", "j/a"])
+    bench.watch("j/c", "j/d")
+    reader.catch_up()
+    reader.post(FORM.message(b'{"answer":1}', "e:2"))
+    events = await bench.received("e:2")
+    assert [event.get("answer", event.get("jobId")) for event in events] == ["a", 1]
+    assert reader.direct
+
+
+async def test_empty_pieces_do_not_stop_the_queue(bench: Bench) -> None:
+    bench.reader.post(b"", iter(()), b"", FORM.message(b'{"answer":1}', "e:0"))
+    assert await bench.received("e:0") == [{"answer": 1, "cursor": "e:0"}]
+    assert bench.reader.caught_up
+
+
+async def test_a_large_answer_comes_piece_by_piece_with_turns_for_others(bench: Bench) -> None:
+    bench.reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10**6)
+    pieces = 0
+
+    def answer() -> Iterator[bytes]:
+        nonlocal pieces
+        for number in range(100):
+            pieces += 1
+            yield FORM.message(b'{"part":%d,"x":"%b"}' % (number, b"x" * 10_000), f"e:{number}")
+
+    bench.reader.post(answer())
+    assert 0 < pieces < 50  # one turn is a quarter of a megabyte
+    events = await bench.received("e:99")
+    assert [event["part"] for event in events] == list(range(100))
+
+
+async def test_the_cursor_stays_behind_what_is_held(bench: Bench) -> None:
+    bench.watch("j/a")
+    assert bench.reader.cursor() == "e:0"
+    bench.put("b")
+    assert bench.reader.cursor() == "e:1"
+    bench.fill()
+    await wait_all_tasks_blocked()
+    bench.put("a")
+    bench.put("b")
+    bench.put("a")
+    await wait_all_tasks_blocked()
+    assert bench.reader.cursor() == "e:2"
+    await bench.received("e:5")
+    assert bench.reader.cursor() == "e:5"
+
+
+async def test_an_urgent_update_overtakes_without_taking_the_cursor_along(bench: Bench) -> None:
+    reader = bench.reader
+    bench.watch("u/u")
+    reader.min_interval_s = 1000.0
+    reader.settle()
+    bench.put("a")
+    await wait_all_tasks_blocked()
+    bench.put("b")
+    bench.put("c")
+    bench.put("c", urgent=True)  # its own older one goes: nothing of a job comes after something newer
+    bench.put("d", ended=True)
+    await wait_all_tasks_blocked()
+    events = await bench.received()
+    assert [(event["jobId"], event["cursor"]) for event in events] == [("a", "e:1"), ("c", "e:1"), ("d", "e:1")]
+    assert reader.held is not None
+    assert [update.offset for update in reader.held.values()] == [2]
+    assert reader.caught_up
+    reader._interval_over()
+    assert [(event["jobId"], event["cursor"]) for event in await bench.received()] == [("b", "e:5")]
+
+
+async def test_a_peer_that_takes_nothing_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reader_module.STALL_TIMEOUT_S == 60
+    monkeypatch.setattr(reader_module, "STALL_TIMEOUT_S", 0.05)
+    bench.watch("j/a")
+    bench.fill()
+    with trio.fail_after(5):
+        while not bench.reader.ended:
+            await trio.lowlevel.checkpoint()
+    assert bench.reader.ended == "broken"
+
+
+async def test_a_cancelled_drain_has_sent_whole_bytes_only(bench: Bench) -> None:
+    """Cancelled in the middle of a write: the rest is known exactly, so a goodbye can follow it."""
+    reader = bench.reader
+    bench.watch("j/a")
+    async with trio.open_nursery() as inner:
+        reader._nursery = inner
+        bench.fill()
+        await wait_all_tasks_blocked()
+        assert reader._draining
+        inner.cancel_scope.cancel()
+    assert not reader._draining
+    reader.finish("closing")
+    bench.nursery.start_soon(reader.say_last, FORM.message(b'{"bye":1}', "e:9"), 5.0)
+    events = await bench.received("e:9")
+    assert [event.get("jobId", event.get("bye")) for event in events] == ["a", 1]
+
+
+async def test_the_last_word_to_a_deaf_peer_has_a_deadline(bench: Bench) -> None:
+    bench.watch("j/a")
+    bench.fill()
+    await wait_all_tasks_blocked()
+    bench.reader.finish("closing")
+    with trio.fail_after(5):
+        await bench.reader.say_last(b"bye", 0.05)
+
+
+async def test_whoever_waits_for_the_drain_is_woken_by_its_end(bench: Bench) -> None:
+    bench.watch("j/a")
+    with assert_no_checkpoints():
+        await bench.reader.wait_drained()
+    bench.fill()
+    await wait_all_tasks_blocked()
+    done = False
+
+    async def wait() -> None:
+        nonlocal done
+        await bench.reader.wait_drained()
+        done = True
+
+    bench.nursery.start_soon(wait)
+    await wait_all_tasks_blocked()
+    assert not done
+    await bench.received("e:1")
+    assert done
+
+
+async def test_the_last_named_job_finishes_the_reader_after_all_is_written(bench: Bench) -> None:
+    reader = bench.reader
+    bench.watch("j/a", "j/b")
+    reader.open_jobs = {"a", "b"}
+    bench.fill()
+    await wait_all_tasks_blocked()
+    bench.put("a", ended=True)
+    bench.put("b", ended=True)
+    await wait_all_tasks_blocked()
+    assert not reader.ended
+    assert ids(await bench.received("e:3")) == ["1", "2", "3"]
+    assert (reader.ended, reader.ends) == ("finished", 1)
+
+
+async def test_a_reopened_job_is_waited_for(bench: Bench) -> None:
+    reader = bench.reader
+    bench.watch("j/a")
+    reader.open_jobs = {"a"}
+    reader.again = {"a"}
+    bench.put("a", ended=True)
+    await wait_all_tasks_blocked()
+    assert not reader.ended
+    reader.again = set()
+    bench.put("a", ended=True)
+    await wait_all_tasks_blocked()
+    assert reader.ended == "finished"
+
+
+async def test_a_lost_log_voids_what_is_held_behind_what_is_on_its_way(bench: Bench) -> None:
+    reader = bench.reader
+    bench.watch("j/a")
+    bench.fill()
+    await wait_all_tasks_blocked()
+    reader.post(FORM.message(b'{"answer":1}'))
+    bench.put("a")
+    await wait_all_tasks_blocked()
+    bench.history.restart("f")
+    bench.hub.log_lost()
+    assert reader.cursor() == "f:0"
+    bench.put("a")
+    events = await bench.received("f:1")
+    assert [event.get("answer", event.get("cursor", event.get("type"))) for event in events] == ["e:1", 1, "reset", "f:1"]
+
+
+async def test_a_closed_peer_ends_the_reader(bench: Bench) -> None:
+    bench.watch("j/a")
+    bench.peer.close()
+    bench.put("a")
+    await wait_all_tasks_blocked()
+    assert bench.reader.ended == "broken"
+    bench.put("a")
+    await wait_all_tasks_blocked()
+    assert bench.reader.ends == 1
+
+
+async def test_a_peer_that_closes_in_the_middle_of_a_drain_ends_the_reader(bench: Bench) -> None:
+    bench.watch("j/a")
+    bench.fill()
+    await wait_all_tasks_blocked()
+    bench.peer.close()
+    await wait_all_tasks_blocked()
+    assert bench.reader.ended == "broken"
+    assert not bench.reader._draining
