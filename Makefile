@@ -80,4 +80,4 @@ system:  ## install what the tests need from the system
 	if test "$${#missing[@]}" != 0; then $(INSTALL) "$${missing[@]}" || exit; fi; \
 	if test -z "$$browser"; then $(INSTALL) chromium || $(INSTALL) chromium-browser || exit; fi; \
 	if test -z "$$nginx"; then \
-		mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && apt-get -qq download nginx && dpkg -x nginx_*.deb . || exit; fi
+		mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && apt-get -qq -o APT::Sandbox::User=root download nginx && dpkg -x nginx_*.deb . || exit; fi

@@ -104,10 +104,21 @@ class History:
         """Kept updates of a job with an offset above ``after``, oldest first."""
         return self._chain(self._newest_in_job.get(job_id, 0), self._before_in_job, after)
 
-    def last_of_job(self, job_id: str) -> Update | None:
-        """The newest kept update of a job, its deletion included; None if there is none."""
-        offset = self._newest_in_job.get(job_id)
-        return None if offset is None else self._entries[offset - self.last - 1]
+    def last_of_job(self, job_id: str, owner: str | None = None) -> Update | None:
+        """The newest kept update of a job, its deletion included, or None.
+
+        Args:
+            owner: look only at what this user owned: an id can have belonged to several, one after the other.
+        """
+        base = self.last + 1 - len(self._entries)
+        offset = self._newest_in_job.get(job_id, 0)
+        while offset >= self.first:
+            update = self._entries[offset - base]
+            assert update is not None
+            if owner is None or update.user_id == owner:
+                return update
+            offset = self._before_in_job[offset - base]
+        return None
 
     def of_user(self, user_id: str, after: int) -> list[Update]:
         """Kept updates of a user's jobs with an offset above ``after``, oldest first."""

@@ -100,8 +100,8 @@ def over(jobs: Jobs, history: History, name: str) -> bool:
     job = jobs.get(job_id)
     if job is not None and (not owner or job.latest.user_id == owner[0]):
         return job.latest.ended
-    last = history.last_of_job(job_id)
-    return last is not None and last.ended and (not owner or last.user_id == owner[0])
+    last = history.last_of_job(job_id, *owner)
+    return last is not None and last.ended
 
 
 def live(jobs: Jobs, name: str) -> bool:

@@ -1,6 +1,6 @@
 """Real Redis for the tests: servers, sentinels and clusters on free ports, and what can befall them.
 
-Everything here blocks for milliseconds only, apart from ``eventually``; processes end with the ``with`` that began them.
+Starting blocks, for two seconds with sentinels or a cluster; processes end with the ``with`` that began them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ async def eventually(condition: Callable[[], object], *, within: float = 10.0) -
     """Wait for a condition while the loop goes on. Returns the seconds it took; raises TooSlowError."""
     began = time.monotonic()
     with trio.fail_after(within):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # other processes set no events
             await trio.sleep(0.005)
     return time.monotonic() - began
 
@@ -66,7 +67,9 @@ class RedisServer:
 
     def oracle(self, **more: Any) -> redis.Redis:
         """redis-py's view of it. Blocking."""
-        return redis.Redis(port=self.port, password=self.password, socket_timeout=5, protocol=2, **(self.tls | more))
+        return redis.Redis(
+            "127.0.0.1", self.port, password=self.password, socket_timeout=5, protocol=2, **(self.tls | more)
+        )
 
     def answers(self) -> bool:
         """Whether it is ready to serve."""
@@ -81,7 +84,9 @@ class RedisServer:
     def start(self, *, wait: bool = True) -> None:
         """Start it; it keeps port and directory."""
         with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen(self.arguments, cwd=self.directory, stdout=log, stderr=log)
+            # It must not outlive us even if we are killed: util-linux' setpriv becomes the server.
+            command = ["setpriv", "--pdeathsig", "KILL", *self.arguments]
+            self.process = subprocess.Popen(command, cwd=self.directory, stdout=log, stderr=log)
         if wait:
             wait_for(self.answers)
 
@@ -117,8 +122,8 @@ def make_server(directory: Path, *options: str, port: int | None = None) -> Redi
 def running_server(directory: Path, *options: str) -> Iterator[RedisServer]:
     """One Redis on its own."""
     server = make_server(directory, *options)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.kill()
@@ -142,10 +147,19 @@ class Sentinels:
             _, port = oracle.sentinel_get_master_addr_by_name("main")
         return next(server for server in self.servers if server.port == int(port))
 
+    def fail_over(self) -> bool:
+        """Ask the first sentinel to replace a master that is well. False if it does not know the replica well yet."""
+        with self.sentinels[0].oracle() as oracle:
+            try:
+                oracle.execute_command("SENTINEL", "FAILOVER", "main")
+            except redis.exceptions.ResponseError:
+                return False
+        return True
+
     def _settled(self) -> bool:
         with self.sentinels[0].oracle() as oracle:
             state = oracle.sentinel_master("main")
-        return state["num-slaves"] == 1 and state["num-other-sentinels"] == len(self.sentinels) - 1
+        return bool(state["num-slaves"] == 1 and state["num-other-sentinels"] == len(self.sentinels) - 1)
 
 
 @contextmanager
@@ -310,7 +324,7 @@ class Proxy:
         try:
             server = await trio.open_tcp_stream("127.0.0.1", self._target)
         except OSError:
-            await trio.aclose_forcefully(client)
+            client.socket.close()
             return
         self._streams |= {client, server}
         try:
@@ -320,7 +334,7 @@ class Proxy:
         finally:
             self._streams -= {client, server}
             for stream in (client, server):
-                await trio.aclose_forcefully(stream)
+                stream.socket.close()  # without a checkpoint, which would raise in a cancelled task
 
     async def _pass(
         self, source: trio.SocketStream, sink: trio.SocketStream, answers: bool, scope: trio.CancelScope
@@ -343,7 +357,7 @@ async def running_proxy(target: int) -> AsyncIterator[Proxy]:
     """A proxy to a local port, on a port of its own."""
     proxy = Proxy(target)
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(trio.serve_tcp, proxy.serve, 0, host="127.0.0.1")  # type: ignore[arg-type]
+        listeners = await nursery.start(partial(trio.serve_tcp, proxy.serve, 0, host="127.0.0.1"))
         proxy.port = listeners[0].socket.getsockname()[1]
         yield proxy
         nursery.cancel_scope.cancel()

@@ -85,10 +85,10 @@ def lose_log(running: InProcess, last: int = 0) -> None:
     node.log_lost(node.history.epoch)
 
 
-def narrow(running: InProcess) -> None:
+def narrow(running: InProcess, size: int = 1) -> None:
     """Give the live connections the smallest send buffers there are, so that a reader is soon slow."""
     for stream in running.node.streams:
-        stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # type: ignore[attr-defined]
+        stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # type: ignore[attr-defined]
 
 
 # WebSocket

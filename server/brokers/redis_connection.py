@@ -80,9 +80,11 @@ async def connect(address: Address, url: RedisUrl, options: Options, kind: Kind 
                 await trio.aclose_forcefully(stream)
                 raise
     except trio.TooSlowError:
+        # Redis takes a TLS greeting for the beginning of a command and waits for the rest.
+        doubt = "is it a TLS port" if url.tls is not None else "does a firewall drop the packets"
         raise RedisStartError(
-            f"Redis at {address} did not answer within {options.connect_timeout_s:g} s: is the host right, "
-            "does a firewall drop the packets, is Redis busy or stopped?",
+            f"Redis at {address} did not answer within {options.connect_timeout_s:g} s: is the host right, {doubt}, "
+            "is Redis busy or stopped?",
             passing=True,
         ) from None
 
@@ -339,7 +341,7 @@ class Wire:
     async def _watch(self) -> None:
         """Notice silence. Looks a few times per second: no clock is read and no timer set per command."""
         options = self._options
-        tick = min(options.silence_s, options.ping_every_s) / 8
+        tick = min(options.silence_s, options.ping_every_s) / 4
         owed_since: float | None = None
         marks: deque[tuple[float, int]] = deque()  # when, and how many commands had been issued by then
         while True:

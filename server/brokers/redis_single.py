@@ -218,10 +218,15 @@ class Client:
         await trio.aclose_forcefully(stream)
 
     async def _connect(self) -> tuple[Stream, NodeInfo]:
-        address = self.url.addresses[0]
-        if self.url.topology == "sentinel":
-            address = await self._find_master()
-        return await connect(address, self.url, self.options)
+        if self.url.topology != "sentinel":
+            return await connect(self.url.addresses[0], self.url, self.options)
+        master = await self._find_master()
+        try:
+            return await connect(master, self.url, self.options)
+        except RedisStartError:
+            # A sentinel that was cut off from the others goes on naming the old master: ask another one next time.
+            self._sentinels = (*self._sentinels[1:], self._sentinels[0])
+            raise
 
     def _command_link(self, connect: Connect) -> CommandLink:
         return CommandLink(

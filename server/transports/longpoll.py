@@ -36,7 +36,8 @@ class PollReader(Reader):
 
     def take(self, batch: Sequence[Update]) -> None:
         """Wake up if any of it is wanted."""
-        if any(want.filter.passes(update) for update in batch for want in self.wants.values()):
+        fresh = [update for update in batch if update.offset > self.offset]
+        if any(want.filter.passes(update) for update in fresh for want in self.wants.values()):
             self.wake.set()
 
     def log_lost(self) -> None:

@@ -222,6 +222,7 @@ function drawState() {
   // Apart, because what is announced to a screen reader must not change every second.
   write($("state-text"), words[name]);
   write($("state-more"), join(more));
+  $("summary").hidden = name === "token";
   $("retry").hidden = detail.retryInMs === undefined;
   $("jobs").classList.toggle("stale", name !== "live");
   $("forget").hidden = sessionStorage.getItem(TOKEN_KEY) === null;

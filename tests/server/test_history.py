@@ -138,3 +138,22 @@ def test_it_answers_like_a_plain_list(steps: list[tuple[int, int, int, int]], bo
         assert history.of_user(f"u{number}", after) == [update for update in newer if update.user_id == f"u{number}"]
     assert history.first == (kept[0].offset if kept else history.last + 1)
     assert set(history._newest_in_job) == {update.job_id for update in kept}
+
+
+def test_the_last_of_a_job_is_looked_for_by_owner() -> None:
+    history = History("e", max_updates=100, max_age=1e9, max_bytes=1 << 30)
+    owners = ["alice", "alice", "bob"]
+    for offset, owner in enumerate(owners, 1):
+        history.append(
+            Update(offset, offset, "status_update", "j", owner, None, "processing", offset, b"{}", False, False)
+        )
+
+    def last(owner: str | None = None) -> int | None:
+        found = history.last_of_job("j", owner)
+        return None if found is None else found.offset
+
+    assert (last(), last("bob"), last("alice"), last("carol")) == (3, 3, 2, None)
+    history.max_updates = 1
+    history.trim(3)
+    assert (last(), last("alice")) == (3, None)
+    assert history.last_of_job("other") is None

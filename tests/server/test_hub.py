@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import trio
@@ -111,11 +111,10 @@ def bench(nursery: trio.Nursery) -> Bench:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The flusher lets others run after every reader."""
     monkeypatch.setattr(hub_module, "LOOK_EVERY", 1)
     monkeypatch.setattr(hub_module, "YIELD_AFTER_S", -1.0)
-    yield
 
 
 async def test_registering_and_delivering_never_wait(bench: Bench) -> None:

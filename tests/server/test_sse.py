@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from server.app import drain
-from server.transports import live
+from server.transports import live, sse
 from tests.streams import (
     Stream,
     clean_server,
@@ -113,6 +114,30 @@ async def test_snapshot_and_tail_meet_without_gap_whenever_updates_come(server: 
                 seen = [record["version"], *versions([event.data for event in await stream.events(20)], "a")]
                 assert seen == list(range(seen[0], seen[0] + 21))
         done.set()
+
+
+async def test_what_is_pending_while_a_stream_begins_is_not_given_twice(
+    server: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates in the very turn of the loop in which a stream begins, before the flusher has its turn."""
+    async with event_stream(server) as witness:
+        await witness.events(2)
+        begin = sse.EventStream.begin
+
+        def begin_late(self: sse.EventStream, *args: Any) -> None:
+            put(server, "a")
+            begin(self, *args)
+            put(server, "a")
+
+        monkeypatch.setattr(sse.EventStream, "begin", begin_late)
+        for last_seen in (None, cursor(server)):
+            async with event_stream(server, last_seen=last_seen) as stream:
+                data = [event.data for event in (await stream.events(3))[1:]]
+                records = data.pop(0)["jobs"] if last_seen is None else []
+                seen = versions([*records, *data], "a")
+                assert seen == [seen[0], seen[0] + 1]
+                put(server, "a")
+                assert (await stream.event()).data["version"] == seen[1] + 1
 
 
 async def test_a_resumed_stream_gets_what_came_after_its_cursor(server: InProcess) -> None:
@@ -599,53 +624,58 @@ async def test_too_many_sockets_are_told_to_try_later() -> None:
 
 async def test_a_reader_that_never_reads_is_bounded_and_disturbs_nobody() -> None:
     backlog = 256 * 1024
-    async with clean_server(limits={"backlog": backlog}) as server:
-        async with event_stream(server, receive_buffer=1) as never, event_stream(server) as other:
-            await never.event()
-            await other.events(2)
-            narrow(server)
-            for number in range(1, 300):
-                put(server, f"job{number % 50}", progress=number / 3, metadata={"text": "x" * 1000})
-                if number % 20 == 0:
-                    assert (await other.events(20))[-1].data["jobId"] == f"job{number % 50}"
-            held = [reader.held_bytes for reader in server.node.streams]  # type: ignore[attr-defined]
-            assert 0 < max(held) <= backlog
-            assert min(held) == 0
-            # Every job once, the newest: 50 records of about 1.3 KB.
-            slow = max(server.node.streams, key=lambda reader: reader.held_bytes)  # type: ignore[attr-defined]
-            assert slow.conflating  # type: ignore[attr-defined]
-            assert len(slow.held) <= 50  # type: ignore[attr-defined]
+    async with (
+        clean_server(limits={"backlog": backlog}) as server,
+        event_stream(server, receive_buffer=1) as never,
+        event_stream(server) as other,
+    ):
+        await never.event()
+        await other.events(2)
+        narrow(server)
+        for number in range(1, 300):
+            put(server, f"job{number % 50}", progress=number / 3, metadata={"text": "x" * 1000})
+            if number % 20 == 0:
+                assert (await other.events(20))[-1].data["jobId"] == f"job{number % 50}"
+        held = [reader.held_bytes for reader in server.node.streams]  # type: ignore[attr-defined]
+        assert 0 < max(held) <= backlog
+        assert min(held) == 0
+        # Every job once, the newest: 50 records of about 1.3 KB.
+        slow = max(server.node.streams, key=lambda reader: reader.held_bytes)  # type: ignore[attr-defined]
+        assert slow.conflating  # type: ignore[attr-defined]
+        assert len(slow.held) <= 50  # type: ignore[attr-defined]
 
 
 async def test_a_slow_reader_misses_steps_but_no_end_and_catches_up() -> None:
-    async with clean_server(limits={"backlog": 100_000}) as server:
-        async with event_stream(server, receive_buffer=1) as stream:
-            await stream.events(2)
-            narrow(server)
-            (reader,) = server.node.streams
-            text = {"text": "x" * 2000}
-            for number in range(200):
-                put(server, "busy", progress=number / 2, metadata=text)
-                await wait_all_tasks_blocked()
-            for number in range(5):
-                put(server, f"ended{number}", status="completed")
-                put(server, f"ended{number}", attempt=2)
-            put(server, "busy", status="completed")
-            await until(lambda: reader.conflating)  # type: ignore[attr-defined]
-            data = [event.data for event in await stream.updates("busy", 201)]
-            seen = versions(data, "busy")
-            assert seen == sorted(set(seen))
-            assert len(seen) < 200
-            assert seen[-1] == 201
-            for number in range(5):
-                assert [d["type"] for d in data if d["jobId"] == f"ended{number}"] == ["job_completed", "status_update"]
-            # Offsets go up: its cursor at any moment is where it stands.
-            offsets = [int(d["id"].partition(":")[2]) for d in data]
-            assert offsets == sorted(set(offsets))
-            await until(lambda: reader.direct)  # type: ignore[attr-defined]
-            for number in range(5):
-                put(server, "after", progress=number)
-            assert versions([e.data for e in await stream.events(5)], "after") == [1, 2, 3, 4, 5]
+    async with (
+        clean_server(limits={"backlog": 100_000}) as server,
+        event_stream(server, receive_buffer=1) as stream,
+    ):
+        await stream.events(2)
+        narrow(server)
+        (reader,) = server.node.streams
+        text = {"text": "x" * 2000}
+        for number in range(200):
+            put(server, "busy", progress=number / 2, metadata=text)
+            await wait_all_tasks_blocked()
+        for number in range(5):
+            put(server, f"ended{number}", status="completed")
+            put(server, f"ended{number}", attempt=2)
+        put(server, "busy", status="completed")
+        await until(lambda: reader.conflating)  # type: ignore[attr-defined]
+        data = [event.data for event in await stream.updates("busy", 201)]
+        seen = versions(data, "busy")
+        assert seen == sorted(set(seen))
+        assert len(seen) < 200
+        assert seen[-1] == 201
+        for number in range(5):
+            assert [d["type"] for d in data if d["jobId"] == f"ended{number}"] == ["job_completed", "status_update"]
+        # Offsets go up: its cursor at any moment is where it stands.
+        offsets = [int(d["id"].partition(":")[2]) for d in data]
+        assert offsets == sorted(set(offsets))
+        await until(lambda: reader.direct)  # type: ignore[attr-defined]
+        for number in range(5):
+            put(server, "after", progress=number)
+        assert versions([e.data for e in await stream.events(5)], "after") == [1, 2, 3, 4, 5]
 
 
 async def test_past_the_bound_the_stream_breaks_and_its_cursor_resumes() -> None:
