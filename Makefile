@@ -13,7 +13,7 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: help setup setup-dev system run test test-fast lint types format clean
+.PHONY: help setup setup-dev system run test test-fast bench lint types format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -36,12 +36,15 @@ test: setup-dev system  ## run every test and measure coverage
 test-fast: setup-dev  ## the tests that take under a minute
 	$(BIN)/pytest -q -m 'not slow' $(PYTEST_ARGS)
 
+bench: setup  ## measure speed beside this machine's bare limit (needs gcc; see perf/README.md)
+	$(BIN)/python -m perf.bench $(BENCH_ARGS)
+
 lint: setup-dev  ## style
 	$(BIN)/ruff check .
 
 types: setup-dev  ## strict type checks
 	$(BIN)/mypy
-	$(BIN)/mypy --strict tools
+	$(BIN)/mypy --strict tools perf
 
 format: setup-dev  ## mend the style
 	$(BIN)/ruff check --fix .
