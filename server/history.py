@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
 from protocol.position import Position
 from protocol.update import Update
@@ -22,6 +23,9 @@ class History:
     Two indexes, by job and by user, are chains: every entry knows the offset of the entry before it of the same
     job and of the same user, and a table has the newest of each. So appending and evicting are O(1), reading
     a job's or a user's updates costs what it returns, and nothing is left behind of a job without kept updates.
+
+    A node of several may follow only a part of the log. Then an offset whose entry it does not have has a place all the
+    same (24 bytes), so that everything goes by offset; ``fill`` puts entries into such places later.
 
     Args:
         epoch: the log's epoch; the broker sets it when it starts.
@@ -46,10 +50,12 @@ class History:
         self.epoch = epoch
         self.last = last
         self.bytes = 0
-        self._entries: list[Update | None] = []  # None: evicted, waiting for the next cut
+        self._entries: list[Update | None] = []  # None: evicted, waiting for the next cut; or not followed
         self._before_in_job: list[int] = []
         self._before_of_user: list[int] = []
         self._head = 0  # index of the oldest kept entry
+        self._sparse = False  # there may be places without an entry after the head
+        self._next_entry = 0  # index before which there is no entry from the head on
         self._newest_in_job: dict[str, int] = {}
         self._newest_of_user: dict[str, int] = {}
 
@@ -79,13 +85,62 @@ class History:
         self.bytes += len(update.body) + ENTRY_OVERHEAD
         self.trim(update.at_ms)
 
+    def skip(self, offset: int) -> None:
+        """Go on behind ``offset``: what there is up to it is not followed here. Nothing happens if it is not ahead."""
+        count = offset - self.last
+        if count <= 0:
+            return
+        if count >= self.max_updates:
+            self.restart(self.epoch, offset)
+            return
+        self._sparse = True
+        self._entries += [None] * count
+        self._before_in_job += [0] * count
+        self._before_of_user += [0] * count
+        self.last = offset
+        self.trim(0)
+
+    def fill(self, updates: Iterable[Update]) -> None:
+        """Put entries into places that were skipped; those before ``first`` are left out. Costs a walk over all."""
+        base = self.last + 1 - len(self._entries)
+        for update in updates:
+            index = update.offset - base
+            if index >= self._head and self._entries[index] is None:
+                self._entries[index] = update
+                self.bytes += len(update.body) + ENTRY_OVERHEAD
+        self._next_entry = 0
+        newest_in_job: dict[str, int] = {}
+        newest_of_user: dict[str, int] = {}
+        now_ms = 0
+        for index in range(self._head, len(self._entries)):
+            entry = self._entries[index]
+            if entry is not None:
+                self._before_in_job[index] = newest_in_job.get(entry.job_id, 0)
+                self._before_of_user[index] = newest_of_user.get(entry.user_id, 0)
+                newest_in_job[entry.job_id] = newest_of_user[entry.user_id] = entry.offset
+                now_ms = entry.at_ms
+        self._newest_in_job, self._newest_of_user = newest_in_job, newest_of_user
+        self.trim(now_ms)
+
     def trim(self, now_ms: int) -> None:
         """Evict what is over the bounds at this time (unix milliseconds)."""
         entries, head = self._entries, self._head
         oldest_ms = now_ms - self.max_age * 1000
         while head < len(entries):
             oldest = entries[head]
-            assert oldest is not None
+            if oldest is None:  # a skipped place goes with the first entry behind it
+                next_entry = max(self._next_entry, head)
+                while next_entry < len(entries) and entries[next_entry] is None:
+                    next_entry += 1
+                self._next_entry = next_entry
+                oldest = entries[next_entry] if next_entry < len(entries) else None
+                if len(entries) - head > self.max_updates:
+                    head += 1
+                elif oldest is not None and (oldest.at_ms < oldest_ms or self.bytes > self.max_bytes):
+                    head = next_entry
+                else:
+                    break
+                continue
             if oldest.at_ms >= oldest_ms and len(entries) - head <= self.max_updates and self.bytes <= self.max_bytes:
                 break
             entries[head] = None
@@ -97,6 +152,7 @@ class History:
                 del self._newest_of_user[oldest.user_id]
         if head >= _CUT_FROM and head * 2 >= len(entries):
             del entries[:head], self._before_in_job[:head], self._before_of_user[:head]
+            self._next_entry = max(0, self._next_entry - head)
             head = 0
         self._head = head
 
@@ -131,6 +187,13 @@ class History:
 
     def offset_at(self, unix_ms: int) -> int:
         """The offset just before the first kept entry accepted at or after that time; ``last`` if there is none."""
+        if self._sparse:
+            later = (
+                index
+                for index in range(self._head, len(self._entries))
+                if (entry := self._entries[index]) is not None and entry.at_ms >= unix_ms
+            )
+            return self.first - 1 + next(later, len(self._entries)) - self._head
         index = bisect_left(self._entries, unix_ms, lo=self._head, key=_accepted_at)
         return self.first - 1 + index - self._head
 

@@ -7,7 +7,7 @@ shown to anyone, and no publisher is answered, before the store has it. That mom
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -175,6 +175,13 @@ class Broker(Protocol):
 
     def submit(self, operations: Sequence[Operation]) -> Submission:
         """Decide operations in order, now. Never raises for what a peer sent: see ``Submission.results``."""
+
+    async def follow(self, names: Iterable[str], cursor: str | None = None) -> None:
+        """Before reading: return when all that these channels have is shown here, and as far as ``cursor``.
+
+        Raises:
+            ApiError: 503 ``store_unavailable``: it is not, and cannot be just now.
+        """
 
     async def close(self) -> None:
         """Keep what still waits, release the store. Later submissions are refused with 503."""

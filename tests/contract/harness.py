@@ -16,6 +16,7 @@ from protocol.update import Job, Update
 from server.brokers.base import Accepted, Broker, Operation, Publish, Result
 from server.brokers.local import LocalBroker
 from server.brokers.memory import MemoryBroker
+from server.brokers.redis_broker import RedisBroker
 from server.brokers.sqlite import SqliteBroker
 from server.history import History
 from server.jobs import Jobs
@@ -43,8 +44,10 @@ class Rig:
         self.wheel = Wheel()
         self.delivered: list[tuple[Update, Job | None]] = []
         self.epochs: list[str] = []
-        self.broker: LocalBroker
-        if store == "memory":
+        self.broker: LocalBroker | RedisBroker
+        if store.startswith("redis:"):
+            self.broker = RedisBroker(store, self.jobs, self.history, self.deliver, on_new_epoch=self.epochs.append)
+        elif store == "memory":
             self.broker = MemoryBroker(self.jobs, self.history, self.deliver, self.wheel)
         else:
             self.broker = SqliteBroker(
@@ -99,6 +102,7 @@ async def running(
         nursery.start_soon(rig.broker.run)
         nursery.start_soon(rig.wheel.run)
         try:
+            await rig.broker.follow(["*"])
             yield rig
         finally:
             nursery.cancel_scope.cancel()

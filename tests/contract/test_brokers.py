@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +17,40 @@ from hypothesis import strategies as st
 from protocol.errors import ApiError
 from protocol.update import ENDED
 from server.brokers.base import Accepted, Cancel, Delete, Expire, Operation, Publish, Submission
+from server.brokers.local import LocalBroker
 from tests.contract.harness import Rig, fields, publish, running
+from tests.redis_servers import RedisServer, running_server
 
-STORES = ["memory", "sqlite"]
+STORES = ["memory", "sqlite", "redis"]
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with running_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    with redis_server.oracle() as oracle:
+        oracle.flushall()
+    return redis_server.url
 
 
 @pytest.fixture(params=STORES)
-async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
+def store(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue("redis_url") if request.param == "redis" else request.param
+    return url
+
+
+@pytest.fixture
+async def rig(store: str, tmp_path: Path) -> AsyncIterator[Rig]:
+    async with running(store, tmp_path / "test.db") as rig:
+        yield rig
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def local_rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
     async with running(request.param, tmp_path / "test.db") as rig:
         yield rig
 
@@ -56,8 +83,8 @@ async def test_nothing_is_shown_before_it_is_kept(rig: Rig) -> None:
 async def test_submit_never_waits(rig: Rig) -> None:
     with trio.testing.assert_no_checkpoints():
         submission = rig.broker.submit([publish("a", userId="u")])
-    assert isinstance(submission.results[0], Accepted)
     await submission.wait_kept()
+    assert isinstance(submission.results[0], Accepted)
 
 
 async def test_creating(rig: Rig) -> None:
@@ -267,28 +294,27 @@ async def test_parts_and_parents_stand_together_in_the_log(rig: Rig) -> None:
     assert (await rig.refuse(publish("x", userId="v", parentId="p"))).code == "parent_not_found"
 
 
-async def test_old_ended_jobs_make_room(tmp_path: Path) -> None:
-    for store in STORES:
-        async with running(store, tmp_path / "room.db", max_jobs=3) as rig:
-            for name in "abc":
-                await rig.accept(publish(name, userId=f"u-{name}"))
-            full = await rig.refuse(publish("d", userId="u"))
-            assert (full.status, full.code, full.retry_after) == (503, "too_many_jobs", 10)
-            await rig.accept(publish("b", status="completed"))
-            await rig.accept(publish("a", status="failed"))
-            await rig.accept(publish("d", userId="u"))  # b ended first, so it goes
-            assert sorted(rig.jobs.jobs) == ["a", "c", "d"]
-            assert "u-b" not in rig.jobs.by_user
-            await rig.accept(publish("a", attempt=2))  # alive again
-            assert (await rig.refuse(publish("e", userId="u"))).code == "too_many_jobs"
-            await rig.accept(Delete("c"))
-            await rig.accept(publish("b", userId="u"))
-            assert sorted(rig.jobs.jobs) == ["a", "b", "d"]
-            assert [update.type for update, _ in rig.delivered].count("job_deleted") == 1
-            await rig.accept(publish("d", status="completed"))
-            # In one batch: reopening the only candidate leaves none.
-            results = await rig.decide(publish("d", attempt=2), publish("f", userId="u"))
-            assert isinstance(results[1], ApiError)
+async def test_old_ended_jobs_make_room(store: str, tmp_path: Path) -> None:
+    async with running(store, tmp_path / "room.db", max_jobs=3) as rig:
+        for name in "abc":
+            await rig.accept(publish(name, userId=f"u-{name}"))
+        full = await rig.refuse(publish("d", userId="u"))
+        assert (full.status, full.code, full.retry_after) == (503, "too_many_jobs", 10)
+        await rig.accept(publish("b", status="completed"))
+        await rig.accept(publish("a", status="failed"))
+        await rig.accept(publish("d", userId="u"))  # b ended first, so it goes
+        assert sorted(rig.jobs.jobs) == ["a", "c", "d"]
+        assert "u-b" not in rig.jobs.by_user
+        await rig.accept(publish("a", attempt=2))  # alive again
+        assert (await rig.refuse(publish("e", userId="u"))).code == "too_many_jobs"
+        await rig.accept(Delete("c"))
+        await rig.accept(publish("b", userId="u"))
+        assert sorted(rig.jobs.jobs) == ["a", "b", "d"]
+        assert [update.type for update, _ in rig.delivered].count("job_deleted") == 1
+        await rig.accept(publish("d", status="completed"))
+        # In one batch: reopening the only candidate leaves none.
+        results = await rig.decide(publish("d", attempt=2), publish("f", userId="u"))
+        assert isinstance(results[1], ApiError)
 
 
 async def test_leases_stall_then_fail(rig: Rig) -> None:
@@ -365,7 +391,9 @@ async def test_the_clock_may_step_back(rig: Rig) -> None:
     assert [update.at_ms for update, _ in rig.delivered] == [2_000_000, 2_000_000, 3_000_000]
 
 
-async def test_keys_expire(rig: Rig) -> None:
+async def test_keys_expire(local_rig: Rig) -> None:
+    rig = local_rig
+    assert isinstance(rig.broker, LocalBroker)
     rig.broker._clock = lambda: 5000.0
     await rig.accept(publish("a", userId="u", key="k"))
     rig.broker._clock = lambda: 5000.0 + 599
@@ -448,6 +476,7 @@ def test_any_interleaving_keeps_the_laws(batches: list[list[Operation]]) -> None
                 assert [result.offset for result in own] == sorted({result.offset for result in own})
                 assert all(result.offset > before for result in own)
                 assert own or rig.history.last == before  # duplicates and refusals change nothing
+            assert isinstance(rig.broker, LocalBroker)
             assert len(rig.broker._leases) == sum(
                 job.private.ttl is not None and not job.latest.ended for job in rig.jobs.jobs.values()
             )

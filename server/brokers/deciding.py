@@ -1,0 +1,101 @@
+"""What all brokers decide alike before and after the rules of ``protocol.job``: targets, creation, ancestors."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Callable
+
+from msgspec import UNSET
+
+from protocol import job as rules
+from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
+from protocol.fields import check_id, is_id
+from protocol.rollup import climb
+from protocol.update import Job, Parts, Update
+from server.brokers.base import Publish
+
+
+def target_of(operation: Publish) -> str | None:
+    """The id of the job that is published to, None if none is given.
+
+    Raises:
+        ApiError: 400 for a malformed id, 422 for one in the path and another in the body.
+    """
+    fields, job_id = operation.fields, operation.job_id
+    if job_id is None:
+        return None if fields.job_id is UNSET else fields.job_id
+    if not is_id(job_id):
+        raise invalid_parameter("jobId", "must be 1 to 128 of letters, digits and _ . : @ -")
+    if fields.job_id is not UNSET and fields.job_id != job_id:
+        raise invalid_field("jobId", f"is {fields.job_id!r} in the body, but {job_id!r} in the path")
+    return job_id
+
+
+def new_target(operation: Publish) -> str:
+    """An id for a job without one. Raises ApiError 422 unless one is to be created."""
+    if operation.create != "must":
+        raise invalid_field("jobId", "is required")
+    return f"job_{secrets.token_hex(10)}"
+
+
+def key_of(operation: Publish) -> str | None:
+    """The idempotency key, from the header or the body."""
+    if operation.key is None and operation.fields.event_id is not UNSET:
+        return operation.fields.event_id
+    return operation.key
+
+
+def owner_of(operation: Publish, job_id: str) -> str:
+    """Who will own the job that this creates. Raises ApiError 404 if it may not, 422 for a ``sub`` that is no id."""
+    fields = operation.fields
+    if fields.user_id is not UNSET:
+        user_id = fields.user_id
+    elif operation.create == "must":
+        user_id = check_id(operation.sub, "userId")
+    else:
+        raise job_not_found(job_id)
+    if operation.create == "never":
+        raise job_not_found(job_id)
+    # One text per owner and id, however many jobs and updates name them.
+    return sys.intern(user_id)
+
+
+def create(operation: Publish, job_id: str, get: Callable[[str], Job | None], *, offset: int, now_ms: int) -> Job:
+    """The first state of a new job; see ``protocol.job.create`` and ``owner_of`` for what is raised."""
+    user_id = owner_of(operation, job_id)
+    parent_id = operation.fields.parent_id
+    parent = get(parent_id) if parent_id is not UNSET else None
+    return rules.create(operation.fields, job_id=job_id, user_id=user_id, parent=parent, offset=offset, now_ms=now_ms)
+
+
+def ancestors_of(before: Job | None, after: Job | None, get: Callable[[str], Job | None], update: Update) -> list[Job]:
+    """The ancestors that a change of a job changes, nearest first; see ``protocol.rollup.climb``."""
+    some = after or before
+    if some is None or some.private.link is None:
+        return []
+
+    def roll_up(parent: Job, parts: Parts | None, started: bool, offset: int) -> Job:
+        return rules.roll_up(parent, parts, part_started=started, offset=offset, now_ms=update.at_ms)
+
+    return climb(before, after, get, roll_up, update.offset)
+
+
+def job_exists(job_id: str) -> ApiError:
+    """409: the id of a job that is to be created is taken."""
+    return ApiError(409, "job_exists", f"there is a job {job_id!r} already", field="jobId")
+
+
+def too_many_jobs(max_jobs: int) -> ApiError:
+    """503: there is no ended job that could make room for a new one."""
+    return ApiError(
+        503,
+        "too_many_jobs",
+        f"all {max_jobs} jobs are live; wait for some to end, or raise history.max_jobs",
+        retry_after=10,
+    )
+
+
+def key_reused() -> ApiError:
+    """422: an idempotency key came again with something else."""
+    return ApiError(422, "idempotency_key_reused", "this idempotency key was used for something else within 10 minutes")

@@ -1,0 +1,213 @@
+"""The broker of several nodes: the log, the records and all that must agree are in Redis; see ``redis_keys``.
+
+Every node decides by itself (``redis_publisher``) and shows what Redis tells it, its own updates too
+(``redis_follower``). Nothing here depends on another node being there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+import trio
+
+from protocol.resp import RedisError
+from protocol.update import Job, Update
+from server.brokers.base import Deliver, Expire, Operation, StoreError, Submission
+from server.brokers.local import new_epoch
+from server.brokers.redis_client import (
+    Client,
+    NodeInfo,
+    Options,
+    RedisClientError,
+    RedisStartError,
+    make_client,
+    open_client,
+    parse_redis_url,
+)
+from server.brokers.redis_follower import Follower
+from server.brokers.redis_keys import BEGIN, LEASES, META, SCHEMA, SHARDS, TICK, WHERE, stored_of
+from server.brokers.redis_publisher import Publisher
+from server.history import History
+from server.jobs import Jobs
+
+# How often a node looks for leases that ran out, and whether it missed anything.
+TICK_S: Final = 1.0
+# Leases that run out are looked at this much later at most: not all nodes at once, so that most find it done.
+_LEASE_JITTER_S: Final = 0.05
+_LEASES_AT_ONCE: Final = 100
+# How often those who wait are looked through for some that have waited too long.
+_PATIENCE_STEP_S: Final = 0.25
+# After being cancelled, for what is under way to be answered.
+_FINISH_S: Final = 2.0
+
+
+class RedisBroker:
+    """One node's share of a log in Redis.
+
+    Args:
+        url: see ``redis_url.parse_redis_url``.
+        jobs: the shown records of what is followed; filled through ``deliver`` and by ``follow``.
+        history: likewise. Its bound of count holds in Redis too, so it must be the same on all nodes.
+        deliver: see ``base.Deliver``.
+        on_new_epoch: called with the epoch when everything had to be loaded anew: every reader needs a snapshot.
+        options: how patient the client is.
+        clock: unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        jobs: Jobs,
+        history: History,
+        deliver: Deliver,
+        *,
+        on_new_epoch: Callable[[str], object] | None = None,
+        options: Options | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._url = url
+        self._history = history
+        self._deliver = deliver
+        self._on_new_epoch = on_new_epoch
+        self._options = options
+        self._clock = clock
+        self._follower = Follower(
+            jobs,
+            history,
+            self._show,
+            on_new_epoch=self._new_epoch,
+            on_shown=lambda shard: self._publisher.on_shown(shard),
+        )
+        self._publisher = Publisher(
+            jobs, history, self._follower, clock=lambda: self._clock(), on_lease=self._expect_lease
+        )
+        self._client: Client | None = None
+        self._next_tick = 0.0
+        self._hurry = trio.Event()
+
+    @property
+    def epoch(self) -> str:
+        """Names this incarnation of the log."""
+        return self._history.epoch
+
+    @property
+    def available(self) -> str | None:
+        """None while Redis takes writes, else why it does not."""
+        if self._publisher.closing:
+            return "closed"
+        away = self._client.away if self._client is not None else "not connected yet"
+        return away if away is not None else self._publisher.refusing
+
+    async def start(self) -> None:
+        """Check that Redis can be used, and see where its log stands. Raises StoreError with what to do."""
+        try:
+            url = parse_redis_url(self._url)
+            async with open_client(url, options=self._options) as client:
+                begin = await client.call_script(BEGIN, [META], [new_epoch(), SCHEMA, SHARDS])
+        except (RedisStartError, RedisClientError, RedisError) as error:
+            raise StoreError(f"store.url: {error}") from error
+        epoch, offset, _, schema, shards = begin
+        if int(schema) != SCHEMA or int(shards) != SHARDS:
+            raise StoreError(
+                f"store.url: what is kept at {url} has format {int(schema)} with {int(shards)} shards, this version "
+                f"uses format {SCHEMA} with {SHARDS}; use the version that wrote it, or another database"
+            )
+        self._follower.begin(epoch.decode(), int(offset))
+        self._client = self._publisher.client = self._follower.client = make_client(
+            url,
+            options=self._options,
+            on_up=self._went_up,
+            on_message=self._follower.take,
+            on_subscribed=lambda channels: self._follower.wake(),
+            on_lost=lambda channels: self._publisher.release_all(),
+        )
+
+    async def run(self) -> None:
+        """Be connected, until cancelled; then finish what is under way, if Redis lets it."""
+        services = trio.CancelScope(shield=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve, services)
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.move_on_after(_FINISH_S, shield=True):
+                    await self._publisher.wait_idle()
+                services.cancel()
+
+    async def _serve(self, scope: trio.CancelScope) -> None:
+        assert self._client is not None
+        with scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._client.run)
+                nursery.start_soon(self._follower.run)
+                nursery.start_soon(self._publisher.run)
+                nursery.start_soon(self._tick_for_ever)
+                while True:
+                    await trio.sleep(_PATIENCE_STEP_S)
+                    self._publisher.give_up(trio.current_time())
+
+    def submit(self, operations: Sequence[Operation]) -> Submission:
+        """See ``base.Broker``; the results are there once it is kept."""
+        return self._publisher.submit(operations)
+
+    async def follow(self, names: Iterable[str], cursor: str | None = None) -> None:
+        """See ``base.Broker``."""
+        await self._follower.follow(names, cursor)
+
+    async def close(self) -> None:
+        """Refuse what comes later, and what could not be finished."""
+        self._publisher.close()
+        await trio.lowlevel.checkpoint()
+
+    # What the parts tell each other
+
+    def _show(self, kept: Sequence[tuple[Update, Job | None]]) -> None:
+        self._deliver(kept)
+
+    def _new_epoch(self, epoch: str) -> None:
+        self._publisher.forget()
+        if self._on_new_epoch is not None:
+            self._on_new_epoch(epoch)
+
+    def _went_up(self, node: NodeInfo) -> None:
+        self._follower.arrived = True
+        self._follower.wake()
+        self._publisher.wake()
+
+    # Leases
+
+    def _expect_lease(self, seconds: float) -> None:
+        due = trio.current_time() + seconds
+        if due < self._next_tick:
+            self._next_tick = due
+            self._hurry.set()
+
+    async def _tick_for_ever(self) -> None:
+        assert self._client is not None
+        while True:
+            self._next_tick = trio.current_time() + TICK_S * random.uniform(0.75, 1.0)
+            if self._client.away is None:
+                try:
+                    meta, left_ms, *due = await self._client.call_script(TICK, [META, WHERE, LEASES], [_LEASES_AT_ONCE])
+                except (RedisClientError, RedisError):
+                    pass  # the next one will tell
+                else:
+                    self._take_tick(meta, left_ms, due)
+            while trio.current_time() < self._next_tick:
+                self._hurry = trio.Event()
+                with trio.move_on_at(self._next_tick):
+                    await self._hurry.wait()
+            await trio.lowlevel.checkpoint()
+
+    def _take_tick(self, meta: Sequence[bytes], left_ms: int, due: Sequence[bytes]) -> None:
+        self._follower.check(dict(zip(meta[::2], meta[1::2], strict=True)))
+        if left_ms >= 0:
+            self._expect_lease(left_ms / 1000 + random.uniform(0.001, _LEASE_JITTER_S))
+        expired = [job for blob in due if (job := stored_of(blob, 0).job) is not None]
+        # With what Redis has: a lease that was renewed since has another ``heard``, and is left alone.
+        operations: list[Any] = [Expire(job.latest.job_id, job.private.heard) for job in expired]
+        if operations:
+            self._publisher.submit(operations)

@@ -1,0 +1,466 @@
+"""The reading half of the Redis broker: follows shards of the log and shows what they say, in order and without holes.
+
+A shard is followed in this order: subscribe, load its jobs and its part of the log, read what came meanwhile, then go
+on with the messages. A message names the one before it, so a hole is noticed with the next message (or within two
+seconds, by ``Follower.check``) and filled from the streams. Every reading from the streams begins at the newest entry
+that was shown: if that is not there any more, Redis has lost something, and the log begins anew as another epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Literal
+
+import trio
+
+from protocol.errors import ApiError
+from protocol.position import Position, parse_cursor
+from protocol.resp import RedisError
+from protocol.update import Job, Update
+from server.brokers.base import Deliver
+from server.brokers.local import new_epoch
+from server.brokers.redis_client import Client, RedisClientError
+from server.brokers.redis_keys import (
+    AFTER,
+    BEGIN,
+    CHANNELS,
+    JOBS,
+    LOAD,
+    LOGS,
+    META,
+    RENEW,
+    SCHEMA,
+    SHARD_OF_CHANNEL,
+    SHARDS,
+    Message,
+    Stored,
+    decode_message,
+    shard_of,
+    stored_of,
+    update_of,
+)
+from server.history import History
+from server.jobs import Jobs
+
+log = logging.getLogger("statuswire.broker")
+
+# How long a reader waits for a shard to be loaded before it is told to come again.
+FOLLOW_S: Final = 10.0
+# Messages that may wait while a hole is being filled; beyond, they are read from the stream as well.
+_MAX_BUFFERED: Final = 20_000
+# Entries read from one log at a time: some hundred kilobytes.
+_PAGE: Final = 500
+# Records decoded before others have a turn: some 3 ms.
+_TURN: Final = 1000
+_RETRY_S: Final = 0.2
+
+
+class _LogLostError(Exception):
+    """What was shown is not in Redis any more: the log has to begin anew."""
+
+
+class _OutOfStepError(Exception):
+    """The log is another one by now, or has moved on too far: it has to be loaded again."""
+
+
+class Follower:
+    """Keeps ``Jobs`` and ``History`` in step with the followed shards.
+
+    Args:
+        jobs, history: what is shown.
+        deliver: shows entries, see ``base.Deliver``.
+        on_new_epoch: called with the new epoch when the log began anew and everything has been loaded again.
+        on_shown: called with a shard after messages of it were shown.
+
+    Attributes:
+        client: set before ``run``.
+        followed: shards that are shown; grows only.
+        seen: of each shard, the stamp of its newest message that was shown.
+        arrived: there has been a connection; before the first one everybody waits for it.
+        revs: of each shown job, the token of its state.
+    """
+
+    client: Client
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        history: History,
+        deliver: Deliver,
+        *,
+        on_new_epoch: Callable[[str], object],
+        on_shown: Callable[[int], object],
+    ) -> None:
+        self._jobs = jobs
+        self._history = history
+        self._deliver = deliver
+        self._on_new_epoch = on_new_epoch
+        self._on_shown = on_shown
+        self.followed: frozenset[int] = frozenset()
+        self.seen = [0] * SHARDS
+        self.revs: dict[str, str] = {}
+        self.arrived = False
+        self._seen_data: list[bytes | None] = [None] * SHARDS  # the newest message shown, as it is in the stream
+        self._behind = [0] * SHARDS  # what ``check`` found in Redis a second ago
+        self._wanted: set[int] = set()
+        self._buffer: deque[tuple[int, bytes]] | None = None  # while reading from the streams
+        self._overflowed = False
+        self._reload: Literal["", "load", "renew"] = ""
+        self._work = trio.Event()
+        self._waiters: list[trio.Event] = []
+
+    # Asking for more
+
+    def shards_of(self, names: Iterable[str]) -> set[int]:
+        """The shards on which these channels can have something."""
+        shards: set[int] = set()
+        for name in names:
+            kind, _, rest = name.partition("/")
+            if kind == "u":
+                shards.add(shard_of(rest))
+            elif kind == "j" and "/" in rest:
+                shards.add(shard_of(rest.partition("/")[2]))
+            else:  # all jobs, or one that may belong to anyone, or come to
+                return set(range(SHARDS))
+        return shards
+
+    def ahead(self, cursor: str | None) -> bool:
+        """Whether a reader has been further, on another node, than what is shown here."""
+        position = parse_cursor(cursor) if cursor else None
+        return (
+            isinstance(position, Position)
+            and position.epoch == self._history.epoch
+            and position.offset > self._history.last
+        )
+
+    async def follow(self, names: Iterable[str], cursor: str | None = None) -> None:
+        """Return when all that these channels have is shown, and as far as ``cursor``.
+
+        Raises:
+            ApiError: 503 ``store_unavailable`` if Redis is away and it is not.
+        """
+        missing = self.shards_of(names) - self.followed if len(self.followed) < SHARDS else set()
+        if not missing and not self.ahead(cursor):
+            return
+        if self.client.away is not None and self.arrived:
+            if not missing:
+                return  # a cursor that cannot be checked now: it is answered like one that is ahead of the log
+            raise unavailable(f"Redis is away: {self.client.away}")
+        self._wanted |= missing
+        with trio.move_on_after(FOLLOW_S):
+            while True:
+                await self.synchronise()
+                if missing <= self.followed:
+                    return
+        raise unavailable("Redis does not answer in time")
+
+    async def synchronise(self) -> None:
+        """Return when everything that is in Redis by now is shown, as far as it is followed."""
+        done = trio.Event()
+        self._waiters.append(done)
+        self.wake()
+        await done.wait()
+
+    def wake(self) -> None:
+        """Read from the streams soon."""
+        self._work.set()
+
+    # Messages
+
+    def take(self, channel: bytes, data: bytes) -> None:
+        """A message came: show it if it is the next one. Called in log order; the hot path."""
+        shard = SHARD_OF_CHANNEL[channel]
+        if self._buffer is not None:
+            if len(self._buffer) < _MAX_BUFFERED:
+                self._buffer.append((shard, data))
+            else:
+                self._overflowed = True
+        elif shard in self.followed:
+            self._take(shard, data)
+
+    def _take(self, shard: int, data: bytes) -> None:
+        message = decode_message(data)
+        if message.epoch != self._history.epoch:
+            self.wake()  # what Redis has now decides: it may be an old one that was under way
+        elif message.stamp > self.seen[shard]:
+            if message.prev != self.seen[shard] or message.first <= self._history.last:
+                self.wake()
+            else:
+                self._show(shard, message, data)
+                self._on_shown(shard)
+
+    def _show(self, shard: int, message: Message, data: bytes) -> None:
+        """Show one message. It is the shard's next, and nothing after it has been shown."""
+        jobs, revs = self._jobs, self.revs
+        self.seen[shard] = message.stamp
+        self._seen_data[shard] = data
+        kept: list[tuple[Update, Job | None]] = []
+        quiet: list[Job] = []
+        offset = message.first
+        for write, created in zip(message.writes, message.created, strict=True):
+            job_id = write.job_id
+            if not write.entry:
+                shown = jobs.get(job_id)
+                if shown is not None and write.private is not None:
+                    revs[job_id] = write.rev
+                    quiet.append(Job(shown.latest, created, write.private))
+                continue
+            update = update_of(write, offset, message.at_ms)
+            offset += 1
+            if write.private is None:
+                revs.pop(job_id, None)
+                kept.append((update, None))
+            else:
+                revs[job_id] = write.rev
+                kept.append((update, Job(update, created, write.private)))
+        if kept:
+            self._history.skip(message.first - 1)
+            self._deliver(kept)
+        for job in quiet:
+            jobs.put(job)
+        for job_id in message.gone:
+            revs.pop(job_id, None)
+            jobs.forget(job_id)
+        self._history.skip(message.stamp)
+
+    # Reading from Redis
+
+    async def run(self) -> None:
+        """Load, fill holes and begin anew as needed, until cancelled."""
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            waiters, self._waiters = self._waiters, []
+            try:
+                await self._read()
+            except _LogLostError as error:
+                log.warning("what was shown is not in Redis any more: %s", error)
+                self._reload = "renew"
+                self._again(waiters)
+            except _OutOfStepError as error:
+                log.warning("the log has to be loaded again: %s", error)
+                self._reload = self._reload or "load"
+                self._again(waiters)
+            except (RedisClientError, RedisError) as error:
+                log.info("reading from Redis failed, trying again: %s", error)
+                self._again(waiters)
+                with trio.move_on_after(5 * _RETRY_S):
+                    await self.client.wait_up()
+                await trio.sleep(random.uniform(0, _RETRY_S))
+            else:
+                for waiter in waiters:
+                    waiter.set()
+
+    def _again(self, waiters: list[trio.Event]) -> None:
+        self._waiters = waiters + self._waiters
+        self._work.set()
+
+    async def _read(self) -> None:
+        try:
+            if self._reload:
+                await self._begin_anew()
+            missing = self._wanted - self.followed
+            if missing:
+                await self._subscribe(missing)
+                await self._load(missing)
+            await self._catch_up()
+        finally:
+            if self._buffer is not None:
+                self._drain()
+
+    async def _subscribe(self, shards: set[int]) -> None:
+        channels = [CHANNELS[shard] for shard in shards]
+        self.client.subscribe(channels)
+        with trio.move_on_after(FOLLOW_S) as patience:
+            await self.client.wait_subscribed(channels)
+        if patience.cancelled_caught:
+            raise RedisClientError("subscribing takes too long")
+
+    async def _load(self, shards: set[int]) -> None:
+        """Take shards in: their jobs as they are now, their part of the log as far as others have been shown."""
+        epoch, offset, _, *tables = await self.client.call_script(
+            LOAD, [META, *(JOBS[shard] for shard in shards)], [], patience=FOLLOW_S
+        )
+        self._check_epoch(epoch)
+        loaded = await self._decode_jobs(tables, offset)
+        entries: list[Update] = []
+        newest: dict[int, tuple[int, bytes | None]] = {}
+        self._buffer = deque()  # from here on nothing else is shown
+        limit = self._history.last
+        for shard in shards:
+            messages = await self._read_log(shard, self._history.first, limit)
+            newest[shard] = (messages[-1][0].stamp, messages[-1][1]) if messages else (0, None)
+            if not messages:  # all of it may be older than the window: then its newest entry says where it stands
+                newest[shard] = await self._newest_before(shard, limit)
+            entries += [update for message, _ in messages for update in _entries(message)]
+        # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up.
+        self._history.fill(entries)
+        jobs = [*self._jobs.jobs.values(), *(stored.job for stored in loaded if stored.job is not None)]
+        self._jobs.load(sorted(jobs, key=lambda job: job.created))
+        for stored in loaded:
+            if stored.job is not None:
+                self.revs[stored.job.latest.job_id] = stored.rev
+        for shard, (stamp, data) in newest.items():
+            self.seen[shard], self._seen_data[shard] = stamp, data
+        self.followed |= shards
+
+    async def _decode_jobs(self, tables: Sequence[Sequence[bytes]], offset: int) -> list[Stored]:
+        loaded: list[Stored] = []
+        for table in tables:
+            for start in range(0, len(table), _TURN):
+                loaded += [stored_of(blob, offset) for blob in table[start : start + _TURN]]
+                await trio.lowlevel.checkpoint()
+        return loaded
+
+    async def _read_log(self, shard: int, first: int, last: int) -> list[tuple[Message, bytes]]:
+        """Messages from ``first`` to ``last``, both included."""
+        found: list[tuple[Message, bytes]] = []
+        start = f"{max(first, 1)}-0"
+        while True:
+            page = await self.client.call("XRANGE", LOGS[shard], start, f"{last}-0", "COUNT", _TURN)
+            found += [(decode_message(fields[1]), fields[1]) for _, fields in page]
+            if len(page) < _TURN:
+                return found
+            start = "(" + page[-1][0].decode()
+
+    async def _newest_before(self, shard: int, last: int) -> tuple[int, bytes | None]:
+        page = await self.client.call("XREVRANGE", LOGS[shard], f"{last}-0", "-", "COUNT", 1)
+        if page:
+            data: bytes = page[0][1][1]
+            return decode_message(data).stamp, data
+        return 0, None
+
+    async def _catch_up(self) -> None:
+        """Show what came after the newest that was shown, over all followed shards, in log order."""
+        shards = sorted(self.followed)
+        while True:
+            if self._buffer is None:
+                self._buffer = deque()
+            keys = [META, *(LOGS[shard] for shard in shards)]
+            stamps = [self.seen[shard] for shard in shards]
+            epoch, offset, *pages = await self.client.call_script(AFTER, keys, [_PAGE, *stamps], patience=FOLLOW_S)
+            self._check_epoch(epoch)
+            if offset < self._history.last:
+                raise _LogLostError(f"offset {self._history.last} was shown, Redis is at {offset}")
+            bound = offset
+            fresh: list[tuple[int, Message, bytes]] = []
+            for shard, page in zip(shards, pages, strict=True):
+                messages = self._check_page(shard, page, offset)
+                fresh += [(shard, message, data) for message, data in messages]
+                if len(page) == _PAGE:
+                    bound = min(bound, decode_message(page[-1][1][1]).stamp)
+            fresh.sort(key=lambda item: item[1].stamp)
+            for shard, message, data in fresh:
+                if message.stamp <= bound:
+                    if message.first <= self._history.last:
+                        raise _LogLostError(f"offset {message.first} is another one's now")
+                    self._show(shard, message, data)
+            self._history.skip(bound)
+            for shard in shards:
+                self._on_shown(shard)
+            if bound == offset:
+                return
+
+    def _check_page(self, shard: int, page: list[Any], offset: int) -> list[tuple[Message, bytes]]:
+        """The messages of one log after the newest that was shown, which must come first."""
+        seen = self.seen[shard]
+        datas: list[bytes] = [fields[1] for _, fields in page]
+        if seen:
+            if datas and datas[0] == self._seen_data[shard]:
+                del datas[0]
+            elif offset - seen <= self._history.max_updates or (datas and decode_message(datas[0]).stamp == seen):
+                raise _LogLostError(f"the entry at {seen} of shard {shard} is not what it was")
+        messages = [(decode_message(data), data) for data in datas]
+        if messages and messages[0][0].prev != seen:
+            raise _OutOfStepError(f"what came after entry {seen} of shard {shard} is not kept any more")
+        return messages
+
+    def _drain(self) -> None:
+        """Go on with the messages that came while the streams were read."""
+        buffer, self._buffer = self._buffer, None
+        assert buffer is not None
+        for shard, data in buffer:
+            if shard in self.followed:
+                self._take(shard, data)
+        if self._overflowed:
+            self._overflowed = False
+            self.wake()
+
+    # Epochs
+
+    def _check_epoch(self, epoch: bytes | None) -> None:
+        if epoch is None or epoch.decode() != self._history.epoch:
+            raise _OutOfStepError(f"epoch {self._history.epoch} is over")
+
+    async def _begin_anew(self) -> None:
+        """Load everything again; before that, if our epoch lost a part of its log, replace it by another one."""
+        begin = await self.client.call_script(BEGIN, [META], [new_epoch(), SCHEMA, SHARDS], patience=FOLLOW_S)
+        epoch: bytes = begin[0]
+        if self._reload == "renew" and epoch.decode() == self._history.epoch:
+            epoch = await self.client.call_script(RENEW, [META], [epoch, new_epoch()])
+        shards = sorted(self.followed)
+        found, offset, _, *tables = await self.client.call_script(LOAD, [META, *(JOBS[shard] for shard in shards)], [])
+        if found != epoch:
+            raise RedisClientError("the epoch changed while it was being loaded")
+        loaded = await self._decode_jobs(tables, offset)
+        first = max(1, offset - self._history.max_updates + 2)
+        messages: list[Message] = []
+        newest: dict[int, tuple[int, bytes | None]] = {}
+        for shard in shards:
+            read = await self._read_log(shard, first, offset)
+            newest[shard] = (read[-1][0].stamp, read[-1][1]) if read else await self._newest_before(shard, offset)
+            messages += [message for message, _ in read]
+        self._reload = ""
+        self.begin(epoch.decode(), offset)
+        # Entries of the old epoch count in the new one: nobody resumes behind them with an old cursor.
+        self._history.fill([update for message in messages for update in _entries(message)])
+        self._jobs.load(
+            sorted((stored.job for stored in loaded if stored.job is not None), key=lambda job: job.created)
+        )
+        self.revs = {stored.job.latest.job_id: stored.rev for stored in loaded if stored.job is not None}
+        self.seen = [newest.get(shard, (0, None))[0] for shard in range(SHARDS)]
+        self._seen_data = [newest.get(shard, (0, None))[1] for shard in range(SHARDS)]
+        self._behind = [0] * SHARDS
+        log.warning("the log starts anew as epoch %s", epoch.decode())
+        self._on_new_epoch(epoch.decode())
+
+    def begin(self, epoch: str, offset: int) -> None:
+        """Nothing is shown, nothing is followed, and the log stands at ``offset``."""
+        first = max(0, offset - self._history.max_updates + 1)
+        self._history.restart(epoch, first)
+        self._history.skip(offset)
+
+    # Once a second
+
+    def check(self, meta: dict[bytes, bytes]) -> None:
+        """Compare with Redis' ``meta``: what was missing a second ago and still is, was missed."""
+        if meta.get(b"epoch", b"").decode() != self._history.epoch:
+            self.wake()
+            return
+        level = True
+        for shard in self.followed:
+            if self.seen[shard] < self._behind[shard]:
+                self.wake()
+            self._behind[shard] = int(meta.get(b"last:%d" % shard, b"0"))
+            level = level and self.seen[shard] >= self._behind[shard]
+        offset = int(meta[b"offset"])
+        if offset < self._history.last:
+            self.wake()
+        elif level and self._buffer is None:
+            self._history.skip(offset)  # a quiet reader's cursor moves with the log
+
+
+def _entries(message: Message) -> list[Update]:
+    updates: list[Update] = []
+    for write in message.writes:
+        if write.entry:
+            updates.append(update_of(write, message.first + len(updates), message.at_ms))
+    return updates
+
+
+def unavailable(reason: str) -> ApiError:
+    """503: the store is away."""
+    return ApiError(503, "store_unavailable", f"the store is away ({reason}); try again", retry_after=2)

@@ -1,0 +1,833 @@
+"""The writing half of the Redis broker: decides on what it knows, and lets a script in Redis check that it still holds.
+
+A decision is made at once, on the newest state that this node knows of a job: what it has sent and what it was shown or
+told. The script compares the tokens (``rev``) of the states that were decided on; if another node was faster it
+answers with the states there are, and the operation is decided again. Refusals and repetitions change nothing in
+Redis, so they are verified by a look before they are given. Many calls are under way at once; those to one job stay in
+order: one that has to be decided again waits until those behind it have come back, and new ones wait behind it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final
+
+import msgspec
+import trio
+from msgspec import UNSET
+
+from protocol import job as rules
+from protocol.errors import ApiError, job_not_found
+from protocol.resp import RedisError
+from protocol.update import Job, Update
+from server.brokers.base import Accepted, Cancel, Delete, Expire, Operation, Publish, Result, Submission
+from server.brokers.deciding import (
+    ancestors_of,
+    create,
+    job_exists,
+    key_of,
+    key_reused,
+    new_target,
+    target_of,
+    too_many_jobs,
+)
+from server.brokers.keys import digest_of, fingerprint_of
+from server.brokers.redis_client import Client, ConnectionLostError, OverloadedError, RedisClientError, Reply
+from server.brokers.redis_follower import Follower, unavailable
+from server.brokers.redis_keys import (
+    CHANNELS,
+    CONFLICT,
+    DONE,
+    FULL,
+    LOGS,
+    LOOK,
+    META,
+    OTHER_EPOCH,
+    PUBLISH,
+    PUBLISH_KEYS,
+    REPEATED,
+    WHERE,
+    Kind,
+    Stored,
+    decode_message,
+    idempotency_key,
+    shard_of,
+    stored_of,
+    write_of,
+)
+from server.history import History
+from server.jobs import Jobs
+
+log = logging.getLogger("statuswire.broker")
+
+# An operation that could not be settled for so long is refused; its publisher sends it again.
+PATIENCE_S: Final = 10.0
+# How long a publisher waits, beyond Redis' answer, until its own node shows the update.
+SHOWN_S: Final = 1.0
+# Operations without an answer: seconds of work for one core.
+MAX_OPEN: Final = 50_000
+# Jobs remembered that are not shown here: some 20 MB.
+MAX_KNOWN: Final = 20_000
+# Ids looked up at once.
+_LOOK_UP: Final = 200
+_PAGE: Final = 1000
+# Offsets of what Redis has not numbered yet; the ancestors' follow, and all are negative.
+_PROVISIONAL: Final = -16
+# Redis cannot write just now, but will.
+_PASSING: Final = frozenset(
+    ("ASK", "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "NOSCRIPT", "READONLY", "TRYAGAIN")
+)
+
+
+class _UnknownError(Exception):
+    """It is not known here what Redis has of this job."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+
+
+class _BlockedError(Exception):
+    """A job that this depends on is on its way."""
+
+
+class _Change(msgspec.Struct, gc=False):
+    """One job of a call."""
+
+    job_id: str
+    before: Job | None
+    after: Job | None
+    update: Update
+    entry: bool
+    expected: str
+    rev: str
+
+
+class _Slot(msgspec.Struct, gc=False):
+    """The state of a job as it will be once what is under way has arrived.
+
+    ``chain`` is the number of the call with which this row of states began: if it or a later one fails, all do.
+    """
+
+    job: Job | None
+    rev: str
+    chain: int
+
+
+class _Batch(Submission):
+    """A submission whose results come one by one."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, count: int) -> None:
+        super().__init__([_OPEN] * count)
+        self.left = count
+
+    def put(self, index: int, result: Result) -> None:
+        self.results[index] = result
+        self.left -= 1
+        if not self.left:
+            # The store being away is no answer to an operation; but what was kept beside it has to be told.
+            away = [result for result in self.results if isinstance(result, ApiError) and result.code == _AWAY]
+            self.settle(away[0] if len(away) == len(self.results) else None)
+
+
+_AWAY: Final = "store_unavailable"
+_OPEN: Final = ApiError(500, "internal", "there is no answer yet")
+
+
+class _Call:
+    """One operation on its way to its answer.
+
+    Attributes:
+        number: order of submission.
+        job_id: the job it is about.
+        digest, fingerprint: of its idempotency key; empty without one.
+        reads: the states it was decided on: job id -> token, "" for none.
+        changes: what it writes; empty while it is only a look.
+        verdict: what the look is to confirm: a refusal, or None for "this changes nothing".
+        keys, arguments: the script call, to be sent again as it is after a lost connection.
+        in_doubt: it may have been executed although no answer came; ``floor`` is where to look for it.
+        floor: an offset below any that the call can have been given.
+        gives_up: when it is refused (Trio's clock).
+    """
+
+    __slots__ = (
+        "arguments",
+        "batch",
+        "changes",
+        "digest",
+        "epoch",
+        "fingerprint",
+        "floor",
+        "gives_up",
+        "in_doubt",
+        "index",
+        "job_id",
+        "keys",
+        "number",
+        "operation",
+        "reads",
+        "shard",
+        "verdict",
+    )
+
+    def __init__(self, operation: Operation, batch: _Batch, index: int, number: int) -> None:
+        self.operation = operation
+        self.batch = batch
+        self.index = index
+        self.number = number
+        self.job_id = ""
+        self.digest = self.fingerprint = b""
+        self.reads: dict[str, str] = {}
+        self.changes: list[_Change] = []
+        self.verdict: ApiError | None = None
+        self.keys: Sequence[bytes] = ()
+        self.arguments: Sequence[bytes | str | int | float] = ()
+        self.epoch = ""
+        self.shard = 0
+        self.in_doubt = False
+        self.floor = 0
+        self.gives_up = 0.0
+
+
+class Publisher:
+    """Takes operations and gives each its answer.
+
+    Args:
+        jobs, history: what is shown.
+        follower: says how far, and is told of other epochs.
+        clock: unix time in seconds.
+        on_lease: called with the seconds after which a lease will have to be looked at.
+
+    Attributes:
+        client: set before anything is submitted.
+        refusing: why Redis does not take writes although it is there (it is full, say), None while it does.
+    """
+
+    client: Client
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        history: History,
+        follower: Follower,
+        *,
+        clock: Callable[[], float] = time.time,
+        on_lease: Callable[[float], object],
+    ) -> None:
+        self._jobs = jobs
+        self._history = history
+        self._follower = follower
+        self._clock = clock
+        self._on_lease = on_lease
+        self.refusing: str | None = None
+        self.closing = False
+        self._node = secrets.token_urlsafe(6)
+        self._revs = itertools.count()
+        self._numbers = itertools.count(1)
+        self._open = 0
+        self._idle = trio.Event()
+        self._at_ms = 0
+        self._top = 0  # highest offset heard of
+        self._working: dict[str, _Slot] = {}
+        self._known: dict[str, Stored] = {}
+        self._flying: dict[str, int] = {}  # job id -> calls under way
+        self._waiting: list[_Call] = []
+        self._held: dict[str, int] = {}  # job id -> calls in _waiting
+        self._again: list[_Call] = []  # to be sent again, as they are
+        self._looking: set[str] = set()
+        self._unshown: dict[int, deque[tuple[int, float, _Call, Result]]] = {}
+        self._over = ""  # an epoch that Redis says is over
+        self._pump = trio.Event()
+        self._nursery: trio.Nursery | None = None
+
+    # Taking operations
+
+    def submit(self, operations: Sequence[Operation]) -> Submission:
+        """See ``base.Broker``; ``results`` are there once it is kept."""
+        if self.closing:
+            error = ApiError(503, "shutting_down", "the server is shutting down", retry_after=5)
+            return _settled([error] * len(operations), None)
+        if self.client.away is not None and self._follower.arrived:
+            error = unavailable(self.client.away)
+            return _settled([error] * len(operations), error)
+        if self._open + len(operations) > MAX_OPEN:
+            error = ApiError(503, "overloaded", "Redis cannot keep up, try again in a moment", retry_after=1)
+            return _settled([error] * len(operations), None)
+        if not operations:
+            return _settled([], None)
+        batch = _Batch(len(operations))
+        gives_up = trio.current_time() + PATIENCE_S
+        self._open += len(operations)
+        for index, operation in enumerate(operations):
+            call = _Call(operation, batch, index, next(self._numbers))
+            call.gives_up = gives_up
+            try:
+                self._identify(call)
+            except ApiError as error:
+                self._settle(call, error)
+                continue
+            if call.job_id in self._held or not self._try(call):
+                self._wait(call)
+        return batch
+
+    def _identify(self, call: _Call) -> None:
+        operation = call.operation
+        if not isinstance(operation, Publish):
+            call.job_id = operation.job_id
+            return
+        job_id, key = target_of(operation), key_of(operation)
+        if key is not None:
+            call.digest = digest_of(operation.sub, key)
+            call.fingerprint = fingerprint_of(job_id, operation.create, operation.fields).hex().encode()
+        call.job_id = new_target(operation) if job_id is None else job_id
+
+    # Deciding
+
+    def _try(self, call: _Call) -> bool:
+        """Decide it now, and send what follows. False if it has to wait."""
+        if self.client.away is not None or self._over == self._history.epoch:
+            return False
+        call.reads = {}
+        call.changes = []
+        call.verdict = None
+        try:
+            decided = self._decide(call)
+        except _UnknownError as unknown:
+            self._look_up(unknown.job_id)
+            return False
+        except _BlockedError:
+            return False
+        except ApiError as error:
+            call.verdict = error
+            decided = False
+        try:
+            if decided:
+                self._send(call)
+            else:
+                self._look(call)
+        except OverloadedError:
+            call.changes = []
+            self._settle(call, ApiError(503, "overloaded", "Redis cannot keep up, try again", retry_after=1))
+        except RedisClientError:
+            call.changes = []
+            return False
+        return True
+
+    def _decide(self, call: _Call) -> bool:
+        """Fill ``changes``. False if nothing changes. Raises ApiError for a refusal."""
+        operation, job_id = call.operation, call.job_id
+        now_ms = max(self._at_ms, int(self._clock() * 1000))
+        get = partial(self._read, call)
+        before = get(job_id)
+        after: Job | None = None
+        match operation:
+            case Publish(fields=fields):
+                if before is None:
+                    after = create(
+                        operation, job_id, partial(self._read_parent, call), offset=_PROVISIONAL, now_ms=now_ms
+                    )
+                else:
+                    if rules.is_repeat(before, fields):
+                        return False
+                    if operation.create == "must":
+                        raise job_exists(job_id)
+                    after = rules.apply(before, fields, offset=_PROVISIONAL, now_ms=now_ms)
+            case Cancel():
+                after = rules.request_cancel(_must(before, job_id), offset=_PROVISIONAL, now_ms=now_ms)
+                if after is None:
+                    return False
+            case Expire():
+                private = _must(before, job_id).private
+                if before is None or before.latest.ended or private.ttl is None or private.heard != operation.heard:
+                    return False
+                after = rules.expire(before, offset=_PROVISIONAL, now_ms=now_ms)
+            case Delete():
+                update = rules.delete(_must(before, job_id), offset=_PROVISIONAL, now_ms=now_ms)
+        if after is not None:
+            update = after.latest
+        self._change(call, before, after, update, True)
+        for job in ancestors_of(before, after, get, update):
+            parent = get(job.latest.job_id)
+            assert parent is not None
+            self._change(call, parent, job, job.latest, job.latest is not parent.latest)
+        call.shard = shard_of(update.user_id)
+        return True
+
+    def _change(self, call: _Call, before: Job | None, after: Job | None, update: Update, entry: bool) -> None:
+        rev = f"{self._node}{next(self._revs):x}"
+        call.changes.append(_Change(update.job_id, before, after, update, entry, call.reads[update.job_id], rev))
+
+    def _read(self, call: _Call, job_id: str) -> Job | None:
+        """The newest state known of a job, noting on which one the decision rests."""
+        slot = self._working.get(job_id)
+        if slot is not None:
+            call.reads[job_id] = slot.rev
+            return slot.job
+        shown = self._jobs.get(job_id)
+        known = self._known.get(job_id)
+        if known is not None:
+            shard = known.shard
+            if shard < 0 and shown is not None:
+                shard = shard_of(shown.latest.user_id)
+            if shard not in self._follower.followed or known.stamp > self._follower.seen[shard]:
+                call.reads[job_id] = known.rev
+                return known.job
+            del self._known[job_id]
+        if shown is not None:
+            call.reads[job_id] = self._follower.revs[job_id]
+            return shown
+        if len(self._follower.followed) < len(CHANNELS) and not (job_id == call.job_id and _may_create(call.operation)):
+            raise _UnknownError(job_id)
+        call.reads[job_id] = ""
+        return None
+
+    def _read_parent(self, call: _Call, job_id: str) -> Job | None:
+        parent = self._read(call, job_id)
+        if parent is not None and parent.created < 0:
+            raise _BlockedError  # a part's tie names the parent's first offset
+        return parent
+
+    # Sending
+
+    def _send(self, call: _Call) -> None:
+        call.epoch = self._history.epoch
+        call.floor = self._top
+        client = self.client
+        keys = PUBLISH_KEYS[call.shard]
+        call.keys = (*keys, idempotency_key(call.digest)) if call.digest else keys
+        publish = "SPUBLISH" if client.sharded else "PUBLISH"
+        arguments: list[bytes | str | int | float] = [
+            call.epoch,
+            call.changes[0].update.at_ms,
+            self._history.max_updates,
+            self._jobs.max_jobs,
+            publish,
+            call.shard,
+            call.fingerprint,
+        ]
+        for change in call.changes:
+            kind: Kind = "q" if not change.entry else "s" if change.after is not None else "d"
+            arguments += (
+                change.job_id,
+                change.expected,
+                change.rev,
+                kind,
+                self._lease_of(change),
+                _ended_of(change),
+                change.update.version,
+                write_of(change.after, change.update, change.rev, entry=change.entry),
+            )
+        call.arguments = arguments
+        reply = client.send_script(PUBLISH, call.keys, arguments)
+        self._fly(call)
+        for change in call.changes:
+            slot = self._working.get(change.job_id)
+            chain = call.number if slot is None else slot.chain
+            self._working[change.job_id] = _Slot(change.after, change.rev, chain)
+        reply.when_settled(partial(self._sent, call))
+
+    def _lease_of(self, change: _Change) -> str:
+        before, after = change.before, change.after
+        had = before is not None and before.private.ttl is not None and not before.latest.ended
+        if after is None or after.private.ttl is None or after.latest.ended:
+            return "0" if had else ""
+        if had and before is not None and before.private.heard == after.private.heard:
+            return ""  # a cancel request or a roll-up is no sign of life
+        self._on_lease(after.private.ttl)
+        return str(max(1, round(after.private.ttl * 1000)))
+
+    def _look(self, call: _Call) -> None:
+        """Ask for the states that the verdict rests on."""
+        self._ask(call)
+        self._fly(call)
+
+    def _ask(self, call: _Call) -> None:
+        call.epoch = self._history.epoch
+        keys = [META, WHERE]
+        if call.digest:
+            keys.append(idempotency_key(call.digest))
+        reply = self.client.send_script(LOOK, keys, list(call.reads))
+        reply.when_settled(partial(self._looked, call))
+
+    def _send_again(self, call: _Call) -> None:
+        """After a lost connection: the same call with the same tokens, so that it cannot have an effect twice."""
+        if call.changes:
+            reply = self.client.send_script(PUBLISH, call.keys, call.arguments)
+            reply.when_settled(partial(self._sent, call))
+        else:
+            self._ask(call)
+
+    def _fly(self, call: _Call) -> None:
+        self._flying[call.job_id] = self._flying.get(call.job_id, 0) + 1
+
+    def _land(self, call: _Call) -> None:
+        left = self._flying.pop(call.job_id) - 1
+        if left:
+            self._flying[call.job_id] = left
+        elif call.job_id in self._held:
+            self._pump.set()
+
+    # Replies
+
+    def _sent(self, call: _Call, reply: Reply) -> None:
+        outcome = reply.outcome
+        if not isinstance(outcome, list):
+            self._failed(call, outcome)
+            return
+        self.refusing = None
+        code = outcome[0]
+        if code == DONE:
+            self._done(call, outcome[1], outcome[2], outcome[3:])
+        elif code == REPEATED and not call.in_doubt:
+            self._drop(call)
+            self._repeated(call, outcome[1], stored_of(outcome[3], outcome[2]))
+        elif code == FULL:
+            self._drop(call)
+            self._land(call)
+            self._settle(call, too_many_jobs(self._jobs.max_jobs))
+        elif call.in_doubt and self._nursery is not None:
+            self._nursery.start_soon(self._resolve, call, outcome)
+        else:
+            self._undone(call, outcome)
+
+    def _undone(self, call: _Call, outcome: Sequence[Any]) -> None:
+        """Redis did not execute it."""
+        self._drop(call)
+        call.in_doubt = False
+        if outcome[0] == REPEATED:
+            self._repeated(call, outcome[1], stored_of(outcome[3], outcome[2]))
+            return
+        if outcome[0] == OTHER_EPOCH:
+            self._other_epoch(call.epoch)
+        else:
+            assert outcome[0] == CONFLICT
+            for change, blob in zip(call.changes, outcome[2:], strict=True):
+                self._told(change.job_id, stored_of(blob, outcome[1]), call.number)
+        self._wait(call)
+        self._land(call)
+
+    def _done(self, call: _Call, first: int, at_ms: int, created: Sequence[int]) -> None:
+        self._at_ms = max(self._at_ms, at_ms)
+        stamp = first - 1
+        for change in call.changes:
+            if change.entry:
+                stamp += 1
+                change.update.offset = stamp
+                change.update.at_ms = at_ms
+        self._top = max(self._top, stamp)
+        followed = call.shard in self._follower.followed
+        for change, born in zip(call.changes, created, strict=True):
+            after = change.after
+            if after is not None and after.created < 0:
+                after = change.after = Job(after.latest, born, after.private)
+            slot = self._working.get(change.job_id)
+            if slot is not None and slot.rev == change.rev:
+                del self._working[change.job_id]
+            elif slot is not None and slot.job is not None and slot.job.created < 0:
+                slot.job = Job(slot.job.latest, born, slot.job.private)
+            if not followed or self._follower.seen[call.shard] < stamp:
+                shard = call.shard if after is not None else -1
+                self._remember(change.job_id, Stored(change.rev if after is not None else "", stamp, shard, after))
+        own = call.changes[0]
+        self._land(call)
+        requested = own.after is not None and own.after.private.cancel_requested
+        if isinstance(call.operation, Delete):
+            requested = False
+        accepted = Accepted(own.update.offset, own.update.version, False, requested, own.after)
+        self._answer(call, accepted, stamp)
+        if self._held:
+            self._pump.set()
+
+    def _repeated(self, call: _Call, value: bytes, state: Stored) -> None:
+        """The idempotency key was used before: the first answer again, and the job as it is now."""
+        self._land(call)
+        fingerprint, _, offset, version = value.split(b" ")
+        if fingerprint != call.fingerprint:
+            self._settle(call, key_reused())
+            return
+        call.shard = state.shard
+        requested = state.job is not None and state.job.private.cancel_requested
+        self._answer(call, Accepted(int(offset), int(version), True, requested, state.job), state.stamp)
+
+    def _looked(self, call: _Call, reply: Reply) -> None:
+        outcome = reply.outcome
+        if not isinstance(outcome, list):
+            self._failed(call, outcome)
+            return
+        epoch, offset, value, *blobs = outcome
+        if epoch is None or epoch.decode() != call.epoch:
+            self._other_epoch(call.epoch)
+            self._wait(call)
+            self._land(call)
+            return
+        states = [stored_of(blob, offset) for blob in blobs]
+        if value is not None:
+            self._repeated(call, value, states[0])
+            return
+        if [state.rev for state in states] != list(call.reads.values()):
+            for job_id, state in zip(call.reads, states, strict=True):
+                self._told(job_id, state, call.number)
+            self._wait(call)
+            self._land(call)
+            return
+        self._land(call)
+        stamp = max((state.stamp for state in states if state.job is not None), default=0)
+        if call.verdict is not None:
+            call.shard = max((state.shard for state in states), default=-1)
+            self._answer(call, call.verdict, stamp)
+        else:
+            job = states[0].job
+            assert job is not None
+            call.shard = states[0].shard
+            latest = job.latest
+            self._answer(call, Accepted(latest.offset, latest.version, True, job.private.cancel_requested, job), stamp)
+
+    def _failed(self, call: _Call, outcome: object) -> None:
+        """No answer, or an error instead of one."""
+        if isinstance(outcome, RedisError) and outcome.code not in _PASSING:
+            # Nothing that waiting for would help: it is full, or forbids it.
+            self.refusing = f"Redis refuses to write: {outcome.message}"
+            log.error("%s", self.refusing)
+            self._drop(call)
+            self._land(call)
+            self._settle(call, unavailable(self.refusing))
+            return
+        if isinstance(outcome, ConnectionLostError) and outcome.sent:
+            call.in_doubt = True
+        self._again.append(call)
+        self._pump.set()
+
+    async def _resolve(self, call: _Call, outcome: Sequence[Any]) -> None:
+        """It was sent twice, and the second time it did not fit: perhaps because the first one had been executed."""
+        own = call.changes[0]
+        start = f"({call.floor}-0" if outcome[0] == CONFLICT else "-"
+        try:
+            while True:
+                page = await self.client.call("XRANGE", LOGS[call.shard], start, "+", "COUNT", _PAGE)
+                for _, fields in page:
+                    message = decode_message(fields[1])
+                    if any(write.rev == own.rev for write in message.writes):
+                        if outcome[0] == OTHER_EPOCH:
+                            self._other_epoch(call.epoch)
+                        call.in_doubt = False
+                        self._done(call, message.first, message.at_ms, message.created)
+                        return
+                if len(page) < _PAGE:
+                    break
+                start = "(" + page[-1][0].decode()
+        except (RedisClientError, RedisError):
+            self._again.append(call)
+            self._pump.set()
+            return
+        self._undone(call, outcome)
+
+    # What is known
+
+    def _told(self, job_id: str, stored: Stored, number: int) -> None:
+        """Redis' word on a job, in answer to this call."""
+        slot = self._working.get(job_id)
+        if slot is None or number >= slot.chain:
+            self._working.pop(job_id, None)
+        self._remember(job_id, stored)
+
+    def _remember(self, job_id: str, stored: Stored) -> None:
+        self._known.pop(job_id, None)
+        self._known[job_id] = stored
+        if len(self._known) > MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+
+    def _drop(self, call: _Call) -> None:
+        """What it would have written will not come, nor what rests on it."""
+        for change in call.changes:
+            slot = self._working.get(change.job_id)
+            if slot is not None and call.number >= slot.chain:
+                del self._working[change.job_id]
+
+    def _other_epoch(self, epoch: str) -> None:
+        if epoch == self._history.epoch:
+            self._over = epoch
+            self._follower.wake()
+
+    def forget(self) -> None:
+        """The log began anew: nothing that was known holds."""
+        self._working.clear()
+        self._known.clear()
+        self._top = 0
+        self._pump.set()
+
+    def _look_up(self, job_id: str) -> None:
+        self._looking.add(job_id)
+        self._pump.set()
+
+    def _send_look_up(self) -> None:
+        wanted = list(self._looking)
+        self._looking.clear()
+        for start in range(0, len(wanted), _LOOK_UP):
+            ids: Sequence[str] = wanted[start : start + _LOOK_UP]
+            try:
+                reply = self.client.send_script(LOOK, (META, WHERE), ids)
+            except RedisClientError:
+                return  # whoever wanted it asks again
+            reply.when_settled(partial(self._looked_up, ids))
+
+    def _looked_up(self, ids: Sequence[str], reply: Reply) -> None:
+        if isinstance(reply.outcome, list):
+            _, offset, _, *blobs = reply.outcome
+            for job_id, blob in zip(ids, blobs, strict=True):
+                if job_id not in self._working:
+                    self._remember(job_id, stored_of(blob, offset))
+        self._pump.set()
+
+    # Waiting
+
+    def _wait(self, call: _Call) -> None:
+        call.changes = []
+        self._waiting.append(call)
+        self._held[call.job_id] = self._held.get(call.job_id, 0) + 1
+
+    async def run(self) -> None:
+        """Decide again what had to wait, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            while True:
+                await self._pump.wait()
+                self._pump = trio.Event()
+                self._resend()
+                self._try_waiting()
+                if self._looking:
+                    self._send_look_up()
+
+    def wake(self) -> None:
+        """Redis is back, or another epoch has been loaded."""
+        self._pump.set()
+
+    def _resend(self) -> None:
+        if not self._again or self.client.away is not None:
+            return
+        again, self._again = self._again, []
+        again.sort(key=_number)
+        for position, call in enumerate(again):
+            try:
+                self._send_again(call)
+            except RedisClientError:
+                self._again += again[position:]
+                return
+
+    def _try_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        waiting.sort(key=_number)
+        self._held = {}
+        for call in waiting:
+            if call.job_id in self._held or call.job_id in self._flying or not self._try(call):
+                self._wait(call)
+
+    def give_up(self, now: float) -> None:
+        """Answer those who have waited too long; called now and then."""
+        for shard in list(self._unshown):
+            self._release(shard, now)
+        late = [call for call in self._waiting if call.gives_up <= now]
+        if late:
+            self._waiting = [call for call in self._waiting if call.gives_up > now]
+            self._held = {}
+            for call in self._waiting:
+                self._held[call.job_id] = self._held.get(call.job_id, 0) + 1
+            self._pump.set()
+        stranded = [call for call in self._again if call.gives_up <= now]
+        if stranded:
+            self._again = [call for call in self._again if call.gives_up > now]
+            for call in stranded:
+                self._drop(call)
+                self._land(call)
+        for call in late + stranded:
+            self._settle(call, unavailable(self.client.away or "Redis did not settle it in time"))
+
+    def close(self) -> None:
+        """Refuse what has no answer yet."""
+        self.closing = True
+        self.release_all()
+        self.give_up(float("inf"))
+
+    async def wait_idle(self) -> None:
+        """Return when every operation has its answer."""
+        while self._open:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    # Answering
+
+    def _answer(self, call: _Call, result: Result, stamp: int) -> None:
+        """Settle it once what it rests on is shown here, if it is to be: a publisher reads its own writes."""
+        shard = call.shard
+        follower = self._follower
+        if shard in follower.followed and follower.seen[shard] < stamp and CHANNELS[shard] in self.client.subscribed:
+            waiting = self._unshown.get(shard)
+            if waiting is None:
+                waiting = self._unshown[shard] = deque()
+            waiting.append((stamp, trio.current_time() + SHOWN_S, call, result))
+        else:
+            self._settle(call, result)
+
+    def on_shown(self, shard: int) -> None:
+        """More of a shard is shown."""
+        if shard in self._unshown:
+            self._release(shard, 0.0)
+
+    def _release(self, shard: int, now: float) -> None:
+        waiting, seen = self._unshown[shard], self._follower.seen[shard]
+        while waiting and (waiting[0][0] <= seen or waiting[0][1] <= now):
+            _, _, call, result = waiting.popleft()
+            self._settle(call, result)
+        if not waiting:
+            self._unshown.pop(shard, None)
+
+    def release_all(self) -> None:
+        """Nothing more is shown for now: do not wait for it."""
+        for shard in list(self._unshown):
+            self._release(shard, float("inf"))
+
+    def _settle(self, call: _Call, result: Result) -> None:
+        if isinstance(result, Accepted) and result.job is not None:
+            shown = self._jobs.get(result.job.latest.job_id)
+            if shown is not None and shown.latest.offset == result.job.latest.offset:
+                result = msgspec.structs.replace(result, job=shown)
+        self._open -= 1
+        call.batch.put(call.index, result)
+        if not self._open:
+            self._idle.set()
+
+
+def _settled(results: Iterable[Result], error: ApiError | None) -> Submission:
+    submission = Submission(list(results))
+    submission.settle(error)
+    return submission
+
+
+def _must(job: Job | None, job_id: str) -> Job:
+    if job is None:
+        raise job_not_found(job_id)
+    return job
+
+
+def _number(call: _Call) -> int:
+    return call.number
+
+
+def _may_create(operation: Operation) -> bool:
+    """Whether it is worth trying without knowing if the job exists: Redis checks it anyway."""
+    return isinstance(operation, Publish) and (
+        operation.create == "must" or (operation.create == "may" and operation.fields.user_id is not UNSET)
+    )
+
+
+def _ended_of(change: _Change) -> str:
+    before, after = change.before, change.after
+    if change.entry and after is not None and after.latest.ended:
+        return "1"
+    return "0" if before is not None and before.latest.ended and (after is None or not after.latest.ended) else ""
