@@ -82,7 +82,7 @@ async def serve(config: Config, reload: Callable[[], Config]) -> int:
     """
     async with running(config) as (node, addresses):
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            print(f"statuswire listening on {', '.join(addresses)} (store {config.store.url})", flush=True)
+            print(f"statuswire listening on {', '.join(addresses)} (store {config.store.label})", flush=True)
             gc.collect()
             gc.freeze()
             async with trio.open_nursery() as nursery:

@@ -98,7 +98,7 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
         "server.port": "port to listen on (3000); 0 takes any free one",
         "server.unix_socket": "Unix socket to listen on; alone it replaces TCP",
         "server.workers": "number of processes (1)",
-        "store.url": "memory: or sqlite:PATH (sqlite:statuswire.db)",
+        "store.url": "memory:, sqlite:PATH (sqlite:statuswire.db) or redis://HOST",
         "auth.jwt_key": "secret or PEM key for tokens; other users of this machine can see flags, a jwt_key_file or "
         "STATUSWIRE_AUTH_JWT_KEY is safer",
         "auth.jwt_algorithm": "the algorithm that is accepted (HS256 for a secret)",

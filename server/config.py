@@ -172,21 +172,29 @@ class Store(Struct, frozen=True, kw_only=True):
     """Table ``[store]``.
 
     Attributes:
-        url: ``memory:`` (nothing survives a restart) or ``sqlite:PATH`` (relative to the working directory).
+        url: ``memory:`` (nothing survives a restart), ``sqlite:PATH`` (relative to the working directory), or where
+            Redis is: ``redis://``, ``rediss://``, ``redis+sentinel://`` or ``redis+cluster://``.
     """
 
     # Durable without anything to install or run.
     url: str = "sqlite:statuswire.db"
 
     @property
-    def kind(self) -> Literal["memory", "sqlite"]:
+    def kind(self) -> Literal["memory", "sqlite", "redis"]:
         """Which broker the URL asks for."""
+        if self.url.startswith("redis"):
+            return "redis"
         return "memory" if self.url == "memory:" else "sqlite"
 
     @property
     def path(self) -> str:
-        """Path of the SQLite file; "" for ``memory:``."""
-        return self.url.partition(":")[2]
+        """Path of the SQLite file; "" for the others."""
+        return self.url.partition(":")[2] if self.kind == "sqlite" else ""
+
+    @property
+    def label(self) -> str:
+        """The URL without what is secret in it."""
+        return _without_password(self.url)
 
 
 class Log(Struct, frozen=True, kw_only=True):
@@ -434,8 +442,8 @@ def _check(config: Config, sources: Mapping[str, str]) -> None:
     server = config.server
     if server.workers > 1:
         raise ConfigError(
-            f"server.workers = {server.workers} ({sources['server.workers']}): several workers need a Redis store, "
-            f"{config.store.kind}: belongs to one process, and this version does not support Redis; set workers to 1"
+            f"server.workers = {server.workers} ({sources['server.workers']}): this version runs one process a "
+            "server; start several servers on one Redis store instead, each with its own port, and set workers to 1"
         )
     if not server.host and not server.unix_socket:
         raise ConfigError(
@@ -489,8 +497,13 @@ def _bad(name: str, value: object, source: str, reason: str) -> ConfigError:
 def _masked(name: str, value: object) -> object:
     if name in _SECRETS and value:
         return "(hidden)"
-    # A password in a URL, should one be there, is nobody's business either.
-    return re.sub(r"://[^/@]*@", "://(hidden)@", value) if isinstance(value, str) else value
+    return _without_password(value) if isinstance(value, str) else value
+
+
+def _without_password(text: str) -> str:
+    """A URL as it may be shown: a password in it, should one be there, is nobody's business."""
+    text = re.sub(r"://[^/@]*@", "://(hidden)@", text)
+    return re.sub(r"(sentinel_password=)[^&]*", r"\1(hidden)", text)
 
 
 def _nearest_key(name: str) -> str | None:

@@ -16,6 +16,9 @@ from typing import Any
 
 from msgspec import inspect
 
+from server.brokers.redis_errors import RedisStartError
+from server.brokers.redis_url import parse_redis_url
+
 
 def from_text(info: inspect.Type, text: str) -> object:
     """What a flag or an environment variable says, ready for ``msgspec.convert(…, strict=False)``."""
@@ -120,13 +123,17 @@ def _origins(items: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _store_url(url: str) -> str:
-    if re.match(r"(redis|rediss|redis\+[a-z]+)://", url):
-        raise ValueError("this version does not support Redis; use memory: or sqlite:PATH")
+    if re.match(r"rediss?(\+[a-z]+)?:", url):
+        try:
+            parse_redis_url(url)
+        except RedisStartError as error:
+            raise ValueError(str(error)) from None
+        return url
     if url == "memory:":
         return url
     scheme, _, path = url.partition(":")
     if scheme != "sqlite" or not path:
-        raise ValueError("expected memory: or sqlite:PATH")
+        raise ValueError("expected memory:, sqlite:PATH or redis://HOST")
     if path.startswith("//"):
         raise ValueError("write sqlite:/absolute/path or sqlite:relative/path, without //")
     if path == ":memory:":

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from email.utils import formatdate
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -18,7 +18,7 @@ from server.brokers.base import Broker
 from server.brokers.memory import MemoryBroker
 from server.brokers.sqlite import SqliteBroker
 from server.config import Config
-from server.cursors import Cursors
+from server.cursors import KEPT_S, Client, Cursors
 from server.history import History
 from server.hub import Hub
 from server.jobs import Jobs
@@ -26,6 +26,9 @@ from server.limits import Limits, parse_proxies
 from server.logs import log_event
 from server.origins import parse_origins
 from server.wheel import Wheel
+
+if TYPE_CHECKING:
+    from server.brokers.redis_broker import RedisBroker
 
 LOG: Final = logging.getLogger("statuswire")
 
@@ -50,6 +53,7 @@ class Node:
         streams: live WebSocket and event-stream connections.
         connections: open sockets.
         polls: wake-ups of the polls that wait.
+        shared: the broker again, if other nodes use its store too.
         draining: set from SIGTERM on.
     """
 
@@ -64,8 +68,17 @@ class Node:
         )
         self.hub = Hub(self.history)
         self.broker: Broker
+        self.shared: RedisBroker | None = None
         if config.store.kind == "memory":
             self.broker = MemoryBroker(self.jobs, self.history, self.deliver, self.wheel)
+        elif config.store.kind == "redis":
+            # Imported here: who needs no Redis does without its client.
+            from server.brokers.redis_broker import RedisBroker
+
+            self.shared = RedisBroker(
+                config.store.url, self.jobs, self.history, self.deliver, on_new_epoch=self.log_lost
+            )
+            self.broker = self.shared
         else:
             self.broker = SqliteBroker(
                 config.store.path, self.jobs, self.history, self.deliver, self.wheel, on_new_epoch=self.log_lost
@@ -110,6 +123,19 @@ class Node:
         """The broker began a new epoch: tell every reader."""
         log_event(LOG, logging.WARNING, "log_lost", epoch=epoch)
         self.hub.log_lost()
+
+    async def recall(self, client: Client) -> str | None:
+        """The cursor that was last given to a polling client, by whichever node."""
+        if self.shared is not None:
+            return await self.shared.recall(client.name)
+        return self.cursors.get(client, trio.current_time())
+
+    def remember(self, client: Client, cursor: str) -> None:
+        """A polling client was given this cursor."""
+        if self.shared is not None:
+            self.shared.remember(client.name, cursor, KEPT_S)
+        else:
+            self.cursors.put(client, cursor, trio.current_time())
 
     # Small things every answer needs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from protocol.errors import ApiError
 from protocol.fields import decode_fields
@@ -12,19 +12,32 @@ from server.brokers.base import Accepted, Publish, Submission
 from server.node import Node
 
 
-class Batch:
-    """The outcome of several updates; show it only once ``submission`` is kept.
+class Outcome(NamedTuple):
+    """What became of several updates.
 
     Attributes:
-        submission: what was well-formed, as handed to the broker.
         accepted, duplicates: how many.
         rejected: the refused ones, each with its index, in order.
-        next_index: index of the update that would come next.
         last: highest offset of what was accepted, 0 if nothing was.
         cancel_requested: jobs that are asked to stop, each once.
     """
 
-    __slots__ = ("accepted", "cancel_requested", "duplicates", "last", "next_index", "rejected", "submission")
+    accepted: int
+    duplicates: int
+    rejected: list[dict[str, Any]]
+    last: int
+    cancel_requested: list[str]
+
+
+class Batch:
+    """Several updates, handed to the broker.
+
+    Attributes:
+        submission: what was well-formed.
+        next_index: index of the update that would come next.
+    """
+
+    __slots__ = ("_indexes", "_malformed", "next_index", "submission")
 
     def __init__(
         self, node: Node, identity: Identity, items: Sequence[bytes], *, first_index: int = 0, key: str | None = None
@@ -50,37 +63,44 @@ class Batch:
             operations.append(Publish(None, fields, "may", identity.user, item_key))
         self.submission: Submission = node.broker.submit(operations)
         self.next_index = first_index + len(items)
-        self.accepted = self.duplicates = self.last = 0
+        self._indexes = indexes
+        self._malformed = rejected
+
+    def outcome(self) -> Outcome:
+        """What became of it; only once ``submission`` is kept."""
+        accepted = duplicates = last = 0
+        rejected = list(self._malformed)
         cancels: dict[str, None] = {}
-        for index, result in zip(indexes, self.submission.results, strict=True):
+        for index, result in zip(self._indexes, self.submission.results, strict=True):
             if isinstance(result, Accepted):
                 if result.duplicate:
-                    self.duplicates += 1
+                    duplicates += 1
                 else:
-                    self.accepted += 1
-                self.last = max(self.last, result.offset)
+                    accepted += 1
+                last = max(last, result.offset)
                 if result.cancel_requested and result.job is not None:
                     cancels[result.job.latest.job_id] = None
             else:
                 rejected.append((index, result))
         rejected.sort(key=lambda refusal: refusal[0])
-        self.rejected = [
+        refusals = [
             {"index": index, "code": error.code, "message": error.message}
             | ({} if error.field is None else {"field": error.field})
             for index, error in rejected
         ]
-        self.cancel_requested = list(cancels)
+        return Outcome(accepted, duplicates, refusals, last, list(cancels))
 
 
 def summary(batches: Sequence[Batch], node: Node) -> dict[str, Any]:
-    """``{"accepted","duplicates","rejected","id","cancelRequested"?}`` over the portions of one batch."""
-    last = max((batch.last for batch in batches), default=0) or node.history.last
+    """``{"accepted","duplicates","rejected","id","cancelRequested"?}`` over the portions of one batch, once kept."""
+    outcomes = [batch.outcome() for batch in batches]
+    last = max((outcome.last for outcome in outcomes), default=0) or node.history.last
     answer: dict[str, Any] = {
-        "accepted": sum(batch.accepted for batch in batches),
-        "duplicates": sum(batch.duplicates for batch in batches),
-        "rejected": [refusal for batch in batches for refusal in batch.rejected],
+        "accepted": sum(outcome.accepted for outcome in outcomes),
+        "duplicates": sum(outcome.duplicates for outcome in outcomes),
+        "rejected": [refusal for outcome in outcomes for refusal in outcome.rejected],
         "id": f"{node.broker.epoch}:{last}",
     }
-    if cancels := list(dict.fromkeys(job_id for batch in batches for job_id in batch.cancel_requested)):
+    if cancels := list(dict.fromkeys(job_id for outcome in outcomes for job_id in outcome.cancel_requested)):
         answer["cancelRequested"] = cancels
     return answer

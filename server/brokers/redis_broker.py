@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -28,7 +29,7 @@ from server.brokers.redis_client import (
     parse_redis_url,
 )
 from server.brokers.redis_follower import Follower
-from server.brokers.redis_keys import BEGIN, LEASES, META, SCHEMA, SHARDS, TICK, WHERE, stored_of
+from server.brokers.redis_keys import BEGIN, LEASES, META, SCHEMA, SHARDS, TICK, WHERE, cursor_key, stored_of
 from server.brokers.redis_publisher import Publisher
 from server.history import History
 from server.jobs import Jobs
@@ -156,6 +157,22 @@ class RedisBroker:
     async def follow(self, names: Iterable[str], cursor: str | None = None) -> None:
         """See ``base.Broker``."""
         await self._follower.follow(names, cursor)
+
+    async def recall(self, client: str) -> str | None:
+        """The cursor that a polling client was given last, on any node; None if Redis does not say."""
+        if self._client is None:
+            return None
+        try:
+            cursor = await self._client.call("GET", cursor_key(client))
+        except (RedisClientError, RedisError):
+            return None  # a snapshot then, which is never wrong
+        return None if cursor is None else cursor.decode()
+
+    def remember(self, client: str, cursor: str, seconds: float) -> None:
+        """See ``recall``."""
+        if self._client is not None:
+            with suppress(RedisClientError):
+                self._client.send("SET", cursor_key(client), cursor, "EX", int(seconds))
 
     async def close(self) -> None:
         """Refuse what comes later, and what could not be finished."""

@@ -11,12 +11,13 @@ import trio
 from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
 from protocol.fields import MAX_UPDATE, Fields, decode_fields, is_id
 from protocol.update import STATUS_UPDATE, STATUSES, TYPE_OF_STATUS, Job
-from protocol.watch import parse_fields, parse_filter
+from protocol.watch import EVERYTHING, parse_fields, parse_filter, user_channel
 from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Accepted, Cancel, Delete, Operation, Publish
 from server.connection import Exchange
 from server.publishing import Batch, summary
+from server.reading import channel_of_job
 
 MAX_BATCH: Final = 8 * 1024 * 1024
 # 84 bytes each then; what is refused costs us some 500 bytes of answer, and must not be many times the batch.
@@ -163,7 +164,7 @@ async def delete(exchange: Exchange) -> Response:
 async def cancel(exchange: Exchange) -> Response:
     """``POST /api/v2/jobs/{jobId}/cancel``, by the owner or an admin: 202 with the record."""
     await exchange.connection.read_body(MAX_UPDATE)  # means nothing, but would be in the way of the next request
-    job = _visible(exchange)
+    job = await _visible(exchange)
     caller = exchange.caller
     if job.latest.user_id != caller.user and not caller.admin:
         raise ApiError(403, "forbidden", "only the job's owner or an admin may cancel it")
@@ -237,7 +238,7 @@ def _unsupported(content_type: str, wanted: str) -> ApiError:
 
 async def show(exchange: Exchange) -> Response:
     """``GET /api/v2/jobs/{jobId}``: the record, with an ETag."""
-    job = _visible(exchange)
+    job = await _visible(exchange)
     fields = parse_fields(exchange.request.query)
     latest = job.latest
     tag = f"{exchange.node.history.epoch}:{latest.offset}"
@@ -279,6 +280,7 @@ async def list_jobs(exchange: Exchange) -> Response:
     if wanted.types is not None:  # a record's type follows from its status
         of_types = {status for status in STATUSES if TYPE_OF_STATUS.get(status, STATUS_UPDATE) in wanted.types}
         statuses = frozenset(of_types if statuses is None else of_types & statuses)
+    await node.broker.follow((EVERYTHING if user_id is None else user_channel(user_id),))
     jobs, following = node.jobs.page(
         user_id=user_id,
         status=statuses,
@@ -298,7 +300,7 @@ async def list_jobs(exchange: Exchange) -> Response:
 
 async def history(exchange: Exchange) -> Response:
     """``GET /api/v2/jobs/{jobId}/history``: kept updates of this incarnation of the id, oldest first."""
-    job = _visible(exchange)
+    job = await _visible(exchange)
     node = exchange.node
     wanted, fields = parse_filter(exchange.request.query), parse_fields(exchange.request.query)
     epoch = node.history.epoch
@@ -315,9 +317,10 @@ def _job_id(exchange: Exchange) -> str:
     return job_id
 
 
-def _visible(exchange: Exchange) -> Job:
+async def _visible(exchange: Exchange) -> Job:
     """The path's job as shown now, if the caller may see it; else it does not exist."""
     job_id = _job_id(exchange)
+    await exchange.node.broker.follow((channel_of_job(exchange.caller, job_id),))
     job = exchange.node.jobs.get(job_id)
     if job is None or not exchange.caller.may_read(job_id, job.latest.user_id):
         raise job_not_found(job_id)

@@ -16,7 +16,7 @@ from protocol.wire import Framing, WireForm, update_message, wire_form
 from server.answers import JSON, NO_STORE, Response
 from server.auth import bad_token
 from server.connection import Exchange
-from server.cursors import Client
+from server.cursors import Client, digest_of_watch
 from server.hub import Reader, Want
 from server.node import Node
 from server.reading import channels_for, missed_updates, over, snapshot, start_from
@@ -59,8 +59,9 @@ async def poll(exchange: Exchange) -> Response:
     cursor = request.query.get("last_seen")
     client: Client | None = None
     if client_id is not None:
-        client = Client(identity.user, client_id, hash((frozenset(names), watch.filter)))
-        cursor = cursor or node.cursors.get(client, trio.current_time())
+        client = Client(identity.user, client_id, digest_of_watch(names, watch.filter))
+        cursor = cursor or await node.recall(client)
+    await node.broker.follow(names, cursor)
     begin = start_from(node.history, cursor)
     epoch, last = node.history.epoch, node.history.last
     token_left = math.inf if identity.expires_at is None else max(0.0, identity.expires_at - time.time())
@@ -118,4 +119,4 @@ def _collect(node: Node, watch: Watch, names: list[str], after: int | None) -> t
 def _remembering(body: Iterable[bytes], node: Node, client: Client, cursor: str) -> Iterable[bytes]:
     """Pass the body on, and remember the cursor once all of it has been asked for: what was not sent was not seen."""
     yield from body
-    node.cursors.put(client, cursor, trio.current_time())
+    node.remember(client, cursor)

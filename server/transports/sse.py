@@ -41,6 +41,7 @@ async def stream(exchange: Exchange) -> Response | Stream:
     watch = parse_watch(request.query)
     names = channels_for(identity, watch, all_jobs=wants_all(request.query))
     cursor = request.header("last-event-id") or request.query.get("last_seen")
+    await node.broker.follow(names, cursor)
     begin = start_from(node.history, cursor)
     if watch.job_ids is not None and begin.after is not None and _nothing_left(exchange, watch, names, begin.after):
         return Response(204)  # the one answer after which EventSource stays away

@@ -324,8 +324,10 @@ class Session(LiveReader):
             )
         watch = Watch(None if job_ids is None else tuple(job_ids), message.user_id, wanted, fields)
         names = channels_for(identity, watch, all_jobs=message.all)
+        last_seen = None if message.last_seen is None else str(message.last_seen)
+        await self.node.broker.follow(names, last_seen)
         history = self.hub.history
-        begin = start_from(history, None if message.last_seen is None else str(message.last_seen))
+        begin = start_from(history, last_seen)
         form = wire_form(self._framing, fields)
 
         # All that this reader is owed so far goes out first: from here on one offset stands for all its channels.
@@ -377,8 +379,10 @@ class Session(LiveReader):
     async def _get(self, message: Get) -> None:
         identity = self._known()
         good, _ = split_ids(message.job_ids, MAX_WATCHED_JOBS)
+        names = channels_for(identity, Watch(tuple(good)))
+        await self.node.broker.follow(names)
         self.catch_up()  # no update that comes after the answer is older than it
-        jobs = snapshot(self.node.jobs, channels_for(identity, Watch(tuple(good))), ANY)
+        jobs = snapshot(self.node.jobs, names, ANY)
         head: dict[str, Any] = {"type": "jobs"} if message.ref is None else {"type": "jobs", "ref": message.ref}
         parts = snapshot_parts((job.latest.body for job in jobs), "jobs", encode(head), b"{}")
         self.post(self.form.message(part) for part, _ in parts)

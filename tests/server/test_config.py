@@ -252,9 +252,9 @@ def test_service_links_of_kubernetes_are_not_configuration() -> None:
         ("debug.echo", "yes", "expected true or false"),
         ("auth.jwt_algorithm", "none", "expected one of ES256, "),
         ("auth.jwt_algorithm", "HS265", "did you mean 'HS256'?"),
-        ("store.url", "sqlite", "expected memory: or sqlite:PATH"),
-        ("store.url", "sqlite:", "expected memory: or sqlite:PATH"),
-        ("store.url", "postgres://x", "expected memory: or sqlite:PATH"),
+        ("store.url", "sqlite", "expected memory:, sqlite:PATH or redis"),
+        ("store.url", "sqlite:", "expected memory:, sqlite:PATH or redis"),
+        ("store.url", "postgres://x", "expected memory:, sqlite:PATH or redis"),
         ("store.url", "sqlite:///x.db", "without //"),
         ("store.url", "sqlite::memory:", "write memory:"),
     ],
@@ -277,15 +277,10 @@ def test_bad_value_from_environment_and_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"store.url": "redis://:pw@h:6379/0"}, "this version does not support Redis"),
-        ({"store.url": "rediss://h"}, "this version does not support Redis"),
-        ({"store.url": "redis+sentinel://a:1,b:2/NAME/0"}, "this version does not support Redis"),
-        ({"store.url": "redis+cluster://a:1"}, "this version does not support Redis"),
         ({"auth.hook_url": "http://app/who"}, "auth.hook_url (flag auth.hook_url): this version does not support"),
         ({"server.tls_cert": "c.pem"}, "does not support TLS"),
         ({"server.tls_key": "k.pem"}, "does not support TLS"),
-        ({"server.workers": "4"}, "server.workers = 4 (flag --workers): several workers need a Redis store"),
-        ({"server.workers": "2", "store.url": "memory:"}, "memory: belongs to one process"),
+        ({"server.workers": "4"}, "server.workers = 4 (flag --workers): this version runs one process a server"),
     ],
 )
 def test_what_this_version_does_not_offer(flags: dict[str, object], words: str) -> None:
@@ -385,7 +380,12 @@ def test_a_pem_key_in_the_environment_may_have_escaped_line_ends() -> None:
 def test_secrets_stay_out_of_messages() -> None:
     assert "hunter2" not in refused({"auth.jwt_key": ["hunter2"]})
     assert "hunter2" not in refused({"auth.jwt_key": "hunter2"})
-    assert "hunter2" not in refused({"store.url": "redis://:hunter2@host/0"})
+    assert "hunter2" not in refused({"store.url": "redis://:hunter2@host/none"})
+    config, sources = load_with_sources(
+        {"store.url": "redis+sentinel://:hunter2@h/N?sentinel_password=hunter2"}, {}, None
+    )
+    assert "hunter2" not in describe(config, sources)
+    assert config.store.label == "redis+sentinel://(hidden)@h/N?sentinel_password=(hidden)"
 
 
 # --- what is in effect --------------------------------------------------------------------------------------------
@@ -421,6 +421,24 @@ def test_store_parts() -> None:
     assert (store.kind, store.path) == ("sqlite", "a:b.db")
     store = load_config({"store.url": "memory:"}, {}, None).store
     assert (store.kind, store.path) == ("memory", "")
+    for url in ("redis://:pw@h:6379/0", "rediss://h", "redis+sentinel://a:1,b:2/NAME/0", "redis+cluster://a:1"):
+        store = load_config({"store.url": url}, {}, None).store
+        assert (store.kind, store.url, store.path) == ("redis", url, "")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis://a,b", "takes one host"),
+        ("redis://host/x", "number of a database"),
+        ("redis+sentinel://host", "needs the master's name"),
+        ("redis+proxy://host", "begins with one of"),
+        ("redis:host", "is not host"),
+        ("postgres://host", "expected memory:, sqlite:PATH or redis://HOST"),
+    ],
+)
+def test_a_store_that_cannot_be_meant(url: str, words: str) -> None:
+    assert words in refused({"store.url": url})
 
 
 def test_trusted_proxies_are_networks_or_the_unix_socket() -> None:
