@@ -157,3 +157,87 @@ def test_the_last_of_a_job_is_looked_for_by_owner() -> None:
     history.trim(3)
     assert (last(), last("alice")) == (3, None)
     assert history.last_of_job("other") is None
+
+
+# A part of the log
+
+
+def test_skipped_places_are_filled_later() -> None:
+    history = ring()
+    history.append(entry(1, job="a"))
+    history.skip(3)
+    history.append(entry(4, job="a"))
+    history.skip(4)  # not ahead: nothing happens
+    history.skip(6)
+    assert (history.first, history.last, len(history)) == (1, 6, 6)
+    assert offsets(history.everything(0)) == [1, 4]
+    assert history.reaches(Position("e", 6))
+    history.fill([entry(2, job="b"), entry(3, job="a", user="v"), entry(5, job="b")])
+    assert offsets(history.everything(0)) == [1, 2, 3, 4, 5]
+    assert offsets(history.of_job("a", 0)) == [1, 3, 4]
+    assert offsets(history.of_user("u", 1)) == [2, 4, 5]
+    assert history.last_of_job("a", "v") == history.everything(2)[0]
+    assert history.bytes == 5 * (10 + ENTRY_OVERHEAD)
+    history.append(entry(7, job="b"))
+    assert offsets(history.of_job("b", 2)) == [5, 7]
+
+
+def test_skipped_places_count_and_go_with_what_is_behind_them() -> None:
+    history = ring(max_updates=5, max_age=10)
+    history.append(entry(1))
+    history.skip(4)
+    history.append(entry(5))
+    history.skip(6)
+    assert (history.first, offsets(history.everything(0))) == (2, [5])
+    history.append(entry(7, at_ms=10_001))
+    assert (history.first, offsets(history.everything(0))) == (6, [7])
+    history.fill([entry(2), entry(5)])  # trimmed: they have no place any more
+    assert offsets(history.everything(0)) == [7]
+    history.skip(100)
+    assert (history.first, history.last, len(history), history.bytes) == (101, 100, 0, 0)
+
+
+def test_a_time_in_a_part_of_the_log() -> None:
+    history = ring()
+    history.skip(2)
+    history.append(entry(3, at_ms=100))
+    history.skip(5)
+    history.append(entry(6, at_ms=200))
+    history.skip(7)
+    assert [history.offset_at(at) for at in (0, 100, 101, 200, 201)] == [2, 2, 5, 5, 7]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from("ab"), st.integers(0, 3)), max_size=60),
+    st.integers(1, 12),
+    st.integers(0, 60),
+)
+def test_filling_later_is_the_same_as_appending(
+    log: list[tuple[int, str, int]], max_updates: int, filled_at: int
+) -> None:
+    """One ring has everything at once, the other skips job a at first and gets it later."""
+    whole, part = ring(max_updates), ring(max_updates)
+    missing = []
+    at_ms = 0
+    for offset, (step, job, size) in enumerate(log, 1):
+        at_ms += step
+        update = entry(offset, at_ms=at_ms, job=job, user=job, size=size)
+        whole.append(update)
+        if job == "a" and offset <= filled_at:
+            missing.append(update)
+            continue
+        if missing:
+            part.skip(offset - 1)
+            part.fill(missing)
+            missing = []
+        part.skip(offset - 1)
+        part.append(update)
+    part.skip(whole.last)
+    part.fill(missing)
+    kept = [update for update in whole.everything(0) if update.offset >= part.first]
+    assert part.everything(0) == kept
+    assert part.first >= whole.first or part.last == whole.last
+    for job in "ab":
+        assert part.of_job(job, 0) == [update for update in kept if update.job_id == job]
+        assert part.of_user(job, 0) == part.of_job(job, 0)
+    assert part.bytes == sum(len(update.body) + ENTRY_OVERHEAD for update in kept)

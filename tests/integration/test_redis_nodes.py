@@ -1,0 +1,533 @@
+"""Two servers on one Redis: what is published on one is seen on the other, whatever befalls Redis meanwhile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from protocol.errors import ApiError
+from protocol.fields import decode_fields
+from server.app import StartError
+from server.brokers.base import Accepted, Publish
+from tests.redis_servers import (
+    RedisServer,
+    eventually,
+    running_cluster,
+    running_proxy,
+    running_sentinels,
+    running_server,
+)
+from tests.streams import WebSocket, event_stream, session
+from tests.support import AUTH, InProcess, bearer, server, token, until, until_answered
+
+LONG_S = 60.0  # for everything of a test with failures; reached only by what would never end
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with running_server(tmp_path) as running:
+        yield running
+
+
+@asynccontextmanager
+async def two_nodes(url: str, **tables: Any) -> AsyncIterator[tuple[InProcess, InProcess]]:
+    store = {"store": {"url": url}}
+    async with server(**store, **tables) as one, server(**store, **tables) as two:
+        yield one, two
+
+
+async def publish(at: InProcess, job_id: str, *, key: str | None = None, **fields: object) -> Accepted:
+    """Publish past HTTP, and again while the store is away."""
+    data = decode_fields(json.dumps(fields).encode())
+    while True:
+        submission = at.node.broker.submit([Publish(job_id, data, "may", "worker", key)])
+        try:
+            await submission.wait_kept()
+        except ApiError as error:
+            if error.code != "store_unavailable":
+                raise
+            await trio.sleep(0.05)
+            continue
+        (result,) = submission.results
+        assert isinstance(result, Accepted), result
+        return result
+
+
+class Watcher:
+    """Reads all that one node says of all jobs."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.ready = trio.Event()
+
+    async def run(self, at: InProcess) -> None:
+        async with session(at) as ws:
+            await ws.subscribe()
+            self.ready.set()
+            while True:
+                message = await self._next(ws)
+                if message["type"] not in ("heartbeat", "pong"):
+                    self.messages.append(message)
+
+    async def _next(self, ws: WebSocket) -> dict[str, Any]:
+        while True:
+            try:
+                return await ws.receive()
+            except trio.TooSlowError:  # while Redis is away it is quiet
+                pass
+
+    @property
+    def resets(self) -> int:
+        return sum(message["type"] == "reset" for message in self.messages)
+
+    def has(self, job_id: str, version: int) -> bool:
+        return any(
+            message.get("jobId") == job_id and message.get("version") == version for message in reversed(self.messages)
+        )
+
+    def check(self, answered: list[tuple[str, int]]) -> None:
+        """Nothing was lost, repeated or out of order, and everything that was answered is there."""
+        assert not self.resets
+        offsets = [int(message["id"].partition(":")[2]) for message in self.messages]
+        assert offsets == sorted(set(offsets))
+        versions: dict[str, list[int]] = {}
+        for message in self.messages:
+            versions.setdefault(message["jobId"], []).append(message["version"])
+        for job_id, seen in versions.items():
+            assert seen == list(range(1, len(seen) + 1)), job_id
+        told = {(job_id, version) for job_id, seen in versions.items() for version in seen}
+        assert set(answered) <= told
+
+
+@asynccontextmanager
+async def under_load(nodes: tuple[InProcess, ...], *, jobs: int = 8) -> AsyncIterator[tuple[list[Watcher], Any]]:
+    """Publish to some jobs on all nodes, as fast as answers come, and watch on all. Checks everything at the end.
+
+    Every job has a worker at every node, so they contend all the time.
+    """
+    answered: list[tuple[str, int]] = []
+    watchers = [Watcher() for _ in nodes]
+    stopping = trio.Event()
+
+    async def work(at: InProcess, job_id: str, name: str) -> None:
+        count = 0
+        while not stopping.is_set():
+            count += 1
+            fields: dict[str, Any] = {"userId": f"owner-{job_id}", "message": f"{name} {count}"}
+            accepted = await publish(at, job_id, key=f"{name}-{job_id}-{count}", **fields)
+            if not accepted.duplicate:
+                answered.append((job_id, accepted.version))
+
+    with trio.fail_after(LONG_S):
+        async with trio.open_nursery() as nursery:
+            for at, watcher in zip(nodes, watchers, strict=True):
+                nursery.start_soon(watcher.run, at)
+                await watcher.ready.wait()
+            async with trio.open_nursery() as workers:
+                for number, at in enumerate(nodes):
+                    for job in range(jobs):
+                        workers.start_soon(work, at, f"job-{job}", f"w{number}")
+                await until(lambda: len(answered) > 50)
+
+                async def more() -> None:
+                    """Return when so much has been published since that all is well again."""
+                    goal = len(answered) + 100
+                    await eventually(lambda: len(answered) >= goal, within=LONG_S)
+
+                yield watchers, more
+                await more()
+                stopping.set()
+            newest: dict[str, int] = {}
+            for job_id, version in answered:
+                newest[job_id] = max(version, newest.get(job_id, 0))
+            for watcher in watchers:
+                if not watcher.resets:
+                    for job_id, version in newest.items():
+                        await eventually(partial(watcher.has, job_id, version), within=LONG_S)
+                    watcher.check(answered)
+            nursery.cancel_scope.cancel()
+
+
+# All ways of reading
+
+
+async def test_published_on_one_seen_on_the_other_with_the_same_cursors(redis: RedisServer) -> None:
+    async with two_nodes(redis.url, auth=AUTH) as (one, two):
+        alice, worker = bearer("alice"), bearer("worker", capabilities=["publish"])
+        async with (
+            session(two, token=token("alice")) as ws,
+            event_stream(two, headers=alice) as sse,
+        ):
+            await ws.subscribe(jobIds=["a"])
+            assert [(await sse.event()).type for _ in range(2)] == ["connected", "snapshot"]
+            made = await one.post("/api/v2/jobs", {"jobId": "a", "userId": "alice"}, worker)
+            assert made.status == 201
+            cursor = made.json["id"]
+            told = await ws.receive()
+            event = await sse.event()
+            assert (told["id"], told["jobId"], told["version"]) == (cursor, "a", 1)
+            assert (event.id, event.data["version"]) == (cursor, 1)
+            polled = await two.get(f"/api/v2/jobs/poll?jobIds=a&timeout=0&last_seen={cursor}", alice)
+            assert (polled.json["updates"], polled.json["last_seen"], polled.json["reset"]) == ([], cursor, False)
+
+            async with trio.open_nursery() as nursery:
+                answers: list[Any] = []
+
+                async def long_poll() -> None:
+                    answers.append(await two.get(f"/api/v2/jobs/poll?timeout=20&last_seen={cursor}", alice))
+
+                nursery.start_soon(long_poll)
+                await until(lambda: two.node.polls)
+                second = await one.post("/api/v2/jobs/a/updates", {"status": "completed"}, worker)
+            assert [update["id"] for update in answers[0].json["updates"]] == [second.json["id"]]
+            assert (await ws.receive())["type"] == "job_completed"
+            assert (await sse.event()).id == second.json["id"]
+        shown = await two.get("/api/v2/jobs/a", alice)
+        assert (shown.status, shown.json["status"]) == (200, "completed")
+        assert shown.headers["etag"] == (await one.get("/api/v2/jobs/a", alice)).headers["etag"]
+        assert (await two.get("/api/v2/jobs/a", bearer("bob"))).status == 404
+        history = await one.get("/api/v2/jobs/a/history", alice)
+        assert [update["id"] for update in history.json["updates"]] == [cursor, second.json["id"]]
+
+
+async def test_a_reader_resumes_on_the_other_node(redis: RedisServer) -> None:
+    async with two_nodes(redis.url, auth=AUTH) as (one, two):
+        alice = bearer("alice")
+        first = await publish(one, "a", userId="alice")
+        epoch = one.node.history.epoch
+        # Node two has never heard of alice, and so far knows the log's end as of its start.
+        async with session(two, token=token("alice")) as ws:
+            begun = await ws.subscribe(last_seen=f"{epoch}:{first.offset}")
+            assert begun["recovered"], begun
+            assert begun["snapshot"] == []
+        for progress in range(5):
+            await publish(one, "a", progress=progress)
+        # What others publish moves the log for everybody.
+        foreign = await publish(one, "b", userId="bob")
+        async with event_stream(two, headers=alice | {"Last-Event-ID": f"{epoch}:{first.offset}"}) as sse:
+            events = [await sse.event() for _ in range(6)]
+            assert [event.type for event in events] == ["connected", *["status_update"] * 5]
+            assert [event.data["version"] for event in events[1:]] == [2, 3, 4, 5, 6]
+        answer = await two.get(f"/api/v2/jobs/poll?timeout=0&last_seen={epoch}:{foreign.offset}", alice)
+        assert (answer.json["updates"], answer.json["reset"]) == ([], False)
+        ahead = await two.get(f"/api/v2/jobs/poll?timeout=0&last_seen={epoch}:{foreign.offset + 9}", alice)
+        assert ahead.json["reset"]
+
+
+async def test_a_quiet_readers_cursor_moves_with_the_log(redis: RedisServer) -> None:
+    async with two_nodes(redis.url, auth=AUTH) as (one, two):
+        async with session(two, token=token("alice")) as ws:
+            await ws.subscribe()
+            for _ in range(20):
+                accepted = await publish(one, "b", userId="bob")
+            await until(lambda: two.node.history.last >= accepted.offset)
+        assert two.node.jobs.get("b") is None
+
+
+async def test_polling_clients_cursors_are_known_everywhere(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as (one, two):
+        await publish(one, "a", userId="u")
+        first = await one.get("/api/v2/jobs/poll?timeout=0&client_id=c&jobIds=a,b")
+        assert len(first.json["updates"]) == 1
+        await publish(one, "a", progress=7)
+        second = await two.get("/api/v2/jobs/poll?timeout=0&client_id=c&jobIds=b,a")
+        assert [update["progress"] for update in second.json["updates"]] == [7]
+        other = await two.get("/api/v2/jobs/poll?timeout=0&client_id=c&jobIds=a")
+        assert other.json["last_seen"] == second.json["last_seen"]
+        with redis.oracle() as oracle:
+            (key, *_) = oracle.keys("{statuswire}:cursor:*")
+            assert 0 < oracle.ttl(key) <= 3600
+
+
+async def test_a_node_follows_only_what_its_readers_watch(redis: RedisServer) -> None:
+    async with two_nodes(redis.url, auth=AUTH) as (one, two):
+        for number in range(40):
+            await publish(one, f"job-{number}", userId=f"user-{number}")
+        assert len(one.node.jobs) == len(two.node.jobs) == 0
+        assert (await two.get("/api/v2/jobs", bearer("user-3"))).json["jobs"][0]["jobId"] == "job-3"
+        some = len(two.node.jobs)
+        assert 0 < some < 40
+        root = bearer("root", admin=True)
+        everything = (await two.get("/api/v2/jobs", root)).json["jobs"]
+        assert [job["jobId"] for job in everything] == [f"job-{number}" for number in reversed(range(40))]
+        # What was skipped until then has its place in the log.
+        history = two.node.history
+        assert [update.offset for update in history.everything(0)] == list(range(1, 41))
+        assert [update.job_id for update in history.of_user("user-3", 0)] == ["job-3"]
+
+
+# Publishing on several nodes
+
+
+async def test_all_contend_and_every_version_is_given_once(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as nodes, under_load(nodes, jobs=3) as (_, more):
+        await more()
+
+
+async def test_a_key_counts_on_every_node(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as (one, two):
+        outcomes: list[Accepted] = []
+
+        async def send(at: InProcess) -> None:
+            outcomes.append(await publish(at, "a", key="k", userId="u", progress=1))
+
+        async with trio.open_nursery() as nursery:
+            for at in (one, two) * 10:
+                nursery.start_soon(send, at)
+        assert Counter(outcome.duplicate for outcome in outcomes) == {False: 1, True: 19}
+        assert {(outcome.offset, outcome.version) for outcome in outcomes} == {(1, 1)}
+
+
+async def test_refusals_rest_on_what_redis_has(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as (one, two):
+        for at in (one, two):
+            await at.get("/api/v2/jobs")
+        for attempt in range(1, 30):
+            # At once on the other node, whatever that one has been told so far.
+            await publish(one, "a", userId="u", attempt=attempt, status="completed")
+            ended = await two.post("/api/v2/jobs/a/updates", {"progress": 1})
+            assert (ended.status, ended.error) == (409, "job_ended")
+            assert (await two.post("/api/v2/jobs", {"jobId": "a"})).error == "job_exists"
+            await two.ask("DELETE", "/api/v2/jobs/a")
+            assert (await one.post("/api/v2/jobs/a/updates", {"progress": 1})).error == "job_not_found"
+
+
+async def test_parents_add_up_from_all_nodes(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as (one, two):
+        await publish(one, "parent", userId="u", autoComplete=True)
+
+        async def part(at: InProcess, job_id: str) -> None:
+            await publish(at, job_id, userId="u", parentId="parent")
+            for progress in (20, 40, 60, 80):
+                await publish(at, job_id, progress=progress)
+            await publish(at, job_id, status="failed" if job_id == "part-3" else "completed")
+
+        async with session(two) as ws:
+            await ws.subscribe(jobIds=["parent"])
+            # The first part is made while nothing else is under way, or the parent could end with what there is.
+            for number in range(10):
+                await publish(one, f"part-{number}", userId="u", parentId="parent")
+            async with trio.open_nursery() as nursery:
+                for number in range(10):
+                    nursery.start_soon(part, (one, two)[number % 2], f"part-{number}")
+            while (message := await ws.receive())["type"] != "job_failed":
+                pass
+        assert message["steps"] == {"done": 9, "total": 10, "failed": 1}
+        assert message["error"] == "1 of 10 parts failed"
+        for at in (one, two):
+            job = at.node.jobs.get("parent")
+            assert job is None or job.private.parts == two.node.jobs.jobs["parent"].private.parts
+
+
+async def test_a_parent_and_its_parts_in_one_batch(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as (one, _):
+        lines: list[dict[str, object]] = [{"jobId": "p", "userId": "u"}, {"jobId": "p", "stage": "s"}]
+        lines += [{"jobId": f"q{number}", "userId": "u", "parentId": "p", "progress": 50} for number in range(20)]
+        answer = await one.post("/api/v2/updates", lines)
+        assert (answer.json["accepted"], answer.json["rejected"]) == (22, [])
+        assert (await one.get("/api/v2/jobs/p")).json["progress"] == 50
+
+
+async def test_one_node_declares_a_lease(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as (one, two), session(one) as first, session(two) as second:
+        await first.subscribe()
+        await second.subscribe()
+        for number in range(20):
+            await publish((one, two)[number % 2], f"job-{number}", userId=f"u{number}", ttl=0.2)
+        for ws in (first, second):
+            told: list[tuple[str, str]] = []
+            while len(told) < 60:
+                message = await ws.receive()
+                told.append((message["jobId"], message["status"]))
+            counts = Counter(told)
+            for number in range(20):
+                for status in ("queued", "stalled", "failed"):
+                    assert counts[f"job-{number}", status] == 1
+            await ws.quiet()
+
+
+async def test_a_dead_nodes_leases_are_declared_by_another(redis: RedisServer) -> None:
+    async with server(store={"url": redis.url}) as two, session(two) as ws:
+        await ws.subscribe()
+        async with server(store={"url": redis.url}) as one:
+            await publish(one, "a", userId="u", ttl=1.0, status="processing")
+        assert [(await ws.receive())["status"] for _ in range(3)] == ["processing", "stalled", "failed"]
+
+
+async def test_room_is_made_on_all_nodes(redis: RedisServer) -> None:
+    async with two_nodes(redis.url, history={"max_jobs": 10}) as (one, two):
+        for at in (one, two):
+            await at.get("/api/v2/jobs")
+        for number in range(30):
+            await publish(one, f"job-{number}", userId=f"u{number}")
+            await publish(two, f"job-{number}", status="completed")
+        for at in (one, two):
+            await until(lambda at=at: at.node.history.last == two.node.history.last)  # type: ignore[misc]
+            assert sorted(at.node.jobs.jobs) == sorted(f"job-{number}" for number in range(20, 30))
+
+
+# Failures
+
+
+async def killed(redis: RedisServer) -> None:
+    await trio.to_thread.run_sync(redis.kill)
+    await trio.to_thread.run_sync(redis.start)
+
+
+async def frozen(redis: RedisServer) -> None:
+    redis.freeze()
+    await trio.sleep(4)  # longer than the client's patience
+    redis.thaw()
+
+
+async def scripts_flushed(redis: RedisServer) -> None:
+    with redis.oracle() as oracle:
+        oracle.script_flush()
+
+
+async def subscriptions_cut(redis: RedisServer) -> None:
+    with redis.oracle() as oracle:
+        oracle.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+
+
+async def connections_cut(redis: RedisServer) -> None:
+    with redis.oracle() as oracle:
+        oracle.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+@pytest.mark.parametrize("mishap", [killed, frozen, scripts_flushed, subscriptions_cut, connections_cut])
+async def test_nothing_is_lost(tmp_path: Path, mishap: Callable[[RedisServer], Awaitable[None]]) -> None:
+    with running_server(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as redis:
+        async with two_nodes(redis.url) as nodes, under_load(nodes) as (_, more):
+            for _ in range(1 if mishap is frozen else 3):
+                await mishap(redis)
+                await more()
+
+
+async def test_a_dead_network(redis: RedisServer) -> None:
+    async with (
+        running_proxy(redis.port) as proxy,
+        two_nodes(f"redis://127.0.0.1:{proxy.port}") as nodes,
+        under_load(nodes) as (_, more),
+    ):
+        proxy.cut()
+        await more()
+        proxy.stop_passing()
+        await until_answered(nodes[0], "/ready", 503)
+        refused = await nodes[0].post("/api/v2/jobs", {"jobId": "x"})
+        assert (refused.status, refused.error) == (503, "store_unavailable")
+        assert "retry-after" in refused.headers
+        assert (await nodes[0].get("/api/v2/jobs/job-1")).status == 200  # what is known can be read
+        proxy.pass_again()
+        await until_answered(nodes[0], "/ready", 200)
+        await more()
+
+
+async def test_a_full_redis(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as (one, two):
+        await publish(one, "a", userId="u")
+        with redis.oracle() as oracle:
+            oracle.config_set("maxmemory", "1mb")
+        refused = await one.post("/api/v2/jobs/a/updates", {"progress": 1})
+        assert (refused.status, refused.error) == (503, "store_unavailable")
+        not_ready = await one.get("/ready")
+        assert not_ready.status == 503
+        assert "OOM" in not_ready.json["reason"]
+        assert (await two.get("/api/v2/jobs/a")).json["version"] == 1
+        with redis.oracle() as oracle:
+            oracle.config_set("maxmemory", "0")
+        assert (await one.post("/api/v2/jobs/a/updates", {"progress": 1})).status == 200
+        assert (await one.get("/ready")).status == 200
+
+
+@pytest.mark.parametrize("how", ["older", "flushed"])
+async def test_a_log_that_went_back_is_another_epoch(tmp_path: Path, how: str) -> None:
+    with running_server(tmp_path) as redis:
+        async with two_nodes(redis.url) as (one, two):
+            before = await publish(one, "a", userId="u")
+            with redis.oracle() as oracle:
+                oracle.save()
+            saved = tmp_path / "saved.rdb"
+            shutil.copy(redis.directory / "dump.rdb", saved)
+            async with session(one) as first, session(two) as second:
+                for ws in (first, second):
+                    await ws.subscribe()
+                lost = await publish(one, "a", progress=50)
+                await publish(one, "b", userId="u")
+                for ws in (first, second):
+                    await ws.updates("b", 1)
+                epoch = one.node.history.epoch
+                await trio.to_thread.run_sync(redis.kill)
+                if how == "older":
+                    shutil.copy(saved, redis.directory / "dump.rdb")
+                else:
+                    (redis.directory / "dump.rdb").unlink()
+                await trio.to_thread.run_sync(redis.start)
+                for ws in (first, second):
+                    reset = await ws.receive()
+                    assert reset["type"] == "reset", reset
+                    assert [job["version"] for job in reset["snapshot"]] == ([1] if how == "older" else [])
+                    assert not reset["id"].startswith(epoch)
+                assert one.node.history.epoch == two.node.history.epoch != epoch
+                accepted = await publish(two, "a", userId="u", progress=70)
+                assert accepted.version == (2 if how == "older" else 1)
+                for ws in (first, second):
+                    told = await ws.receive()
+                    assert (told["jobId"], told["progress"], told["version"]) == ("a", 70, accepted.version)
+            for offset in (before.offset, lost.offset):
+                answer = await two.get(f"/api/v2/jobs/poll?timeout=0&last_seen={epoch}:{offset}")
+                assert answer.json["reset"]
+
+
+@pytest.mark.slow
+async def test_sentinels_replace_a_master_under_load(tmp_path: Path) -> None:
+    with running_sentinels(tmp_path) as sentinels:
+        async with two_nodes(sentinels.url) as nodes:
+            async with under_load(nodes) as (watchers, more):
+                await trio.to_thread.run_sync(sentinels.master().kill)
+                await more()
+            epochs = {at.node.history.epoch for at in nodes}
+            assert len(epochs) == 1
+            # What the replica had not got was lost by Redis: then, and only then, everybody is told.
+            assert len({watcher.resets > 0 for watcher in watchers}) == 1
+
+
+@pytest.mark.slow
+async def test_a_cluster_loses_a_master_under_load(tmp_path: Path) -> None:
+    with running_cluster(tmp_path, replicas=True) as cluster:
+        with cluster.masters[0].oracle() as oracle:
+            slot = int(oracle.execute_command("CLUSTER", "KEYSLOT", "{statuswire}"))
+        async with two_nodes(cluster.url) as nodes:
+            async with under_load(nodes) as (_, more):
+                await trio.to_thread.run_sync(cluster.owner(slot).kill)
+                await more()
+            assert nodes[0].node.history.epoch == nodes[1].node.history.epoch
+
+
+async def test_start_errors_say_what_to_do(tmp_path: Path) -> None:
+    with running_server(tmp_path) as redis:
+        with redis.oracle() as oracle:
+            oracle.config_set("requirepass", "secret")
+        redis.password = "secret"
+        for url, words in [
+            (redis.url, "password"),
+            (f"redis://:wrong@127.0.0.1:{redis.port}", "password"),
+            (f"redis://:secret@127.0.0.1:{redis.port}/99", "database"),
+        ]:
+            with pytest.raises(StartError, match=words):
+                async with server(store={"url": url}):
+                    pass
+        with redis.oracle() as oracle:
+            oracle.hset("{statuswire}:meta", mapping={"epoch": "e", "schema": 99, "shards": 16, "offset": 0, "at": 0})
+        with pytest.raises(StartError, match="format 99"):
+            async with server(store={"url": f"redis://:secret@127.0.0.1:{redis.port}"}):
+                pass
