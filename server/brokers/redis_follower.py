@@ -162,7 +162,11 @@ class Follower:
         done = trio.Event()
         self._waiters.append(done)
         self.wake()
-        await done.wait()
+        try:
+            await done.wait()
+        finally:
+            if done in self._waiters:
+                self._waiters.remove(done)
 
     def wake(self) -> None:
         """Read from the streams soon."""
@@ -298,11 +302,12 @@ class Follower:
             entries += [update for message, _ in messages for update in _entries(message)]
         # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up.
         self._history.fill(entries)
-        jobs = [*self._jobs.jobs.values(), *(stored.job for stored in loaded if stored.job is not None)]
-        self._jobs.load(sorted(jobs, key=lambda job: job.created))
+        jobs = list(self._jobs.jobs.values())
         for stored in loaded:
-            if stored.job is not None:
+            if stored.job is not None and stored.job.created <= limit:
+                jobs.append(stored.job)
                 self.revs[stored.job.latest.job_id] = stored.rev
+        self._jobs.load(sorted(jobs, key=lambda job: job.created))
         for shard, (stamp, data) in newest.items():
             self.seen[shard], self._seen_data[shard] = stamp, data
         self.followed |= shards

@@ -233,24 +233,29 @@ local function tell(log, channel, message, stamp)
   call('XADD', log, 'MINID', '~', math.max(0, stamp - bound), stamp .. '-0', 'm', message)
   call(ARGV[5], channel, message)
 end
+local victim, its, prev
 if creates and call('HLEN', where) >= tonumber(ARGV[4]) then
-  local mine, victim = {}, nil
+  local mine = {}
   for i = 8, #ARGV, 8 do mine[ARGV[i]] = true end
   for _, id in ipairs(call('ZRANGE', KEYS[6], 0, 15)) do
     if not mine[id] then victim = id break end
   end
   if not victim then return {4} end
-  local its = call('HGET', where, victim)
+  its = call('HGET', where, victim)
+  prev = its == shard and last or tonumber(call('HGET', meta, 'last:' .. its) or 0)
+  offset = offset + 1
+end
+-- The first write is one that a full Redis refuses: then nothing has been written.
+local stamp, entry, now = offset + entries, offset, nil
+call('HSET', meta, 'offset', stamp, 'at', at, 'last:' .. shard, stamp)
+if victim then
   call('HDEL', prefix .. 'jobs:' .. its, victim)
   call('HDEL', where, victim)
   call('ZREM', KEYS[6], victim)
-  offset = offset + 1
-  local prev = its == shard and last or tonumber(call('HGET', meta, 'last:' .. its) or 0)
   tell(prefix .. 'log:' .. its, prefix .. 'shard:' .. its, '\\152' .. pack(ARGV[1], prev, offset, offset, at)
     .. '\\144\\145' .. pack(victim) .. '\\144', offset)
   if its == shard then last = offset else call('HSET', meta, 'last:' .. its, offset) end
 end
-local stamp, entry, now = offset + entries, offset, nil
 local answer, created, texts = {0, offset + 1, at}, {}, {}
 for i = 8, #ARGV, 8 do
   local id, kind, lease, ended = ARGV[i], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]
@@ -293,7 +298,6 @@ if KEYS[8] then
 end
 tell(KEYS[3], KEYS[7], '\\152' .. pack(ARGV[1], last, offset + 1, stamp, at, created) .. '\\144'
   .. string.char(144 + #texts) .. table.concat(texts), stamp)
-call('HSET', meta, 'offset', stamp, 'at', at, 'last:' .. shard, stamp)
 return answer
 """.replace("KEY_MS", str(KEY_MS))
 )

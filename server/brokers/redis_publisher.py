@@ -398,7 +398,7 @@ class Publisher:
 
     def _send(self, call: _Call) -> None:
         call.epoch = self._history.epoch
-        call.floor = self._top
+        call.floor = max(self._top, self._history.last)
         client = self.client
         keys = PUBLISH_KEYS[call.shard]
         call.keys = (*keys, idempotency_key(call.digest)) if call.digest else keys
@@ -601,8 +601,7 @@ class Publisher:
             return
         if isinstance(outcome, ConnectionLostError) and outcome.sent:
             call.in_doubt = True
-        self._again.append(call)
-        self._pump.set()
+        self._again.append(call)  # until there is a connection again, or for the next look at those who wait
 
     async def _resolve(self, call: _Call, outcome: Sequence[Any]) -> None:
         """It was sent twice, and the second time it did not fit: perhaps because the first one had been executed."""
@@ -624,7 +623,6 @@ class Publisher:
                 start = "(" + page[-1][0].decode()
         except (RedisClientError, RedisError):
             self._again.append(call)
-            self._pump.set()
             return
         self._undone(call, outcome)
 
@@ -732,6 +730,8 @@ class Publisher:
         """Answer those who have waited too long; called now and then."""
         for shard in list(self._unshown):
             self._release(shard, now)
+        if self._again:
+            self._pump.set()
         late = [call for call in self._waiting if call.gives_up <= now]
         if late:
             self._waiting = [call for call in self._waiting if call.gives_up > now]

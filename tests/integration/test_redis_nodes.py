@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -45,10 +46,14 @@ async def two_nodes(url: str, **tables: Any) -> AsyncIterator[tuple[InProcess, I
         yield one, two
 
 
-async def publish(at: InProcess, job_id: str, *, key: str | None = None, **fields: object) -> Accepted:
-    """Publish past HTTP, and again while the store is away."""
+async def publish(
+    at: InProcess, job_id: str, *, key: str | None = None, tries: list[int] | None = None, **fields: object
+) -> Accepted:
+    """Publish past HTTP, and again while the store is away; ``tries`` gets how often it took."""
     data = decode_fields(json.dumps(fields).encode())
-    while True:
+    for count in itertools.count(1):
+        if tries is not None:
+            tries[:] = [count]
         submission = at.node.broker.submit([Publish(job_id, data, "may", "worker", key)])
         try:
             await submission.wait_kept()
@@ -60,6 +65,7 @@ async def publish(at: InProcess, job_id: str, *, key: str | None = None, **field
         (result,) = submission.results
         assert isinstance(result, Accepted), result
         return result
+    raise AssertionError
 
 
 class Watcher:
@@ -94,8 +100,10 @@ class Watcher:
             message.get("jobId") == job_id and message.get("version") == version for message in reversed(self.messages)
         )
 
-    def check(self, answered: list[tuple[str, int]]) -> None:
+    def check(self, answered: list[tuple[str, int]], once: set[str]) -> None:
         """Nothing was lost, repeated or out of order, and everything that was answered is there."""
+        texts = Counter(message["message"] for message in self.messages)
+        assert {texts[text] for text in once} <= {1}  # nor was anything done twice
         assert not self.resets
         offsets = [int(message["id"].partition(":")[2]) for message in self.messages]
         assert offsets == sorted(set(offsets))
@@ -115,6 +123,7 @@ async def under_load(nodes: tuple[InProcess, ...], *, jobs: int = 8) -> AsyncIte
     Every job has a worker at every node, so they contend all the time.
     """
     answered: list[tuple[str, int]] = []
+    once: set[str] = set()
     watchers = [Watcher() for _ in nodes]
     stopping = trio.Event()
 
@@ -122,10 +131,14 @@ async def under_load(nodes: tuple[InProcess, ...], *, jobs: int = 8) -> AsyncIte
         count = 0
         while not stopping.is_set():
             count += 1
-            fields: dict[str, Any] = {"userId": f"owner-{job_id}", "message": f"{name} {count}"}
-            accepted = await publish(at, job_id, key=f"{name}-{job_id}-{count}", **fields)
+            text = f"{name} {job_id} {count}"
+            key = text if count % 2 else None
+            tries: list[int] = []
+            accepted = await publish(at, job_id, key=key, tries=tries, userId=f"owner-{job_id}", message=text)
             if not accepted.duplicate:
                 answered.append((job_id, accepted.version))
+            if key is not None or tries == [1]:
+                once.add(text)
 
     with trio.fail_after(LONG_S):
         async with trio.open_nursery() as nursery:
@@ -153,7 +166,7 @@ async def under_load(nodes: tuple[InProcess, ...], *, jobs: int = 8) -> AsyncIte
                 if not watcher.resets:
                     for job_id, version in newest.items():
                         await eventually(partial(watcher.has, job_id, version), within=LONG_S)
-                    watcher.check(answered)
+                    watcher.check(answered, once)
             nursery.cancel_scope.cancel()
 
 
