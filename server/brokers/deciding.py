@@ -16,20 +16,22 @@ from protocol.update import Job, Parts, Update
 from server.brokers.base import Publish
 
 
-def target_of(operation: Publish) -> str | None:
-    """The id of the job that is published to, None if none is given.
+def identify(operation: Publish) -> tuple[str | None, str | None]:
+    """The id of the job that is published to, None if none is given; and the idempotency key, likewise.
 
     Raises:
         ApiError: 400 for a malformed id, 422 for one in the path and another in the body.
     """
-    fields, job_id = operation.fields, operation.job_id
+    fields, job_id, key = operation.fields, operation.job_id, operation.key
+    if key is None and fields.event_id is not UNSET:
+        key = fields.event_id
     if job_id is None:
-        return None if fields.job_id is UNSET else fields.job_id
+        return (None if fields.job_id is UNSET else fields.job_id), key
     if not is_id(job_id):
         raise invalid_parameter("jobId", "must be 1 to 128 of letters, digits and _ . : @ -")
     if fields.job_id is not UNSET and fields.job_id != job_id:
         raise invalid_field("jobId", f"is {fields.job_id!r} in the body, but {job_id!r} in the path")
-    return job_id
+    return job_id, key
 
 
 def new_target(operation: Publish) -> str:
@@ -37,13 +39,6 @@ def new_target(operation: Publish) -> str:
     if operation.create != "must":
         raise invalid_field("jobId", "is required")
     return f"job_{secrets.token_hex(10)}"
-
-
-def key_of(operation: Publish) -> str | None:
-    """The idempotency key, from the header or the body."""
-    if operation.key is None and operation.fields.event_id is not UNSET:
-        return operation.fields.event_id
-    return operation.key
 
 
 def owner_of(operation: Publish, job_id: str) -> str:
@@ -71,9 +66,6 @@ def create(operation: Publish, job_id: str, get: Callable[[str], Job | None], *,
 
 def ancestors_of(before: Job | None, after: Job | None, get: Callable[[str], Job | None], update: Update) -> list[Job]:
     """The ancestors that a change of a job changes, nearest first; see ``protocol.rollup.climb``."""
-    some = after or before
-    if some is None or some.private.link is None:
-        return []
 
     def roll_up(parent: Job, parts: Parts | None, started: bool, offset: int) -> Job:
         return rules.roll_up(parent, parts, part_started=started, offset=offset, now_ms=update.at_ms)

@@ -33,11 +33,10 @@ from server.brokers.base import (
 from server.brokers.deciding import (
     ancestors_of,
     create,
+    identify,
     job_exists,
-    key_of,
     key_reused,
     new_target,
-    target_of,
     too_many_jobs,
 )
 from server.brokers.keys import Kept, Keys, digest_of, fingerprint_of
@@ -177,7 +176,8 @@ class LocalBroker(ABC):
             return error
 
     def _publish(self, operation: Publish, now_ms: int) -> Accepted:
-        fields, job_id, key = operation.fields, target_of(operation), key_of(operation)
+        fields = operation.fields
+        job_id, key = identify(operation)
         digest = fingerprint = b""
         if key is not None:
             digest = digest_of(operation.sub, key)
@@ -262,7 +262,10 @@ class LocalBroker(ABC):
 
     def _stage(self, before: Job | None, after: Job | None, update: Update) -> None:
         """Take a decided change into the current group, and carry it up to the job's ancestors."""
-        ancestors = ancestors_of(before, after, self._get, update)
+        some = after or before
+        ancestors: Sequence[Job] = ()
+        if some is not None and some.private.link is not None:
+            ancestors = ancestors_of(before, after, self._get, update)
         self._at_ms = update.at_ms
         self._add_entry(update, after)
         for job in ancestors:

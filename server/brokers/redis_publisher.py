@@ -30,11 +30,10 @@ from server.brokers.base import Accepted, Cancel, Delete, Expire, Operation, Pub
 from server.brokers.deciding import (
     ancestors_of,
     create,
+    identify,
     job_exists,
-    key_of,
     key_reused,
     new_target,
-    target_of,
     too_many_jobs,
 )
 from server.brokers.keys import digest_of, fingerprint_of
@@ -282,7 +281,7 @@ class Publisher:
         if not isinstance(operation, Publish):
             call.job_id = operation.job_id
             return
-        job_id, key = target_of(operation), key_of(operation)
+        job_id, key = identify(operation)
         if key is not None:
             call.digest = digest_of(operation.sub, key)
             call.fingerprint = fingerprint_of(job_id, operation.create, operation.fields).hex().encode()
@@ -353,10 +352,12 @@ class Publisher:
         if after is not None:
             update = after.latest
         self._change(call, before, after, update, True)
-        for job in ancestors_of(before, after, get, update):
-            parent = get(job.latest.job_id)
-            assert parent is not None
-            self._change(call, parent, job, job.latest, job.latest is not parent.latest)
+        some = after or before
+        if some is not None and some.private.link is not None:
+            for job in ancestors_of(before, after, get, update):
+                parent = get(job.latest.job_id)
+                assert parent is not None
+                self._change(call, parent, job, job.latest, job.latest is not parent.latest)
         call.shard = shard_of(update.user_id)
         return True
 
