@@ -197,7 +197,6 @@ def expire(job: Job, *, offset: int, now_ms: int) -> Job:
     if lost:
         record.status = FAILED
         record.error = "lost"
-        record.started_at = record.started_at or now
         record.ended_at = now
     else:
         record.status = STALLED

@@ -82,7 +82,8 @@ async def serve(config: Config, reload: Callable[[], Config]) -> int:
     """
     async with running(config) as (node, addresses):
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            print(f"statuswire listening on {', '.join(addresses)} (store {config.store.url})", flush=True)
+            where = ", ".join(address + config.server.base_path for address in addresses)
+            print(f"statuswire listening on {where} (store {config.store.url})", flush=True)
             gc.collect()
             gc.freeze()
             async with trio.open_nursery() as nursery:
@@ -147,7 +148,7 @@ def _raise_descriptor_limit(connections: int) -> None:
     wanted = connections + 1024
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
-        if hard < wanted:
+        if hard < 0.9 * wanted:  # a little below is the usual limit, and no use to bother people with
             log_event(
                 LOG,
                 logging.WARNING,

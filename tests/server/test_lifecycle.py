@@ -37,6 +37,8 @@ from tests.support import (
     write_config,
 )
 
+pytestmark = pytest.mark.slow
+
 JOBS = "/api/v2/jobs"
 STREAM = {"Accept": "text/event-stream"}
 
