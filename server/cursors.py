@@ -22,7 +22,7 @@ class Client(NamedTuple):
 
     user: str
     client_id: str
-    watch: int
+    watch: bytes
 
 
 class Cursors:

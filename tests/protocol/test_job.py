@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import ApiError
 from protocol.fields import Fields, decode_fields
-from protocol.job import MAX_DEPTH, TRANSITIONS, apply, create, delete, expire, is_repeat, record_of, request_cancel
+from protocol.job import MAX_ANCESTORS, TRANSITIONS, apply, create, delete, expire, is_repeat, record_of, request_cancel
 from protocol.update import ENDED, STATUSES, Job, format_time
 
 START_MS = 1_700_000_000_000
@@ -341,7 +341,7 @@ def test_a_parent_must_be_there_and_have_the_same_owner() -> None:
 
 def test_parts_nest_so_deep_and_no_deeper() -> None:
     job = new()
-    for depth in range(MAX_DEPTH):
+    for depth in range(MAX_ANCESTORS):
         job = new(parent=job, parentId="job_1")
         assert job.private.link is not None
         assert job.private.link.depth == depth + 1
