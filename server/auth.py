@@ -229,7 +229,9 @@ def credential(request: Request) -> str | None:
     scheme, _, token = (authorization or "").strip().partition(" ")
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()
-    other = None if scheme.lower() == "bearer" else _other_credential(request)
+    # "Basic …" and the like are for somebody else, a proxy in front of us; a word alone is a token without its scheme.
+    of_another_scheme = bool(token) and scheme.lower() != "bearer"
+    other = _other_credential(request) if authorization is None or of_another_scheme else None
     if authorization is not None and other is None:
         raise bad_token("Authorization must have the form 'Bearer <token>'")
     return other
