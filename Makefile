@@ -72,15 +72,20 @@ $(BIN)/python:
 	$${python:-python3} -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")' && \
 	$${python:-python3} -m venv $(VENV)
 
-# nginx is only unpacked: installing it would start a web server on this machine.
+# Nothing may be started on this machine by its tests' needs: nginx is only unpacked, and of Redis only redis-tools is
+# installed, which has the one binary that is the server and the sentinel by the name it is called by.
 system:  ## install what the tests need from the system
 	@missing=(); \
 	command -v curl >/dev/null || missing+=(curl ca-certificates); \
 	command -v gcc >/dev/null && test -e /usr/include/stdio.h || missing+=(gcc libc6-dev); \
 	browser=$$(command -v chromium chromium-browser google-chrome google-chrome-stable | head -n 1); \
 	nginx=$$(PATH="$$PATH:/usr/sbin" command -v nginx || ls $(VENV)/nginx/usr/sbin/nginx 2>/dev/null); \
+	redis=$$(command -v redis-server redis-sentinel | wc -l); \
+	if test "$$redis" != 2; then command -v redis-check-rdb >/dev/null || missing+=(redis-tools); fi; \
 	if test "$${#missing[@]}" != 0 -o -z "$$browser" -o -z "$$nginx"; then $(APT_GET) update; fi; \
 	if test "$${#missing[@]}" != 0; then $(INSTALL) "$${missing[@]}" || exit; fi; \
+	if test "$$redis" != 2; then \
+		for name in redis-server redis-sentinel; do ln -sf "$$(command -v redis-check-rdb)" $(BIN)/$$name || exit; done; fi; \
 	if test -z "$$browser"; then $(INSTALL) chromium || $(INSTALL) chromium-browser || exit; fi; \
 	if test -z "$$nginx"; then \
 		mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && apt-get -qq -o APT::Sandbox::User=root download nginx && dpkg -x nginx_*.deb . || exit; fi

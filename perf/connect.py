@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 from perf.fanout import NAMES, reader_options
@@ -81,6 +83,15 @@ def idle(target: Target, client: LoadClient, transport: str, number: int, settle
     return result | {"bytes": (after - before) / number}
 
 
+def idle_fresh(
+    begin: Callable[[], AbstractContextManager[Target]], transport: str, number: int, settle: float
+) -> dict[str, float]:
+    """`idle` of a process of its own: memory that one has kept from earlier would hide what connections take."""
+    with begin() as target, LoadClient(LOAD_CORE) as client:
+        client.ask("publish", "published", port=target.port, requests=1)
+        return idle(target, client, transport, number, settle)
+
+
 def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
     """The lines of one transport."""
     name = NAMES[transport]
@@ -106,14 +117,11 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
         )
     number, settle = (1000, 0.2) if quick else (10_000, 1.0)
     bytes_each = Measure("bytes", "bytes per idle connection", "B", 0, value_most=10_000)
-    # Fresh processes: memory that a process has kept from earlier would hide what connections take.
-    with start("memory:") as real, bare() as loop, LoadClient(LOAD_CORE) as client:
-        client.ask("publish", "published", port=real.port, requests=1)
-        rows += in_pairs(
-            f"{name}, {number:,} idle",
-            (bytes_each,),
-            1,
-            partial(idle, real, client, transport, number, settle),
-            partial(idle, loop, client, transport, number, settle),
-        )
+    rows += in_pairs(
+        f"{name}, {number:,} idle",
+        (bytes_each,),
+        1,
+        partial(idle_fresh, partial(start, "memory:"), transport, number, settle),
+        partial(idle_fresh, bare, transport, number, settle),
+    )
     return rows

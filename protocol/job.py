@@ -37,7 +37,7 @@ from protocol.update import (
     format_time,
 )
 
-MAX_DEPTH: Final = 8  # ancestors of a part: one update changes at most this many jobs besides its own
+MAX_ANCESTORS: Final = 8  # ancestors of a part: one update changes at most this many jobs besides its own
 
 _ANY_END = frozenset((COMPLETED, FAILED, CANCELLED))
 
@@ -117,8 +117,8 @@ def create(fields: Fields, *, job_id: str, user_id: str, parent: Job | None = No
         if parent is None or parent.latest.user_id != user_id:
             raise ApiError(404, "parent_not_found", f"parentId: there is no job {parent_id!r} of this owner")
         depth = 1 + (parent.private.link.depth if parent.private.link else 0)
-        if depth > MAX_DEPTH:
-            raise invalid_field("parentId", f"parts may be nested {MAX_DEPTH} levels deep, this would be {depth}")
+        if depth > MAX_ANCESTORS:
+            raise invalid_field("parentId", f"parts may be nested {MAX_ANCESTORS} levels deep, this would be {depth}")
         link = Link(parent.latest.job_id, parent.created, WEIGHT_UNIT, depth)
     now = format_time(now_ms)
     status = QUEUED if fields.status is UNSET else fields.status
@@ -197,7 +197,6 @@ def expire(job: Job, *, offset: int, now_ms: int) -> Job:
     if lost:
         record.status = FAILED
         record.error = "lost"
-        record.started_at = record.started_at or now
         record.ended_at = now
     else:
         record.status = STALLED

@@ -13,8 +13,9 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from protocol.errors import ApiError, invalid_field
+from protocol.fields import is_id
 from protocol.update import STATUSES
-from protocol.watch import ID, RECORD_FIELDS, UPDATE_TYPES, Filter
+from protocol.watch import RECORD_FIELDS, UPDATE_TYPES, Filter
 
 Ref: TypeAlias = str | int | None
 
@@ -28,15 +29,19 @@ class _ClientMessage(msgspec.Struct, tag_field="type", forbid_unknown_fields=Tru
 
 
 class Subscribe(_ClientMessage, tag="subscribe"):
-    """Watch jobs, a user's jobs, or (as admin) all; with ``last_seen`` what was missed comes first."""
+    """Watch jobs, a user's jobs, or (as admin) all; with ``last_seen`` what was missed comes first.
+
+    ``channels`` alone asks for no jobs. Nothing is sent on named channels in this version: joining them does nothing.
+    """
 
     job_ids: list[str] | None = None
     user_id: str | None = None
     all: bool = False
-    types: list[str] | None = None
+    channels: list[str] | None = None
+    types: str | list[str] | None = None
     kind: str | list[str] | None = None
     status: str | list[str] | None = None
-    fields: list[str] | None = None
+    fields: str | list[str] | None = None
     last_seen: str | int | None = msgspec.field(default=None, name="last_seen")
     min_interval: int | float | None = None
 
@@ -47,6 +52,7 @@ class Unsubscribe(_ClientMessage, tag="unsubscribe"):
     job_ids: list[str] | None = None
     user_id: str | None = None
     all: bool = False
+    channels: list[str] | None = None
 
 
 class Get(_ClientMessage, tag="get"):
@@ -128,7 +134,7 @@ def subscribe_filter(message: Subscribe) -> Filter:
     Raises:
         ApiError: 422 for an unknown type or status.
     """
-    types = _known("types", message.types, UPDATE_TYPES)
+    types = _known("types", _many(message.types), UPDATE_TYPES)
     statuses = _known("status", _many(message.status), frozenset(STATUSES))
     kinds = _many(message.kind)
     return Filter(types, None if kinds is None else frozenset(kinds), statuses)
@@ -140,7 +146,7 @@ def subscribe_fields(message: Subscribe) -> frozenset[str] | None:
     Raises:
         ApiError: 422 for a name that no record has.
     """
-    return _known("fields", message.fields, RECORD_FIELDS)
+    return _known("fields", _many(message.fields), RECORD_FIELDS)
 
 
 def min_interval_s(message: Subscribe) -> float | None:
@@ -169,7 +175,7 @@ def split_ids(
     good: list[str] = []
     denied: list[str] = []
     for job_id in dict.fromkeys(job_ids):
-        if not ID.fullmatch(job_id):
+        if not is_id(job_id):
             denied.append(job_id[:128])
         elif watched(job_id):
             good.append(job_id)

@@ -7,16 +7,19 @@ sits on a channel of its own name that never fires, so it cannot tell a foreign 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import msgspec
+
 from protocol.errors import invalid_parameter
+from protocol.fields import is_id
+from protocol.job import Record
 from protocol.update import STATUSES, Update
 
 MAX_JOB_IDS = 1000
-ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
 
+RECORD_FIELDS = frozenset(field.encode_name for field in msgspec.structs.fields(Record))
 UPDATE_TYPES = frozenset({"status_update", "job_completed", "job_failed", "job_cancelled", "job_deleted"})
 
 EVERYTHING = "*"
@@ -148,35 +151,5 @@ def _words(query: Mapping[str, str], name: str, known: frozenset[str]) -> frozen
 
 
 def _check_id(name: str, value: str) -> None:
-    if not ID.fullmatch(value):
+    if not is_id(value):
         raise invalid_parameter(name, f"{value!r} is not an id: 1 to 128 characters of A-Z a-z 0-9 _ . : @ -")
-
-
-RECORD_FIELDS = frozenset(
-    {
-        "jobId",
-        "userId",
-        "kind",
-        "status",
-        "progress",
-        "stage",
-        "currentOperation",
-        "message",
-        "steps",
-        "attempt",
-        "version",
-        "estimatedTimeRemaining",
-        "estimatedCompletionTime",
-        "workerId",
-        "result",
-        "error",
-        "metadata",
-        "parentId",
-        "weight",
-        "cancelRequested",
-        "createdAt",
-        "startedAt",
-        "timestamp",
-        "endedAt",
-    }
-)

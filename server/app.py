@@ -42,7 +42,6 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
     Raises:
         StartError: an address or the store cannot be used.
     """
-    _raise_descriptor_limit(config.server.max_connections)
     async with AsyncExitStack() as stack:
         listeners = _listen(config)
         for listener in listeners:
@@ -80,9 +79,14 @@ async def serve(config: Config, reload: Callable[[], Config]) -> int:
     Raises:
         StartError: see ``running``.
     """
+    few = _raise_descriptor_limit(config.server.max_connections)
     async with running(config) as (node, addresses):
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            print(f"statuswire listening on {', '.join(addresses)} (store {config.store.label})", flush=True)
+            where = ", ".join(address + config.server.base_path for address in addresses)
+            print(f"statuswire listening on {where} (store {config.store.label})", flush=True)
+            if few is not None:
+                advice = "raise LimitNOFILE (ulimit -n), or lower server.max_connections"
+                log_event(LOG, logging.WARNING, "few_descriptors", limit=few, advice=advice)
             gc.collect()
             gc.freeze()
             async with trio.open_nursery() as nursery:
@@ -141,21 +145,18 @@ def _listen(config: Config) -> list[socket.socket]:
     return listeners
 
 
-def _raise_descriptor_limit(connections: int) -> None:
-    """One descriptor a connection, plus some for files: as far as this process may."""
+def _raise_descriptor_limit(connections: int) -> int | None:
+    """One descriptor a connection, plus some for files: as far as this process may.
+
+    Returns:
+        The limit, if it is well below what is needed.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + 1024
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
-        if hard < wanted:
-            log_event(
-                LOG,
-                logging.WARNING,
-                "few_descriptors",
-                limit=hard,
-                wanted=wanted,
-                advice="raise LimitNOFILE (ulimit -n), or lower server.max_connections",
-            )
+    # A little below is the usual limit, and no use to bother people with.
+    return hard if hard < 0.9 * wanted else None
 
 
 async def _housekeeping(node: Node) -> None:

@@ -16,6 +16,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ApiError
+from protocol.fields import is_id
 from server.config import Auth, ConfigError
 from server.keys import Keys, load_keys
 
@@ -33,7 +34,6 @@ LEEWAY = 1.0  # seconds, for iat and nbf: an issuer's clock may be a little ahea
 CACHED_TOKENS = 10_000
 CACHED_SECONDS = 3600.0  # so that a user who never comes back leaves the table within the hour, exp or not
 
-_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}")
 _PATTERN = re.compile(r"[A-Za-z0-9_.:@-][A-Za-z0-9_.:@*-]{0,127}")
 
 
@@ -222,15 +222,23 @@ def credential(request: Request) -> str | None:
     """The token a request presents, or None.
 
     Raises:
-        ApiError: 401 for an ``Authorization`` header that is not ``Bearer <token>`` (RFC 6750 section 2.1).
+        ApiError: 401 for an ``Authorization`` header that is not ``Bearer <token>`` (RFC 6750 section 2.1), unless it
+            is of another scheme, for a proxy in front of us, and there is a token besides.
     """
     authorization = request.headers.get("authorization")
-    if authorization is not None:
-        scheme, _, token = authorization.strip().partition(" ")
-        token = token.strip()
-        if scheme.lower() != "bearer" or not token:
-            raise bad_token("Authorization must have the form 'Bearer <token>'")
-        return token
+    scheme, _, token = (authorization or "").strip().partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    # "Basic …" and the like are for somebody else, a proxy in front of us; a word alone is a token without its scheme.
+    of_another_scheme = bool(token) and scheme.lower() != "bearer"
+    other = _other_credential(request) if authorization is None or of_another_scheme else None
+    if authorization is not None and other is None:
+        raise bad_token("Authorization must have the form 'Bearer <token>'")
+    return other
+
+
+def _other_credential(request: Request) -> str | None:
+    """The token that stands elsewhere than in ``Authorization``."""
     for offered in request.headers.get("sec-websocket-protocol", "").split(","):
         word = offered.strip()
         if word.startswith("bearer."):
@@ -289,7 +297,7 @@ def _identity(claims: dict[str, Any], now: float) -> Identity:
         if moment is not None and moment > now + LEEWAY:
             raise bad_token(f"the token is not valid yet ({name})")
     user = claims.get("sub")
-    if not isinstance(user, str) or _ID.fullmatch(user) is None:
+    if not isinstance(user, str) or not is_id(user):
         raise bad_token("the token's sub must be 1 to 128 characters of A-Z a-z 0-9 _ . : @ -")
     return Identity(
         user=user,

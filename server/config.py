@@ -70,7 +70,7 @@ class Server(Struct, frozen=True, kw_only=True):
     # One process does what one core can; several need a store that they share.
     workers: AtLeastOne = 1
     # Long enough to spread 10,000 reconnects, short enough for the ten seconds most supervisors wait before SIGKILL.
-    drain: SecondsOrZero = 5.0
+    drain: SecondsOrZero = 3.0
     base_path: str = ""
     # Nobody: a forwarded address that anyone may claim is worth nothing.
     trusted_proxies: tuple[str, ...] = ()

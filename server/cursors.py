@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Final, NamedTuple
-
-from protocol.watch import Filter
 
 # At some 200 bytes each this is 2 MB; beyond it the client longest unheard of starts from a snapshot again.
 MAX_CURSORS: Final = 10_000
@@ -26,18 +23,12 @@ class Client(NamedTuple):
 
     user: str
     client_id: str
-    watch: int
+    watch: bytes
 
     @property
     def name(self) -> str:
         """All of it as one text, the same on every node."""
-        return blake2b(f"{self.user}/{self.watch:x}/{self.client_id}".encode(), digest_size=16).hexdigest()
-
-
-def digest_of_watch(names: Iterable[str], wanted: Filter) -> int:
-    """Tells what a client watches from what another does; the same on every node."""
-    parts = [sorted(names), *(None if part is None else sorted(map(str, part)) for part in wanted)]
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+        return blake2b(f"{self.user}/{self.watch.hex()}/{self.client_id}".encode(), digest_size=16).hexdigest()
 
 
 class Cursors:

@@ -56,6 +56,7 @@ class PushReader(Reader):
         "backlog_bytes",
         "conflating",
         "ended",
+        "final_cursor",
         "heard_at",
         "held",
         "held_bytes",
@@ -90,6 +91,7 @@ class PushReader(Reader):
         self.conflating = False
         self.min_interval_s = 0.0
         self.ended = ""
+        self.final_cursor: str | None = None  # where it stood at its end, if that was not in the middle of a replay
         self.heard_at = trio.current_time()  # when the peer last gave a sign of life
         self._plain = True  # nothing is filtered or spaced out, and there is one form for all
         self._due = False
@@ -226,6 +228,7 @@ class PushReader(Reader):
         if self.ended:
             return
         self.ended = why
+        self.final_cursor = None if self.queue else self.cursor()
         self.direct = False
         self.queue = None
         self._drop_held()

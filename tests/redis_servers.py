@@ -6,9 +6,11 @@ Starting blocks, for two seconds with sentinels or a cluster; processes end with
 from __future__ import annotations
 
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -47,6 +49,11 @@ def wait_for(condition: Callable[[], object], *, within: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < give_up, "the servers did not get ready"
         time.sleep(0.01)
+
+
+def _program(name: str) -> str:
+    """A program of Redis, wherever the system or ``make system`` has put it."""
+    return shutil.which(name) or str(Path(sys.prefix) / "bin" / name)
 
 
 @dataclass
@@ -115,7 +122,8 @@ def make_server(directory: Path, *options: str, port: int | None = None) -> Redi
     home.mkdir()
     common = ["--bind", "127.0.0.1", "--dir", str(home), "--save", "", "--daemonize", "no"]
     where = [] if "--port" in options else ["--port", str(port)]
-    return RedisServer(port, home, ["redis-server", *where, *common, "--enable-debug-command", "yes", *options])
+    command = [_program("redis-server"), *where, *common, "--enable-debug-command", "yes", *options]
+    return RedisServer(port, home, command)
 
 
 @contextmanager
@@ -178,7 +186,7 @@ def running_sentinels(directory: Path, *, down_after_ms: int = 500, count: int =
             f"sentinel down-after-milliseconds main {down_after_ms}\n"
             "sentinel failover-timeout main 3000\n"
         )
-        sentinels.append(RedisServer(port, home, ["redis-sentinel", str(file)]))
+        sentinels.append(RedisServer(port, home, [_program("redis-sentinel"), str(file)]))
     running = Sentinels([master, replica], sentinels)
     everyone = [master, replica, *sentinels]
     try:

@@ -69,7 +69,23 @@ class Expire(msgspec.Struct, frozen=True, gc=False):
     heard: int
 
 
-Operation = Publish | Cancel | Delete | Expire
+class Claim(msgspec.Struct, frozen=True, gc=False):
+    """Take an idempotency key for a whole batch, ahead of its updates; changes no job.
+
+    It is a duplicate if the same body claimed the key before, and 422 if another did.
+
+    Attributes:
+        sub: who publishes.
+        key: the key.
+        fingerprint: of the body.
+    """
+
+    sub: str
+    key: str
+    fingerprint: bytes
+
+
+Operation = Publish | Cancel | Delete | Expire | Claim
 
 
 class Accepted(msgspec.Struct, frozen=True, gc=False):

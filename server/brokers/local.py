@@ -22,6 +22,7 @@ from protocol.update import Job, Update
 from server.brokers.base import (
     Accepted,
     Cancel,
+    Claim,
     Delete,
     Deliver,
     Expire,
@@ -172,6 +173,8 @@ class LocalBroker(ABC):
                     return self._delete(operation, now_ms)
                 case Expire():
                     return self._expire(operation, now_ms)
+                case Claim():
+                    return self._claim(operation, now_ms)
         except ApiError as error:
             return error
 
@@ -234,6 +237,17 @@ class LocalBroker(ABC):
         after = rules.expire(before, offset=self._offset + 1, now_ms=now_ms)
         self._stage(before, after, after.latest)
         return Accepted(after.latest.offset, after.latest.version, False, private.cancel_requested, after)
+
+    def _claim(self, operation: Claim, now_ms: int) -> Accepted:
+        digest = digest_of(operation.sub, operation.key)
+        first = self._keys.find(digest, now_ms)
+        if first is not None:
+            return self._first_answer(first, operation.fingerprint)
+        self._keys.make_room(now_ms)
+        kept = Kept(digest, operation.fingerprint, "", self._offset, 0, now_ms)
+        self._keys.add(kept)
+        self._group.keys.append(kept)
+        return Accepted(self._offset, 0, False, False, None)
 
     def _unchanged(self, job: Job) -> Accepted:
         return Accepted(job.latest.offset, job.latest.version, True, job.private.cancel_requested, job)

@@ -316,6 +316,15 @@ end
 return answer
 """)
 
+# A key for something that is no job's. KEYS: meta and the key. ARGV: fingerprint. Answers: offset, the value before.
+CLAIM: Final = Script(
+    """
+local offset, value = tonumber(redis.call('HGET', KEYS[1], 'offset') or 0), redis.call('GET', KEYS[2])
+if not value then redis.call('SET', KEYS[2], ARGV[1] .. ' / ' .. offset .. ' 0', 'PX', KEY_MS) end
+return {offset, value}
+""".replace("KEY_MS", str(KEY_MS))
+)
+
 # Everything in some shards, at one moment. KEYS: meta, then their jobs. ARGV: the shards.
 # Answers: epoch, offset, at, and for every shard all values.
 LOAD: Final = Script("""

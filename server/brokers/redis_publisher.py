@@ -26,7 +26,7 @@ from protocol import job as rules
 from protocol.errors import ApiError, job_not_found
 from protocol.resp import RedisError
 from protocol.update import Job, Update
-from server.brokers.base import Accepted, Cancel, Delete, Expire, Operation, Publish, Result, Submission
+from server.brokers.base import Accepted, Cancel, Claim, Delete, Expire, Operation, Publish, Result, Submission
 from server.brokers.deciding import (
     ancestors_of,
     create,
@@ -41,6 +41,7 @@ from server.brokers.redis_client import Client, ConnectionLostError, OverloadedE
 from server.brokers.redis_follower import Follower, unavailable
 from server.brokers.redis_keys import (
     CHANNELS,
+    CLAIM,
     CONFLICT,
     DONE,
     FULL,
@@ -278,6 +279,10 @@ class Publisher:
 
     def _identify(self, call: _Call) -> None:
         operation = call.operation
+        if isinstance(operation, Claim):
+            call.digest = digest_of(operation.sub, operation.key)
+            call.fingerprint = operation.fingerprint.hex().encode()
+            return
         if not isinstance(operation, Publish):
             call.job_id = operation.job_id
             return
@@ -297,7 +302,7 @@ class Publisher:
         call.changes = []
         call.verdict = None
         try:
-            decided = self._decide(call)
+            decided = not isinstance(call.operation, Claim) and self._decide(call)
         except _UnknownError as unknown:
             self._look_up(unknown.job_id)
             return False
@@ -451,6 +456,10 @@ class Publisher:
 
     def _ask(self, call: _Call) -> None:
         call.epoch = self._history.epoch
+        if isinstance(call.operation, Claim):
+            reply = self.client.send_script(CLAIM, (META, idempotency_key(call.digest)), (call.fingerprint,))
+            reply.when_settled(partial(self._claimed, call))
+            return
         keys = [META, WHERE]
         if call.digest:
             keys.append(idempotency_key(call.digest))
@@ -556,6 +565,22 @@ class Publisher:
         call.shard = state.shard
         requested = state.job is not None and state.job.private.cancel_requested
         self._answer(call, Accepted(int(offset), int(version), True, requested, state.job), state.stamp)
+
+    def _claimed(self, call: _Call, reply: Reply) -> None:
+        outcome = reply.outcome
+        if not isinstance(outcome, list):
+            self._failed(call, outcome)
+            return
+        self._land(call)
+        offset, value = outcome
+        if value is None:
+            self._settle(call, Accepted(offset, 0, False, False, None))
+            return
+        fingerprint, _, first, version = value.split(b" ")
+        if fingerprint == call.fingerprint:
+            self._settle(call, Accepted(int(first), int(version), True, False, None))
+        else:
+            self._settle(call, key_reused())
 
     def _looked(self, call: _Call, reply: Reply) -> None:
         outcome = reply.outcome

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from argparse import Namespace
 from pathlib import Path
 
+from protocol.fields import is_id
 from server.cli import EXIT_OK, EXIT_USAGE, CommandError, flags_of
 from server.config import find_config_file, load_config
 from server.keys import sign_token
-
-_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}")
 
 
 def run(arguments: Namespace) -> int:
@@ -23,7 +21,7 @@ def run(arguments: Namespace) -> int:
         ConfigError: there is no key, or none that can sign.
         CommandError: a user that no server would take.
     """
-    if _ID.fullmatch(arguments.sub) is None:
+    if not is_id(arguments.sub):
         rule = "1 to 128 characters of A-Z a-z 0-9 _ . : @ -"
         raise CommandError(f"--sub {arguments.sub!r}: a user is {rule}", EXIT_USAGE)
     config = load_config(flags_of(arguments), os.environ, find_config_file(arguments.config, Path()))

@@ -54,6 +54,7 @@ ROUTES: Final[dict[str, Mapping[str, Route]]] = {
 }
 # Streams and polls are no resource that HEAD could describe.
 _NO_HEAD: Final = frozenset({"/api/v2/jobs/poll", "/api/v2/jobs/stream", "/ws/jobs", "/ws/echo"})
+_ALWAYS: Final = frozenset(path for path, methods in ROUTES.items() if any(route.always for route in methods.values()))
 _ECHO: Final = {"GET": Route(echo_socket, public=True)}
 
 
@@ -96,6 +97,10 @@ async def answer(exchange: Exchange) -> Stream | None:
 
 async def _route(exchange: Exchange) -> Response | Stream | None:
     node, request = exchange.node, exchange.request
+    if request.path.removeprefix(node.config.server.base_path) not in _ALWAYS:
+        if exchange.connection.refusal is not None:
+            raise exchange.connection.refusal
+        node.check_accepting()
     check_host(request, node.authenticator.open)
     check_origin(request, node.origins, websocket=False)
     path, methods = _find(exchange)
@@ -107,10 +112,6 @@ async def _route(exchange: Exchange) -> Response | Stream | None:
     if route is None:
         allowed = ", ".join(_methods(path, methods))
         raise ApiError(405, "method_not_allowed", f"{request.path} takes {allowed}", headers=(("Allow", allowed),))
-    if not route.always:
-        if exchange.connection.refusal is not None:
-            raise exchange.connection.refusal
-        node.check_accepting()
     if not route.public:
         exchange.identity = node.authenticator.identify(request)
         if exchange.identity is None:

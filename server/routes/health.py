@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from protocol.errors import ApiError
 from server.answers import Response, json_answer
 from server.connection import Exchange
 
@@ -17,4 +18,6 @@ async def ready(exchange: Exchange) -> Response:
     reason = "draining" if node.draining else node.broker.available
     if reason is None:
         return json_answer(200, {"status": "ready"})
-    return json_answer(503, {"status": "unavailable", "reason": reason}, ("Retry-After", "1"))
+    error = ApiError(503, "draining" if node.draining else "store_unavailable", reason)
+    answer = {"status": "unavailable", "reason": reason, **error.body(exchange.request_id)}
+    return json_answer(503, answer, ("Retry-After", "1"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from hashlib import blake2b, sha256
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -14,7 +14,7 @@ from protocol.update import STATUS_UPDATE, STATUSES, TYPE_OF_STATUS, Job
 from protocol.watch import EVERYTHING, parse_fields, parse_filter, user_channel
 from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
-from server.brokers.base import Accepted, Cancel, Delete, Operation, Publish
+from server.brokers.base import Accepted, Cancel, Claim, Delete, Operation, Publish
 from server.connection import Exchange
 from server.publishing import Batch, summary
 from server.reading import channel_of_job
@@ -97,6 +97,13 @@ async def publish_batch(exchange: Exchange) -> Response:
         _check_count(len(items))
         if items:
             exchange.node.limits.check_publish(exchange.caller.user, trio.current_time(), len(items))
+        if key is not None:  # lines of NDJSON are taken before their body is known: there each has the key for itself
+            fingerprint = blake2b(body, digest_size=16).digest()
+            claim = exchange.node.broker.submit([Claim(exchange.caller.user, key, fingerprint)])
+            await claim.wait_kept()
+            (claimed,) = claim.results
+            if isinstance(claimed, ApiError):
+                raise claimed
         for start in range(0, len(items), PORTION):
             await _publish_portion(exchange, batches, [bytes(item) for item in items[start : start + PORTION]], key)
     else:
@@ -245,7 +252,7 @@ async def show(exchange: Exchange) -> Response:
     body = latest.body
     if fields is not None:
         body = select_fields(body, fields)
-        tag += "-" + hashlib.sha256(",".join(sorted(fields)).encode()).hexdigest()[:8]
+        tag += "-" + sha256(",".join(sorted(fields)).encode()).hexdigest()[:8]
     headers = [
         JSON,
         ("ETag", f'"{tag}"'),

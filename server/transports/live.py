@@ -18,7 +18,8 @@ from server.node import Node
 from server.reader import PushReader
 from server.wheel import Timer
 
-# Heartbeats without a sign of life after which a connection is stale and closed: two minutes with the default 30 s.
+# Without a sign of life for this long, a connection is stale and closed; with slow heartbeats, after four of them.
+STALE_AFTER_S: Final = 120.0
 STALE_HEARTBEATS: Final = 4
 
 
@@ -89,7 +90,7 @@ class LiveReader(PushReader):
         self._beat_timer = self.wheel.after(interval, self._beat)
         if self.alive():
             self.heard_at = trio.current_time()
-        elif trio.current_time() - self.heard_at > STALE_HEARTBEATS * interval:
+        elif trio.current_time() - self.heard_at > max(STALE_AFTER_S, STALE_HEARTBEATS * interval):
             self.finish("stale")
             return
         if self.caught_up:  # else more than a heartbeat is on its way

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from typing import Final
 
 import trio
 
 from protocol.polling import parse_client_id, parse_timeout, poll_body
 from protocol.update import Update
-from protocol.watch import Watch, parse_watch, wants_all
+from protocol.watch import Filter, Watch, parse_watch, wants_all
 from protocol.wire import Framing, WireForm, update_message, wire_form
 from server.answers import JSON, NO_STORE, Response
 from server.auth import bad_token
 from server.connection import Exchange
-from server.cursors import Client, digest_of_watch
+from server.cursors import Client
 from server.hub import Reader, Want
 from server.node import Node
 from server.reading import channels_for, missed_updates, over, snapshot, start_from
@@ -59,7 +60,7 @@ async def poll(exchange: Exchange) -> Response:
     cursor = request.query.get("last_seen")
     client: Client | None = None
     if client_id is not None:
-        client = Client(identity.user, client_id, digest_of_watch(names, watch.filter))
+        client = Client(identity.user, client_id, _digest(names, watch.filter))
         cursor = cursor or await node.recall(client)
     await node.broker.follow(names, cursor)
     begin = start_from(node.history, cursor)
@@ -73,7 +74,7 @@ async def poll(exchange: Exchange) -> Response:
     node.hub.attach(reader, [(name, Want(watch.filter, reader.form)) for name in names])
     node.polls[wake] = None
     try:
-        updates, cursor = _collect(node, watch, names, begin.after)
+        updates, cursor, cut = _collect(node, watch, names, begin.after)
         if not updates and not begin.lost and timeout and not node.draining:
             with trio.move_on_after(min(timeout, token_left)) as patience:
                 await wake.wait()
@@ -86,12 +87,13 @@ async def poll(exchange: Exchange) -> Response:
             is_time = begin.given is None and begin.after is not None
             lost = node.history.epoch != epoch or (not is_time and after < node.history.first - 1)
             begin = begin._replace(after=None if lost else after, lost=lost)
-            updates, cursor = _collect(node, watch, names, begin.after)
+            updates, cursor, cut = _collect(node, watch, names, begin.after)
     finally:
         node.hub.leave(reader)
         del node.polls[wake]
 
-    done = watch.job_ids is not None and all(over(node.jobs, node.history, name) for name in names)
+    # Not before the endings themselves have been given: clients stop at it.
+    done = not cut and watch.job_ids is not None and all(over(node.jobs, node.history, name) for name in names)
     epoch = node.history.epoch
     messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
     body = poll_body(messages, last_seen=cursor, reset=begin.lost, timed_out=timed_out, done=done)
@@ -100,20 +102,28 @@ async def poll(exchange: Exchange) -> Response:
     return Response(200, (JSON, NO_STORE), body)
 
 
-def _collect(node: Node, watch: Watch, names: list[str], after: int | None) -> tuple[list[Update], str]:
-    """What to answer with as of now, from a snapshot if ``after`` is None, and the cursor behind it."""
+def _collect(node: Node, watch: Watch, names: list[str], after: int | None) -> tuple[list[Update], str, bool]:
+    """What to answer with as of now, in log order, from a snapshot if ``after`` is None.
+
+    Returns:
+        The updates, the cursor behind them, and whether more is left for the next answer.
+    """
     epoch, last = node.history.epoch, node.history.last
     if after is None:
-        return [job.latest for job in snapshot(node.jobs, names, watch.filter)], f"{epoch}:{last}"
-    updates: list[Update] = []
+        latest = [job.latest for job in snapshot(node.jobs, names, watch.filter)]
+        return sorted(latest, key=lambda update: update.offset), f"{epoch}:{last}", False
+    missed = missed_updates(node.history, ((name, watch.filter) for name in names), after)
     size = 0
-    for update in missed_updates(node.history, ((name, watch.filter) for name in names), after):
+    for count, update in enumerate(missed):
         if size > ANSWER_BYTES:
-            last = updates[-1].offset
-            break
-        updates.append(update)
+            return missed[:count], f"{epoch}:{missed[count - 1].offset}", True
         size += len(update.body)
-    return updates, f"{epoch}:{last}"
+    return missed, f"{epoch}:{last}", False
+
+
+def _digest(names: list[str], wanted: Filter) -> bytes:
+    parts = [sorted(names), *(None if words is None else sorted(words, key=str) for words in wanted)]
+    return blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def _remembering(body: Iterable[bytes], node: Node, client: Client, cursor: str) -> Iterable[bytes]:

@@ -165,10 +165,10 @@ class EventStream(LiveReader):
         last = b""
         if self.ended == "expired":
             error = server_message("error", code="token_expired", message="the token has expired")
-            last = self.form.message(error)
+            last = self.form.message(error, self.final_cursor)
         elif self.ended == "drain":
             error = server_message("error", code="try_later", message="this server is going away; reconnect")
-            last = self.form.message(error, None, self._drain_delay_ms)
+            last = self.form.message(error, self.final_cursor, self._drain_delay_ms)
         elif self.ended != "finished":
             return  # gone, stalled, or too far behind: nothing more would arrive
         await self.say_last(last + (LAST_CHUNK if self.form.framing is Framing.SSE_CHUNKED else b""), GOODBYE_S)

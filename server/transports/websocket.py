@@ -10,6 +10,7 @@ import trio
 from msgspec.json import encode
 
 from protocol.errors import ApiError, CloseCode
+from protocol.fields import is_id
 from protocol.frames import binary_frame, close_frame, deflated_text_frame, ping_frame, pong_frame, text_frame
 from protocol.messages import (
     Ack,
@@ -33,7 +34,7 @@ from protocol.messages import (
     whole,
 )
 from protocol.update import Job, format_time
-from protocol.watch import ANY, ID, Watch, job_channel, user_channel
+from protocol.watch import ANY, Watch, job_channel, user_channel
 from protocol.websocket import (
     Binary,
     CloseReceived,
@@ -197,6 +198,8 @@ class Session(LiveReader):
             frame = close_frame(CloseCode.UNAUTHORIZED, "the token has expired")
         elif self.ended == "overflow":
             frame = close_frame(CloseCode.TRY_LATER, "too far behind; resume from your cursor")
+        elif self.ended == "stale":
+            frame = close_frame(CloseCode.POLICY_VIOLATION, "no ping was answered")
         if frame is not None:
             await self.say_last(frame, GOODBYE_S)
             with trio.CancelScope(shield=True):
@@ -312,13 +315,16 @@ class Session(LiveReader):
         identity = self._known()
         wanted, fields = subscribe_filter(message), subscribe_fields(message)
         interval = min_interval_s(message)
-        if message.user_id is not None and not ID.fullmatch(message.user_id):
+        if message.user_id is not None and not is_id(message.user_id):
             raise ApiError(422, "invalid_field", "userId: not an id", field="userId")
+        named = message.job_ids
+        if named is None and message.channels is not None and message.user_id is None and not message.all:
+            named = []  # channels alone ask for no jobs
         job_ids: list[str] | None = None
         denied: list[str] = []
-        if message.job_ids is not None:
+        if named is not None:
             job_ids, denied = split_ids(
-                message.job_ids,
+                named,
                 MAX_WATCHED_JOBS - len(self.wants),
                 lambda job_id: channel_of_job(identity, job_id, message.user_id) in self.wants,
             )
@@ -363,7 +369,7 @@ class Session(LiveReader):
 
     async def _unsubscribe(self, message: Unsubscribe) -> None:
         identity = self._known()
-        if message.job_ids is None and message.user_id is None and not message.all:
+        if not (message.job_ids or message.user_id or message.all or message.channels):
             names = list(self.wants)
         else:
             names = ["*"] if message.all else []

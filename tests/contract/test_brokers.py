@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import ApiError
 from protocol.update import ENDED
-from server.brokers.base import Accepted, Cancel, Delete, Expire, Operation, Publish, Submission
+from server.brokers.base import Accepted, Cancel, Claim, Delete, Expire, Operation, Publish, Submission
 from server.brokers.local import LocalBroker
 from tests.contract.harness import Rig, fields, publish, running
 from tests.redis_servers import RedisServer, running_server
@@ -197,6 +197,16 @@ async def test_an_event_id_is_a_key(rig: Rig) -> None:
     assert (await rig.accept(publish("a", userId="u", eventId="e"))).duplicate
     assert (await rig.accept(publish("a", userId="u", key="e"))).duplicate  # however the key was sent
     assert not (await rig.accept(publish("a", userId="u", eventId="f"))).duplicate
+
+
+async def test_a_key_can_be_claimed_for_a_whole_batch(rig: Rig) -> None:
+    first = await rig.accept(Claim("w", "k", b"one"))
+    assert (first.duplicate, first.job) == (False, None)
+    assert (await rig.accept(Claim("w", "k", b"one"))).duplicate
+    assert (await rig.refuse(Claim("w", "k", b"other"))).code == "idempotency_key_reused"
+    assert not (await rig.accept(Claim("v", "k", b"other"))).duplicate
+    assert (await rig.refuse(publish("a", userId="u", key="k"))).code == "idempotency_key_reused"
+    assert (rig.history.last, len(rig.jobs)) == (0, 0)
 
 
 async def test_a_repeated_create_gives_the_same_job(rig: Rig) -> None:

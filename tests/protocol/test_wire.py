@@ -75,13 +75,12 @@ def test_selected_fields_keep_their_text_and_order() -> None:
 def test_websocket_frames_equal_wsprotos(size: int) -> None:
     batch = [update(1, size), update(2, size)]
     server = Connection(ConnectionType.SERVER)
-    generic = b"".join(
-        server.send(TextMessage(update_message(one, f"e:{one.offset}").decode())) for one in batch
-    )
+    generic = b"".join(server.send(TextMessage(update_message(one, f"e:{one.offset}").decode())) for one in batch)
     assert wire_form(Framing.WEBSOCKET).updates(batch, "e") == generic
-    assert wire_form(Framing.WEBSOCKET).update(batch[0], "e:1") + wire_form(Framing.WEBSOCKET).update(
-        batch[1], "e:2"
-    ) == generic
+    assert (
+        wire_form(Framing.WEBSOCKET).update(batch[0], "e:1") + wire_form(Framing.WEBSOCKET).update(batch[1], "e:2")
+        == generic
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -106,9 +105,7 @@ def test_the_line_between_plain_and_deflated() -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_event_streams_equal_the_general_encoder(size: int) -> None:
     batch = [update(1, size), update(2, 5)]
-    generic = b"".join(
-        encode_event(update_message(one, f"e:{one.offset}"), id=f"e:{one.offset}") for one in batch
-    )
+    generic = b"".join(encode_event(update_message(one, f"e:{one.offset}"), id=f"e:{one.offset}") for one in batch)
     assert wire_form(Framing.SSE).updates(batch, "e") == generic
     assert wire_form(Framing.SSE_CHUNKED).updates(batch, "e") == encode_chunk(generic)
     assert wire_form(Framing.SSE_CHUNKED).update(batch[0], "e:9") == encode_chunk(

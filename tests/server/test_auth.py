@@ -29,6 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import ApiError
+from protocol.fields import is_id
 from protocol.request import Request
 from server import auth
 from server.auth import ANONYMOUS, Authenticator, Identity, Patterns, bad_token, credential, unauthorized
@@ -184,10 +185,19 @@ def test_identify_verifies_what_it_finds() -> None:
     refusal(lambda: authority.identify(ask({"access_token": ""}, cookie="statuswire_token=" + token())))
 
 
-@pytest.mark.parametrize("value", ["Basic YTpi", "Bearer", "Bearer ", "", "TOKEN", "Bearer:TOKEN", "Digest Bearer x"])
+@pytest.mark.parametrize("value", ["Bearer", "Bearer ", "", "TOKEN", "Bearer:TOKEN"])
 def test_a_malformed_authorization_header_is_401(value: str) -> None:
     good = {"access_token": token()}
     assert refusal(lambda: authenticator().identify(ask(good, authorization=value))).code == "invalid_token"
+
+
+@pytest.mark.parametrize("value", ["Basic YTpi", "Digest Bearer x"])
+def test_another_scheme_is_passed_over_if_there_is_a_token_besides(value: str) -> None:
+    identity = authenticator().identify(ask({"access_token": token()}, authorization=value))
+    assert identity is not None
+    assert identity.user == "ann"
+    refusal(lambda: authenticator().identify(ask({"access_token": "bad"}, authorization=value)))
+    refusal(lambda: authenticator().identify(ask(authorization=value)))
 
 
 # --- signatures and keys ---
@@ -761,7 +771,7 @@ def verify_or_401(text: str) -> None:
         except ApiError as error:
             assert (error.status, error.code) in {(401, "invalid_token"), (401, "token_expired")}  # noqa: PT017
         else:
-            assert auth._ID.fullmatch(identity.user)
+            assert is_id(identity.user)
             assert identity.expires_at is None or identity.expires_at > NOW
 
 

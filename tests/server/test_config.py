@@ -403,7 +403,7 @@ def test_describe_is_toml_that_loads_to_the_same(tmp_path: Path) -> None:
     text = describe(config, sources)
     assert load_config({}, {}, toml_file(tmp_path, text)) == config
     assert "port = 1  # flag --port\n" in text
-    assert "\ndrain = 5.0\n" in text
+    assert "\ndrain = 3.0\n" in text
 
 
 def test_describe_hides_secrets_and_explains_what_is_implied() -> None:

@@ -37,6 +37,8 @@ from tests.support import (
     write_config,
 )
 
+pytestmark = pytest.mark.slow
+
 JOBS = "/api/v2/jobs"
 STREAM = {"Accept": "text/event-stream"}
 
@@ -176,6 +178,8 @@ async def test_sigterm_drains(tmp_path: Path) -> None:
             ("GET", "/"),
             ("GET", f"{JOBS}/poll"),
             ("GET", "/ws/jobs"),
+            ("GET", "/nowhere"),
+            ("PUT", JOBS),
         ):
             refused = await at.ask(method, target, {} if method == "POST" else None)
             assert (refused.status, refused.error, refused.headers["connection"]) == (503, "try_later", "close"), target
@@ -191,7 +195,7 @@ async def test_sigterm_drains(tmp_path: Path) -> None:
         assert (await slow.answer()).status == 201, "what was under way is finished"
         with trio.fail_after(20):
             text = b"".join([piece async for piece in stream.chunks()])
-        assert re.search(rb'retry: \d+\ndata: \{"type":"error","code":"try_later"', text)
+        assert re.search(rb'retry: \d+\nid: \w+:\d+\ndata: \{"type":"error","code":"try_later"', text)
         assert await stream.closed()
         assert await at.exit_status() == 0
         assert trio.current_time() - started >= 1.5, "streams are closed over `drain` seconds, the rest waits"

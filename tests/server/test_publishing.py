@@ -534,3 +534,22 @@ async def test_sqlite_answers_the_same_and_keeps_it(tmp_path: Path) -> None:
         assert (again.status, again.json["id"]) == (200, created.json["id"])
         assert (await at.publish("j1", progress=5, seq=1)).json == updated.json | {"duplicate": True}
         assert offset(await at.publish("j1", progress=6, seq=2)) == 3
+
+
+@pytest.mark.parametrize("store", ["memory:", "sqlite"])
+async def test_a_batch_s_key_is_for_the_whole_batch(store: str, tmp_path: Path) -> None:
+    url = store if store == "memory:" else f"sqlite:{tmp_path / 'jobs.db'}"
+    async with server(store={"url": url}) as at:
+        key = {"Idempotency-Key": "batch-1"}
+        batch = [{"jobId": "a", "userId": "alice"}, {"jobId": "a", "progress": 5}]
+        first = await at.post("/api/v2/updates", batch, key)
+        assert (first.json["accepted"], first.json["duplicates"]) == (2, 0)
+        again = await at.post("/api/v2/updates", batch, key)
+        assert again.json == {"accepted": 0, "duplicates": 2, "rejected": [], "id": first.json["id"]}
+        for other in ([*batch, {"jobId": "b", "userId": "alice"}], batch[:1], []):
+            answer = await at.post("/api/v2/updates", other, key)
+            assert (answer.status, answer.error) == (422, "idempotency_key_reused"), other
+        assert (await at.get("/api/v2/jobs/b")).status == 404
+        assert (await at.get("/api/v2/jobs/a")).json["version"] == 2
+        # Another batch without a key, or with one of its own, is another batch.
+        assert (await at.post("/api/v2/updates", batch[1:])).json["accepted"] == 1

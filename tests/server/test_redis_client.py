@@ -33,6 +33,8 @@ from tests.redis_servers import (
 )
 from tests.redis_witness import refusal, witnessed
 
+pytestmark = pytest.mark.slow
+
 INCREMENT = Script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
 
 

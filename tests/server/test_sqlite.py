@@ -248,6 +248,7 @@ class Flaky(SqliteFile):
         return super().last_offset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unreadable", [0, 1, 3])
 async def test_a_commit_that_took_place_after_all_means_a_new_epoch(path: Path, unreadable: int) -> None:
     async with running("sqlite", path) as rig:

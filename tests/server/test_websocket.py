@@ -16,8 +16,10 @@ from trio.testing import wait_all_tasks_blocked
 from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
+from protocol.frames import close_frame
 from protocol.messages import ClientMessage, Get, Subscribe, Unsubscribe
 from server.app import drain
+from server.transports import live
 from server.transports import websocket as transport
 from tests.streams import (
     WebSocket,
@@ -1067,17 +1069,21 @@ async def test_heartbeats_carry_the_cursor_and_a_ping() -> None:
             pass
 
 
-async def test_a_client_that_answers_no_ping_is_stale_and_dropped() -> None:
+async def test_a_client_that_answers_no_ping_is_stale_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "STALE_AFTER_S", 0.0)
     async with clean_server(server={"heartbeat": 0.03}) as server, session(server) as ws:
         await ws.subscribe()
+        received = b""
         with suppress(trio.BrokenResourceError):
-            while await ws.http.stream.receive_some():  # reads, and never answers
-                pass
+            while data := await ws.http.stream.receive_some():  # reads, and never answers
+                received += data
+        assert close_frame(1008, "no ping was answered") in received
         await until(lambda: not server.node.streams)
 
 
-async def test_a_slow_reader_that_reads_is_not_stale() -> None:
+async def test_a_slow_reader_that_reads_is_not_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is so far behind that no ping reaches it; that it takes something is sign of life enough."""
+    monkeypatch.setattr(live, "STALE_AFTER_S", 0.0)
     async with clean_server(server={"heartbeat": 0.05}) as server, session(server, receive_buffer=1) as ws:
         await ws.subscribe()
         narrow(server)
@@ -1092,6 +1098,18 @@ async def test_a_slow_reader_that_reads_is_not_stale() -> None:
             await trio.sleep(0.005)
         assert reader in server.node.streams
         reset_connection(ws.http)
+
+
+async def test_channels_alone_ask_for_no_jobs(server: InProcess) -> None:
+    put(server, "a")
+    async with session(server) as ws:
+        answer = await ws.subscribe(channels=["team-1"])
+        assert (answer["jobIds"], answer["snapshot"]) == ([], [])
+        answer = await ws.subscribe(jobIds=["a"], channels=["team-1"], types="status_update", fields="progress")
+        assert (answer["jobIds"], [set(job) for job in answer["snapshot"]]) == (
+            ["a"],
+            [{"jobId", "status", "progress", "version"}],
+        )
 
 
 # Going away
