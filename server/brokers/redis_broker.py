@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import trio
 
@@ -38,7 +38,7 @@ from server.jobs import Jobs
 TICK_S: Final = 1.0
 # Leases that run out are looked at this much later at most: not all nodes at once, so that most find it done.
 _LEASE_JITTER_S: Final = 0.05
-_LEASES_AT_ONCE: Final = 100
+_LEASES_AT_ONCE: Final = 500
 # How often those who wait are looked through for some that have waited too long.
 _PATIENCE_STEP_S: Final = 0.25
 # After being cancelled, for what is under way to be answered.
@@ -87,6 +87,7 @@ class RedisBroker:
         )
         self._client: Client | None = None
         self._next_tick = 0.0
+        self._up_since = 0.0
         self._hurry = trio.Event()
 
     @property
@@ -191,6 +192,7 @@ class RedisBroker:
 
     def _went_up(self, node: NodeInfo) -> None:
         self._follower.arrived = True
+        self._up_since = trio.current_time()
         self._follower.wake()
         self._publisher.wake()
 
@@ -221,10 +223,16 @@ class RedisBroker:
 
     def _take_tick(self, meta: Sequence[bytes], left_ms: int, due: Sequence[bytes]) -> None:
         self._follower.check(dict(zip(meta[::2], meta[1::2], strict=True)))
+        self._history.trim(int(self._clock() * 1000))
         if left_ms >= 0:
             self._expect_lease(left_ms / 1000 + random.uniform(0.001, _LEASE_JITTER_S))
-        expired = [job for blob in due if (job := stored_of(blob, 0).job) is not None]
-        # With what Redis has: a lease that was renewed since has another ``heard``, and is left alone.
-        operations: list[Any] = [Expire(job.latest.job_id, job.private.heard) for job in expired]
+        up_for = trio.current_time() - self._up_since
+        operations: list[Operation] = []
+        for blob in due:
+            job = stored_of(blob, 0).job
+            # While Redis was away no worker could report: each gets the length of its lease anew.
+            if job is not None and up_for >= (job.private.ttl or 0.0):
+                # With what Redis has: a lease that was renewed since has another ``heard``, and is left alone.
+                operations.append(Expire(job.latest.job_id, job.private.heard))
         if operations:
             self._publisher.submit(operations)

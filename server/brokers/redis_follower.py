@@ -254,6 +254,11 @@ class Follower:
                 with trio.move_on_after(5 * _RETRY_S):
                     await self.client.wait_up()
                 await trio.sleep(random.uniform(0, _RETRY_S))
+            except Exception:
+                # Something in Redis that is not ours, say; what is known goes on being served.
+                log.exception("what Redis has cannot be taken in, trying again")
+                self._again(waiters)
+                await trio.sleep(5 * _RETRY_S)
             else:
                 for waiter in waiters:
                     waiter.set()

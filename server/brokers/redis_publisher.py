@@ -311,6 +311,11 @@ class Publisher:
         except ApiError as error:
             call.verdict = error
             decided = False
+        except Exception:
+            # What Redis has cannot be read, say; that must stay the trouble of this one operation.
+            log.exception("an operation on job %r cannot be decided", call.job_id)
+            self._settle(call, ApiError(500, "internal", "something went wrong here"))
+            return True
         try:
             if decided:
                 self._send(call)
@@ -502,10 +507,10 @@ class Publisher:
             self._drop(call)
             self._land(call)
             self._settle(call, too_many_jobs(self._jobs.max_jobs))
-        elif call.in_doubt and self._nursery is not None:
-            self._nursery.start_soon(self._resolve, call, outcome)
         else:
-            self._undone(call, outcome)
+            # Within our epoch it can only have come behind what was known then; another one is read as a whole.
+            start = f"({call.floor}-0" if code == CONFLICT else "-"
+            self._resolve(call, start, partial(self._undone, call, outcome))
 
     def _undone(self, call: _Call, outcome: Sequence[Any]) -> None:
         """Redis did not execute it."""
@@ -619,28 +624,35 @@ class Publisher:
         """No answer, or an error instead of one."""
         if isinstance(outcome, RedisError) and outcome.code not in _PASSING:
             # Nothing that waiting for would help: it is full, or forbids it.
+            if self.refusing is None:
+                log.error("Redis refuses to write: %s", outcome.message)
             self.refusing = f"Redis refuses to write: {outcome.message}"
-            log.error("%s", self.refusing)
-            self._drop(call)
-            self._land(call)
-            self._settle(call, unavailable(self.refusing))
+            self._resolve(call, f"({call.floor}-0", partial(self._refused, call, unavailable(self.refusing)))
             return
         if isinstance(outcome, ConnectionLostError) and outcome.sent:
             call.in_doubt = True
         self._again.append(call)  # until there is a connection again, or for the next look at those who wait
 
-    async def _resolve(self, call: _Call, outcome: Sequence[Any]) -> None:
-        """It was sent twice, and the second time it did not fit: perhaps because the first one had been executed."""
+    def _refused(self, call: _Call, error: ApiError) -> None:
+        self._drop(call)
+        self._land(call)
+        self._settle(call, error)
+
+    def _resolve(self, call: _Call, start: str, undone: Callable[[], object]) -> None:
+        """Redis did not execute it just now: ``undone``. Unless it was sent before, and had been executed then."""
+        if call.in_doubt and call.changes and self._nursery is not None:
+            self._nursery.start_soon(self._search, call, start, undone)
+        else:
+            undone()
+
+    async def _search(self, call: _Call, start: str, undone: Callable[[], object]) -> None:
         own = call.changes[0]
-        start = f"({call.floor}-0" if outcome[0] == CONFLICT else "-"
         try:
             while True:
                 page = await self.client.call("XRANGE", LOGS[call.shard], start, "+", "COUNT", _PAGE)
                 for _, fields in page:
                     message = decode_message(fields[1])
                     if any(write.rev == own.rev for write in message.writes):
-                        if outcome[0] == OTHER_EPOCH:
-                            self._other_epoch(call.epoch)
                         call.in_doubt = False
                         self._done(call, message.first, message.at_ms, message.created)
                         return
@@ -650,7 +662,7 @@ class Publisher:
         except (RedisClientError, RedisError):
             self._again.append(call)
             return
-        self._undone(call, outcome)
+        undone()
 
     # What is known
 

@@ -28,7 +28,7 @@ from tests.redis_servers import (
     running_server,
 )
 from tests.streams import WebSocket, event_stream, session
-from tests.support import AUTH, InProcess, bearer, server, token, until, until_answered
+from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, token, until, until_answered
 
 LONG_S = 60.0  # for everything of a test with failures; reached only by what would never end
 
@@ -460,6 +460,67 @@ async def test_a_full_redis(redis: RedisServer) -> None:
             oracle.config_set("maxmemory", "0")
         assert (await one.post("/api/v2/jobs/a/updates", {"progress": 1})).status == 200
         assert (await one.get("/ready")).status == 200
+
+
+async def test_a_node_that_was_away_for_too_long_begins_anew(redis: RedisServer) -> None:
+    short: dict[str, dict[str, object]] = {"store": {"url": redis.url}, "history": {"max_updates": 50}}
+    async with running_proxy(redis.port) as proxy:
+        behind = short | {"store": {"url": f"redis://127.0.0.1:{proxy.port}"}}
+        async with server(**short) as one, server(**behind) as two, session(two) as ws:
+            await ws.subscribe()
+            await publish(one, "a", userId="u")
+            assert (await ws.receive())["version"] == 1
+            proxy.stop_passing()
+            proxy.cut()
+            await until_answered(two, "/ready", 503)
+            # Streams are trimmed by whole nodes of 100 entries.
+            for _ in range(400):
+                await publish(one, "a")
+            proxy.pass_again()
+            reset = await ws.receive()
+            assert (reset["type"], [job["version"] for job in reset["snapshot"]]) == ("reset", [401])
+            await publish(one, "a")
+            assert (await ws.receive())["version"] == 402
+            assert one.node.history.epoch == two.node.history.epoch
+
+
+async def test_what_is_not_followed_cannot_be_read_while_redis_is_away(redis: RedisServer) -> None:
+    async with server(store={"url": redis.url}, auth=AUTH) as one:
+        await publish(one, "a", userId="alice")
+        assert (await one.get("/api/v2/jobs/a", bearer("alice"))).status == 200
+        redis.kill()
+        await until_answered(one, "/ready", 503)
+        assert (await one.get("/api/v2/jobs/a", bearer("alice"))).status == 200
+        refused = await one.get("/api/v2/jobs", ADMIN)
+        assert (refused.status, refused.error) == (503, "store_unavailable")
+
+
+async def test_workers_get_their_lease_anew_when_redis_comes_back(tmp_path: Path) -> None:
+    with running_server(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as redis:
+        async with server(store={"url": redis.url}) as one, session(one) as ws:
+            await ws.subscribe()
+            await publish(one, "a", userId="u", ttl=1.0)
+            await trio.to_thread.run_sync(redis.kill)
+            await trio.sleep(1.5)  # the lease's time
+            await trio.to_thread.run_sync(redis.start)
+            await publish(one, "a", progress=1)
+            assert [(await ws.receive())["status"] for _ in range(4)] == ["queued", "queued", "stalled", "failed"]
+
+
+async def test_a_killed_nodes_readers_go_on_at_another(redis: RedisServer, tmp_path: Path) -> None:
+    async with server(store={"url": redis.url}) as two:
+        async with spawned(tmp_path, store={"url": redis.url}) as one, session(one) as ws:
+            begun = await ws.subscribe()
+            assert begun["snapshot"] == []
+            await publish(two, "a", userId="u")
+            cursor = (await ws.receive())["id"]
+            one.process.kill()
+            for progress in range(3):
+                await publish(two, "a", progress=progress)
+        async with session(two) as ws:
+            begun = await ws.subscribe(last_seen=cursor)
+            assert begun["recovered"]
+            assert [(await ws.receive())["version"] for _ in range(3)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("how", ["older", "flushed"])
