@@ -14,6 +14,7 @@ import msgspec
 
 from protocol.frames import deflated_text_frame, text_frame
 from protocol.http1 import encode_chunk
+from protocol.sse import encode_event, encode_update
 from protocol.update import Update
 
 # Below this a compressed frame saves less than one packet and costs some 15 µs; above it a record has text
@@ -49,16 +50,17 @@ class WireForm:
 
     def updates(self, updates: Sequence[Update], epoch: str) -> bytes:
         """Frame several updates, each with its own position, to be sent in one go."""
-        parts = [(update_message(update, f"{epoch}:{update.offset}", self.fields), update.offset) for update in updates]
+        cursors = [f"{epoch}:{update.offset}" for update in updates]
+        fields = self.fields
+        messages = [update_message(update, at, fields) for update, at in zip(updates, cursors, strict=True)]
         framing = self.framing
         if framing is Framing.WEBSOCKET:
-            return b"".join([text_frame(message) for message, _ in parts])
+            return b"".join([text_frame(message) for message in messages])
         if framing is Framing.WEBSOCKET_DEFLATE:
-            return b"".join([_deflated(message) for message, _ in parts])
+            return b"".join([_deflated(message) for message in messages])
         if framing is Framing.JSON:
-            return b",".join([message for message, _ in parts])
-        prefix = f"id: {epoch}:"
-        events = b"".join([b"%b%d\ndata: %b\n\n" % (prefix.encode(), offset, message) for message, offset in parts])
+            return b",".join(messages)
+        events = b"".join(map(encode_update, [cursor.encode() for cursor in cursors], messages))
         return encode_chunk(events) if framing is Framing.SSE_CHUNKED else events
 
     def update(self, update: Update, cursor: str) -> bytes:
@@ -74,11 +76,7 @@ class WireForm:
             return _deflated(message)
         if framing is Framing.JSON:
             return message
-        event = b"%b%bdata: %b\n\n" % (
-            b"" if retry_ms is None else b"retry: %d\n" % retry_ms,
-            b"" if cursor is None else b"id: %b\n" % cursor.encode(),
-            message,
-        )
+        event = encode_event(message, id=cursor, retry_ms=retry_ms)
         return encode_chunk(event) if framing is Framing.SSE_CHUNKED else event
 
 

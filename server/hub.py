@@ -111,7 +111,6 @@ class Hub:
         self.history = history
         self.channels: dict[str, Channel] = {}
         self.readers: dict[Reader, None] = {}
-        self.delivered = 0
         self.flushed = history.last
         self._dirty: list[Channel] = []
         self._pending_bytes = 0
@@ -228,7 +227,6 @@ class Hub:
         wire = b""
         size = 0
         wires: dict[WireForm, bytes] = {}
-        self.delivered += len(order) * len(batch)
         for start in range(0, len(order), LOOK_EVERY):
             for reader in order[start : start + LOOK_EVERY]:
                 try:

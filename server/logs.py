@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
-from urllib.parse import unquote_plus
 
 import msgspec
 
@@ -67,22 +66,6 @@ def log_event(
     """
     if logger.isEnabledFor(level):
         logger.log(level, "%s", event, exc_info=exc_info, extra={"fields": fields})
-
-
-def redact_target(target: str) -> str:
-    """A request target or URL with the value of every ``access_token`` parameter replaced by ``***``.
-
-    Names are compared the way a server reads them: percent-decoded, whatever their case.
-    """
-    path, mark, query = target.partition("?")
-    if not mark:
-        return target
-    pieces = re.split(r"([&;])", query)
-    for index in range(0, len(pieces), 2):
-        name, equals, _ = pieces[index].partition("=")
-        if equals and unquote_plus(name).strip().lower() == "access_token":
-            pieces[index] = f"{name}={_HIDDEN}"
-    return path + mark + "".join(pieces)
 
 
 def printable(text: str) -> str:

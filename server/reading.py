@@ -132,7 +132,7 @@ def start_from(history: History, cursor: str | None) -> Start:
         # What was trimmed is not a loss here: a time asks for what is still kept.
         return Start(None, history.offset_at(parsed.unix_ms), False)
     if isinstance(parsed, Position):
-        if parsed.epoch == history.epoch and history.first - 1 <= parsed.offset <= history.last:
+        if history.reaches(parsed):
             return Start(str(parsed), parsed.offset, False)
         return Start(str(parsed), None, True)
     return Start(None, None, True)
