@@ -37,6 +37,7 @@ from server.brokers.deciding import (
     too_many_jobs,
 )
 from server.brokers.keys import digest_of, fingerprint_of
+from server.brokers.redis_calls import Batch, Call, Change, ended_of
 from server.brokers.redis_client import Client, ConnectionLostError, OverloadedError, RedisClientError, Reply
 from server.brokers.redis_follower import Follower, unavailable
 from server.brokers.redis_keys import (
@@ -61,6 +62,7 @@ from server.brokers.redis_keys import (
     stored_of,
     write_of,
 )
+from server.brokers.redis_states import States, UnknownError
 from server.history import History
 from server.jobs import Jobs
 
@@ -72,128 +74,19 @@ PATIENCE_S: Final = 10.0
 SHOWN_S: Final = 1.0
 # Operations without an answer: seconds of work for one core.
 MAX_OPEN: Final = 50_000
-# Jobs remembered that are not shown here: some 20 MB.
-MAX_KNOWN: Final = 20_000
 # Ids looked up at once.
 _LOOK_UP: Final = 200
 _PAGE: Final = 1000
-# Offsets of what Redis has not numbered yet; the ancestors' follow, and all are negative.
-_PROVISIONAL: Final = -16
+# Offsets of what Redis has not numbered yet are negative: a call's own, and after it those of its ancestors.
+_PER_CALL: Final = 16
 # Redis cannot write just now, but will.
 _PASSING: Final = frozenset(
     ("ASK", "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "NOSCRIPT", "READONLY", "TRYAGAIN")
 )
 
 
-class _UnknownError(Exception):
-    """It is not known here what Redis has of this job."""
-
-    def __init__(self, job_id: str) -> None:
-        self.job_id = job_id
-
-
 class _BlockedError(Exception):
     """A job that this depends on is on its way."""
-
-
-class _Change(msgspec.Struct, gc=False):
-    """One job of a call."""
-
-    job_id: str
-    before: Job | None
-    after: Job | None
-    update: Update
-    entry: bool
-    expected: str
-    rev: str
-
-
-class _Slot(msgspec.Struct, gc=False):
-    """The state of a job as it will be once what is under way has arrived.
-
-    ``chain`` is the number of the call with which this row of states began: if it or a later one fails, all do.
-    """
-
-    job: Job | None
-    rev: str
-    chain: int
-
-
-class _Batch(Submission):
-    """A submission whose results come one by one."""
-
-    __slots__ = ("left",)
-
-    def __init__(self, count: int) -> None:
-        super().__init__([_OPEN] * count)
-        self.left = count
-
-    def put(self, index: int, result: Result) -> None:
-        self.results[index] = result
-        self.left -= 1
-        if not self.left:
-            # The store being away is no answer to an operation; but what was kept beside it has to be told.
-            away = [result for result in self.results if isinstance(result, ApiError) and result.code == _AWAY]
-            self.settle(away[0] if len(away) == len(self.results) else None)
-
-
-_AWAY: Final = "store_unavailable"
-_OPEN: Final = ApiError(500, "internal", "there is no answer yet")
-
-
-class _Call:
-    """One operation on its way to its answer.
-
-    Attributes:
-        number: order of submission.
-        job_id: the job it is about.
-        digest, fingerprint: of its idempotency key; empty without one.
-        reads: the states it was decided on: job id -> token, "" for none.
-        changes: what it writes; empty while it is only a look.
-        verdict: what the look is to confirm: a refusal, or None for "this changes nothing".
-        keys, arguments: the script call, to be sent again as it is after a lost connection.
-        in_doubt: it may have been executed although no answer came; ``floor`` is where to look for it.
-        floor: an offset below any that the call can have been given.
-        gives_up: when it is refused (Trio's clock).
-    """
-
-    __slots__ = (
-        "arguments",
-        "batch",
-        "changes",
-        "digest",
-        "epoch",
-        "fingerprint",
-        "floor",
-        "gives_up",
-        "in_doubt",
-        "index",
-        "job_id",
-        "keys",
-        "number",
-        "operation",
-        "reads",
-        "shard",
-        "verdict",
-    )
-
-    def __init__(self, operation: Operation, batch: _Batch, index: int, number: int) -> None:
-        self.operation = operation
-        self.batch = batch
-        self.index = index
-        self.number = number
-        self.job_id = ""
-        self.digest = self.fingerprint = b""
-        self.reads: dict[str, str] = {}
-        self.changes: list[_Change] = []
-        self.verdict: ApiError | None = None
-        self.keys: Sequence[bytes] = ()
-        self.arguments: Sequence[bytes | str | int | float] = ()
-        self.epoch = ""
-        self.shard = 0
-        self.in_doubt = False
-        self.floor = 0
-        self.gives_up = 0.0
 
 
 class Publisher:
@@ -235,14 +128,13 @@ class Publisher:
         self._idle = trio.Event()
         self._at_ms = 0
         self._top = 0  # highest offset heard of
-        self._working: dict[str, _Slot] = {}
-        self._known: dict[str, Stored] = {}
+        self._states = States(jobs, follower)
         self._flying: dict[str, int] = {}  # job id -> calls under way
-        self._waiting: list[_Call] = []
+        self._waiting: list[Call] = []
         self._held: dict[str, int] = {}  # job id -> calls in _waiting
-        self._again: list[_Call] = []  # to be sent again, as they are
+        self._again: list[Call] = []  # to be sent again, as they are
         self._looking: set[str] = set()
-        self._unshown: dict[int, deque[tuple[int, float, _Call, Result]]] = {}
+        self._unshown: dict[int, deque[tuple[int, float, Call, Result]]] = {}
         self._over = ""  # an epoch that Redis says is over
         self._pump = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -262,11 +154,11 @@ class Publisher:
             return _settled([error] * len(operations), None)
         if not operations:
             return _settled([], None)
-        batch = _Batch(len(operations))
+        batch = Batch(len(operations))
         gives_up = trio.current_time() + PATIENCE_S
         self._open += len(operations)
         for index, operation in enumerate(operations):
-            call = _Call(operation, batch, index, next(self._numbers))
+            call = Call(operation, batch, index, next(self._numbers))
             call.gives_up = gives_up
             try:
                 self._identify(call)
@@ -277,7 +169,7 @@ class Publisher:
                 self._wait(call)
         return batch
 
-    def _identify(self, call: _Call) -> None:
+    def _identify(self, call: Call) -> None:
         operation = call.operation
         if isinstance(operation, Claim):
             call.digest = digest_of(operation.sub, operation.key)
@@ -294,7 +186,7 @@ class Publisher:
 
     # Deciding
 
-    def _try(self, call: _Call) -> bool:
+    def _try(self, call: Call) -> bool:
         """Decide it now, and send what follows. False if it has to wait."""
         if self.client.away is not None or self._over == self._history.epoch:
             return False
@@ -303,7 +195,7 @@ class Publisher:
         call.verdict = None
         try:
             decided = not isinstance(call.operation, Claim) and self._decide(call)
-        except _UnknownError as unknown:
+        except UnknownError as unknown:
             self._look_up(unknown.job_id)
             return False
         except _BlockedError:
@@ -329,36 +221,35 @@ class Publisher:
             return False
         return True
 
-    def _decide(self, call: _Call) -> bool:
+    def _decide(self, call: Call) -> bool:
         """Fill ``changes``. False if nothing changes. Raises ApiError for a refusal."""
         operation, job_id = call.operation, call.job_id
         now_ms = max(self._at_ms, int(self._clock() * 1000))
         get = partial(self._read, call)
+        offset = -_PER_CALL * call.number
         before = get(job_id)
         after: Job | None = None
         match operation:
             case Publish(fields=fields):
                 if before is None:
-                    after = create(
-                        operation, job_id, partial(self._read_parent, call), offset=_PROVISIONAL, now_ms=now_ms
-                    )
+                    after = create(operation, job_id, partial(self._read_parent, call), offset=offset, now_ms=now_ms)
                 else:
                     if rules.is_repeat(before, fields):
                         return False
                     if operation.create == "must":
                         raise job_exists(job_id)
-                    after = rules.apply(before, fields, offset=_PROVISIONAL, now_ms=now_ms)
+                    after = rules.apply(before, fields, offset=offset, now_ms=now_ms)
             case Cancel():
-                after = rules.request_cancel(_must(before, job_id), offset=_PROVISIONAL, now_ms=now_ms)
+                after = rules.request_cancel(_must(before, job_id), offset=offset, now_ms=now_ms)
                 if after is None:
                     return False
             case Expire():
                 private = _must(before, job_id).private
                 if before is None or before.latest.ended or private.ttl is None or private.heard != operation.heard:
                     return False
-                after = rules.expire(before, offset=_PROVISIONAL, now_ms=now_ms)
+                after = rules.expire(before, offset=offset, now_ms=now_ms)
             case Delete():
-                update = rules.delete(_must(before, job_id), offset=_PROVISIONAL, now_ms=now_ms)
+                update = rules.delete(_must(before, job_id), offset=offset, now_ms=now_ms)
         if after is not None:
             update = after.latest
         self._change(call, before, after, update, True)
@@ -371,35 +262,17 @@ class Publisher:
         call.shard = shard_of(update.user_id)
         return True
 
-    def _change(self, call: _Call, before: Job | None, after: Job | None, update: Update, entry: bool) -> None:
+    def _change(self, call: Call, before: Job | None, after: Job | None, update: Update, entry: bool) -> None:
         rev = f"{self._node}{next(self._revs):x}"
-        call.changes.append(_Change(update.job_id, before, after, update, entry, call.reads[update.job_id], rev))
+        call.changes.append(Change(update.job_id, before, after, update, entry, call.reads[update.job_id], rev))
 
-    def _read(self, call: _Call, job_id: str) -> Job | None:
+    def _read(self, call: Call, job_id: str) -> Job | None:
         """The newest state known of a job, noting on which one the decision rests."""
-        slot = self._working.get(job_id)
-        if slot is not None:
-            call.reads[job_id] = slot.rev
-            return slot.job
-        shown = self._jobs.get(job_id)
-        known = self._known.get(job_id)
-        if known is not None:
-            shard = known.shard
-            if shard < 0 and shown is not None:
-                shard = shard_of(shown.latest.user_id)
-            if shard not in self._follower.followed or known.stamp > self._follower.seen[shard]:
-                call.reads[job_id] = known.rev
-                return known.job
-            del self._known[job_id]
-        if shown is not None:
-            call.reads[job_id] = self._follower.revs[job_id]
-            return shown
-        if len(self._follower.followed) < len(CHANNELS) and not (job_id == call.job_id and _may_create(call.operation)):
-            raise _UnknownError(job_id)
-        call.reads[job_id] = ""
-        return None
+        guess = job_id == call.job_id and _may_create(call.operation)
+        job, call.reads[job_id] = self._states.read(job_id, guess=guess)
+        return job
 
-    def _read_parent(self, call: _Call, job_id: str) -> Job | None:
+    def _read_parent(self, call: Call, job_id: str) -> Job | None:
         parent = self._read(call, job_id)
         if parent is not None and parent.created < 0:
             raise _BlockedError  # a part's tie names the parent's first offset
@@ -407,7 +280,7 @@ class Publisher:
 
     # Sending
 
-    def _send(self, call: _Call) -> None:
+    def _send(self, call: Call) -> None:
         call.epoch = self._history.epoch
         call.floor = max(self._top, self._history.last)
         client = self.client
@@ -431,7 +304,7 @@ class Publisher:
                 change.rev,
                 kind,
                 self._lease_of(change),
-                _ended_of(change),
+                ended_of(change),
                 change.update.version,
                 write_of(change.after, change.update, change.rev, entry=change.entry),
             )
@@ -439,12 +312,10 @@ class Publisher:
         reply = client.send_script(PUBLISH, call.keys, arguments)
         self._fly(call)
         for change in call.changes:
-            slot = self._working.get(change.job_id)
-            chain = call.number if slot is None else slot.chain
-            self._working[change.job_id] = _Slot(change.after, change.rev, chain)
+            self._states.expect(change, call.number)
         reply.when_settled(partial(self._sent, call))
 
-    def _lease_of(self, change: _Change) -> str:
+    def _lease_of(self, change: Change) -> str:
         before, after = change.before, change.after
         had = before is not None and before.private.ttl is not None and not before.latest.ended
         if after is None or after.private.ttl is None or after.latest.ended:
@@ -454,12 +325,12 @@ class Publisher:
         self._on_lease(after.private.ttl)
         return str(max(1, round(after.private.ttl * 1000)))
 
-    def _look(self, call: _Call) -> None:
+    def _look(self, call: Call) -> None:
         """Ask for the states that the verdict rests on."""
         self._ask(call)
         self._fly(call)
 
-    def _ask(self, call: _Call) -> None:
+    def _ask(self, call: Call) -> None:
         call.epoch = self._history.epoch
         if isinstance(call.operation, Claim):
             reply = self.client.send_script(CLAIM, (META, idempotency_key(call.digest)), (call.fingerprint,))
@@ -471,7 +342,7 @@ class Publisher:
         reply = self.client.send_script(LOOK, keys, list(call.reads))
         reply.when_settled(partial(self._looked, call))
 
-    def _send_again(self, call: _Call) -> None:
+    def _send_again(self, call: Call) -> None:
         """After a lost connection: the same call with the same tokens, so that it cannot have an effect twice."""
         if call.changes:
             reply = self.client.send_script(PUBLISH, call.keys, call.arguments)
@@ -479,10 +350,10 @@ class Publisher:
         else:
             self._ask(call)
 
-    def _fly(self, call: _Call) -> None:
+    def _fly(self, call: Call) -> None:
         self._flying[call.job_id] = self._flying.get(call.job_id, 0) + 1
 
-    def _land(self, call: _Call) -> None:
+    def _land(self, call: Call) -> None:
         left = self._flying.pop(call.job_id) - 1
         if left:
             self._flying[call.job_id] = left
@@ -491,7 +362,7 @@ class Publisher:
 
     # Replies
 
-    def _sent(self, call: _Call, reply: Reply) -> None:
+    def _sent(self, call: Call, reply: Reply) -> None:
         outcome = reply.outcome
         if not isinstance(outcome, list):
             self._failed(call, outcome)
@@ -501,10 +372,10 @@ class Publisher:
         if code == DONE:
             self._done(call, outcome[1], outcome[2], outcome[3:])
         elif code == REPEATED and not call.in_doubt:
-            self._drop(call)
+            self._states.drop(call)
             self._repeated(call, outcome[1], stored_of(outcome[3], outcome[2]))
         elif code == FULL:
-            self._drop(call)
+            self._states.drop(call)
             self._land(call)
             self._settle(call, too_many_jobs(self._jobs.max_jobs))
         else:
@@ -512,9 +383,9 @@ class Publisher:
             start = f"({call.floor}-0" if code == CONFLICT else "-"
             self._resolve(call, start, partial(self._undone, call, outcome))
 
-    def _undone(self, call: _Call, outcome: Sequence[Any]) -> None:
+    def _undone(self, call: Call, outcome: Sequence[Any]) -> None:
         """Redis did not execute it."""
-        self._drop(call)
+        self._states.drop(call)
         call.in_doubt = False
         if outcome[0] == REPEATED:
             self._repeated(call, outcome[1], stored_of(outcome[3], outcome[2]))
@@ -524,11 +395,11 @@ class Publisher:
         else:
             assert outcome[0] == CONFLICT
             for change, blob in zip(call.changes, outcome[2:], strict=True):
-                self._told(change.job_id, stored_of(blob, outcome[1]), call.number)
+                self._states.told(change.job_id, stored_of(blob, outcome[1]), call.number)
         self._wait(call)
         self._land(call)
 
-    def _done(self, call: _Call, first: int, at_ms: int, created: Sequence[int]) -> None:
+    def _done(self, call: Call, first: int, at_ms: int, created: Sequence[int]) -> None:
         self._at_ms = max(self._at_ms, at_ms)
         stamp = first - 1
         for change in call.changes:
@@ -537,19 +408,8 @@ class Publisher:
                 change.update.offset = stamp
                 change.update.at_ms = at_ms
         self._top = max(self._top, stamp)
-        followed = call.shard in self._follower.followed
         for change, born in zip(call.changes, created, strict=True):
-            after = change.after
-            if after is not None and after.created < 0:
-                after = change.after = Job(after.latest, born, after.private)
-            slot = self._working.get(change.job_id)
-            if slot is not None and slot.rev == change.rev:
-                del self._working[change.job_id]
-            elif slot is not None and slot.job is not None and slot.job.created < 0:
-                slot.job = Job(slot.job.latest, born, slot.job.private)
-            if not followed or self._follower.seen[call.shard] < stamp:
-                shard = call.shard if after is not None else -1
-                self._remember(change.job_id, Stored(change.rev if after is not None else "", stamp, shard, after))
+            self._states.done(change, born, call.shard, stamp)
         own = call.changes[0]
         self._land(call)
         requested = own.after is not None and own.after.private.cancel_requested
@@ -560,7 +420,7 @@ class Publisher:
         if self._held:
             self._pump.set()
 
-    def _repeated(self, call: _Call, value: bytes, state: Stored) -> None:
+    def _repeated(self, call: Call, value: bytes, state: Stored) -> None:
         """The idempotency key was used before: the first answer again, and the job as it is now."""
         self._land(call)
         fingerprint, _, offset, version = value.split(b" ")
@@ -571,7 +431,7 @@ class Publisher:
         requested = state.job is not None and state.job.private.cancel_requested
         self._answer(call, Accepted(int(offset), int(version), True, requested, state.job), state.stamp)
 
-    def _claimed(self, call: _Call, reply: Reply) -> None:
+    def _claimed(self, call: Call, reply: Reply) -> None:
         outcome = reply.outcome
         if not isinstance(outcome, list):
             self._failed(call, outcome)
@@ -587,7 +447,7 @@ class Publisher:
         else:
             self._settle(call, key_reused())
 
-    def _looked(self, call: _Call, reply: Reply) -> None:
+    def _looked(self, call: Call, reply: Reply) -> None:
         outcome = reply.outcome
         if not isinstance(outcome, list):
             self._failed(call, outcome)
@@ -604,7 +464,7 @@ class Publisher:
             return
         if [state.rev for state in states] != list(call.reads.values()):
             for job_id, state in zip(call.reads, states, strict=True):
-                self._told(job_id, state, call.number)
+                self._states.told(job_id, state, call.number)
             self._wait(call)
             self._land(call)
             return
@@ -620,7 +480,7 @@ class Publisher:
             latest = job.latest
             self._answer(call, Accepted(latest.offset, latest.version, True, job.private.cancel_requested, job), stamp)
 
-    def _failed(self, call: _Call, outcome: object) -> None:
+    def _failed(self, call: Call, outcome: object) -> None:
         """No answer, or an error instead of one."""
         if isinstance(outcome, RedisError) and outcome.code not in _PASSING:
             # Nothing that waiting for would help: it is full, or forbids it.
@@ -633,19 +493,19 @@ class Publisher:
             call.in_doubt = True
         self._again.append(call)  # until there is a connection again, or for the next look at those who wait
 
-    def _refused(self, call: _Call, error: ApiError) -> None:
-        self._drop(call)
+    def _refused(self, call: Call, error: ApiError) -> None:
+        self._states.drop(call)
         self._land(call)
         self._settle(call, error)
 
-    def _resolve(self, call: _Call, start: str, undone: Callable[[], object]) -> None:
+    def _resolve(self, call: Call, start: str, undone: Callable[[], object]) -> None:
         """Redis did not execute it just now: ``undone``. Unless it was sent before, and had been executed then."""
         if call.in_doubt and call.changes and self._nursery is not None:
             self._nursery.start_soon(self._search, call, start, undone)
         else:
             undone()
 
-    async def _search(self, call: _Call, start: str, undone: Callable[[], object]) -> None:
+    async def _search(self, call: Call, start: str, undone: Callable[[], object]) -> None:
         own = call.changes[0]
         try:
             while True:
@@ -664,27 +524,7 @@ class Publisher:
             return
         undone()
 
-    # What is known
-
-    def _told(self, job_id: str, stored: Stored, number: int) -> None:
-        """Redis' word on a job, in answer to this call."""
-        slot = self._working.get(job_id)
-        if slot is None or number >= slot.chain:
-            self._working.pop(job_id, None)
-        self._remember(job_id, stored)
-
-    def _remember(self, job_id: str, stored: Stored) -> None:
-        self._known.pop(job_id, None)
-        self._known[job_id] = stored
-        if len(self._known) > MAX_KNOWN:
-            del self._known[next(iter(self._known))]
-
-    def _drop(self, call: _Call) -> None:
-        """What it would have written will not come, nor what rests on it."""
-        for change in call.changes:
-            slot = self._working.get(change.job_id)
-            if slot is not None and call.number >= slot.chain:
-                del self._working[change.job_id]
+    # Epochs, and what was not known
 
     def _other_epoch(self, epoch: str) -> None:
         if epoch == self._history.epoch:
@@ -693,8 +533,7 @@ class Publisher:
 
     def forget(self) -> None:
         """The log began anew: nothing that was known holds."""
-        self._working.clear()
-        self._known.clear()
+        self._states.clear()
         self._top = 0
         self._pump.set()
 
@@ -717,13 +556,12 @@ class Publisher:
         if isinstance(reply.outcome, list):
             _, offset, _, *blobs = reply.outcome
             for job_id, blob in zip(ids, blobs, strict=True):
-                if job_id not in self._working:
-                    self._remember(job_id, stored_of(blob, offset))
+                self._states.looked_up(job_id, stored_of(blob, offset))
         self._pump.set()
 
     # Waiting
 
-    def _wait(self, call: _Call) -> None:
+    def _wait(self, call: Call) -> None:
         call.changes = []
         self._waiting.append(call)
         self._held[call.job_id] = self._held.get(call.job_id, 0) + 1
@@ -781,7 +619,7 @@ class Publisher:
         if stranded:
             self._again = [call for call in self._again if call.gives_up > now]
             for call in stranded:
-                self._drop(call)
+                self._states.drop(call)
                 self._land(call)
         for call in late + stranded:
             self._settle(call, unavailable(self.client.away or "Redis did not settle it in time"))
@@ -800,7 +638,7 @@ class Publisher:
 
     # Answering
 
-    def _answer(self, call: _Call, result: Result, stamp: int) -> None:
+    def _answer(self, call: Call, result: Result, stamp: int) -> None:
         """Settle it once what it rests on is shown here, if it is to be: a publisher reads its own writes."""
         shard = call.shard
         follower = self._follower
@@ -830,7 +668,7 @@ class Publisher:
         for shard in list(self._unshown):
             self._release(shard, float("inf"))
 
-    def _settle(self, call: _Call, result: Result) -> None:
+    def _settle(self, call: Call, result: Result) -> None:
         if isinstance(result, Accepted) and result.job is not None:
             shown = self._jobs.get(result.job.latest.job_id)
             if shown is not None and shown.latest.offset == result.job.latest.offset:
@@ -853,7 +691,7 @@ def _must(job: Job | None, job_id: str) -> Job:
     return job
 
 
-def _number(call: _Call) -> int:
+def _number(call: Call) -> int:
     return call.number
 
 
@@ -862,10 +700,3 @@ def _may_create(operation: Operation) -> bool:
     return isinstance(operation, Publish) and (
         operation.create == "must" or (operation.create == "may" and operation.fields.user_id is not UNSET)
     )
-
-
-def _ended_of(change: _Change) -> str:
-    before, after = change.before, change.after
-    if change.entry and after is not None and after.latest.ended:
-        return "1"
-    return "0" if before is not None and before.latest.ended and (after is None or not after.latest.ended) else ""

@@ -304,6 +304,23 @@ async def test_parts_and_parents_stand_together_in_the_log(rig: Rig) -> None:
     assert (await rig.refuse(publish("x", userId="v", parentId="p"))).code == "parent_not_found"
 
 
+async def test_a_parent_that_is_made_again_in_the_same_batch(rig: Rig) -> None:
+    results = await rig.decide(
+        publish("p", userId="u", stage="first"),
+        publish("q", userId="u", parentId="p", progress=10),
+        Delete("p"),
+        publish("p", userId="u", stage="second"),
+        publish("p", stage="third"),
+        publish("r", userId="u", parentId="p", progress=30),
+        publish("q", progress=90),
+    )
+    assert all(isinstance(result, Accepted) for result in results), results
+    parent, part = rig.jobs.jobs["p"], rig.jobs.jobs["r"]
+    assert part.private.link is not None
+    assert part.private.link.parent_created == parent.created
+    assert (rig.record("p")["progress"], rig.record("p")["steps"]["total"]) == (30, 1)  # q's parent was the first one
+
+
 async def test_old_ended_jobs_make_room(store: str, tmp_path: Path) -> None:
     async with running(store, tmp_path / "room.db", max_jobs=3) as rig:
         for name in "abc":
