@@ -52,6 +52,7 @@ class Call:
     Attributes:
         number: order of submission.
         job_id: the job it is about.
+        holds: the jobs whose later calls have to wait while this one does: its own, and the parent it is to get.
         digest, fingerprint: of its idempotency key; empty without one.
         reads: the states it was decided on: job id -> token, "" for none.
         changes: what it writes; empty while it is only a look.
@@ -71,6 +72,7 @@ class Call:
         "fingerprint",
         "floor",
         "gives_up",
+        "holds",
         "in_doubt",
         "index",
         "job_id",
@@ -88,6 +90,7 @@ class Call:
         self.index = index
         self.number = number
         self.job_id = ""
+        self.holds: tuple[str, ...] = ()
         self.digest = self.fingerprint = b""
         self.reads: dict[str, str] = {}
         self.changes: list[Change] = []

@@ -131,7 +131,7 @@ class Publisher:
         self._states = States(jobs, follower)
         self._flying: dict[str, int] = {}  # job id -> calls under way
         self._waiting: list[Call] = []
-        self._held: dict[str, int] = {}  # job id -> calls in _waiting
+        self._held: dict[str, None] = {}  # what those in _waiting hold
         self._again: list[Call] = []  # to be sent again, as they are
         self._looking: set[str] = set()
         self._unshown: dict[int, deque[tuple[int, float, Call, Result]]] = {}
@@ -165,7 +165,7 @@ class Publisher:
             except ApiError as error:
                 self._settle(call, error)
                 continue
-            if call.job_id in self._held or not self._try(call):
+            if not self._held.keys().isdisjoint(call.holds) or not self._try(call):
                 self._wait(call)
         return batch
 
@@ -177,12 +177,15 @@ class Publisher:
             return
         if not isinstance(operation, Publish):
             call.job_id = operation.job_id
+            call.holds = (call.job_id,)
             return
         job_id, key = identify(operation)
         if key is not None:
             call.digest = digest_of(operation.sub, key)
             call.fingerprint = fingerprint_of(job_id, operation.create, operation.fields).hex().encode()
         call.job_id = new_target(operation) if job_id is None else job_id
+        parent_id = operation.fields.parent_id
+        call.holds = (call.job_id,) if parent_id is UNSET else (call.job_id, parent_id)
 
     # Deciding
 
@@ -564,7 +567,7 @@ class Publisher:
     def _wait(self, call: Call) -> None:
         call.changes = []
         self._waiting.append(call)
-        self._held[call.job_id] = self._held.get(call.job_id, 0) + 1
+        self._held.update(dict.fromkeys(call.holds))
 
     async def run(self) -> None:
         """Decide again what had to wait, until cancelled."""
@@ -599,7 +602,7 @@ class Publisher:
         waiting.sort(key=_number)
         self._held = {}
         for call in waiting:
-            if call.job_id in self._held or call.job_id in self._flying or not self._try(call):
+            if not self._held.keys().isdisjoint(call.holds) or call.job_id in self._flying or not self._try(call):
                 self._wait(call)
 
     def give_up(self, now: float) -> None:
@@ -613,7 +616,7 @@ class Publisher:
             self._waiting = [call for call in self._waiting if call.gives_up > now]
             self._held = {}
             for call in self._waiting:
-                self._held[call.job_id] = self._held.get(call.job_id, 0) + 1
+                self._held.update(dict.fromkeys(call.holds))
             self._pump.set()
         stranded = [call for call in self._again if call.gives_up <= now]
         if stranded:
