@@ -11,6 +11,7 @@ and a block without ``await`` is atomic.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Final, NamedTuple
@@ -47,7 +48,7 @@ class Want(NamedTuple):
     form: WireForm
 
 
-class Reader:
+class Reader(ABC):
     """What the hub asks of a connection that watches something.
 
     A class of its own for the sake of memory: CPython lays out a base class's slots first, so all that the
@@ -74,21 +75,21 @@ class Reader:
         self.sock_send = sock_send
         self.wants: dict[str, Want] = {}
 
+    @abstractmethod
     def take(self, batch: Sequence[Update]) -> None:
         """Accept a batch on the slow path; never waits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stalled(self, wire: bytes, sent: int) -> None:
         """The socket took only ``sent`` bytes of ``wire``; the rest is the reader's to send."""
-        raise NotImplementedError
 
+    @abstractmethod
     def broken(self) -> None:
         """The socket failed; end this connection."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_lost(self) -> None:
         """The log began a new epoch: what was held is void."""
-        raise NotImplementedError
 
 
 class Channel:

@@ -41,6 +41,12 @@ class PollReader(Reader):
         if any(want.filter.passes(update) for update in fresh for want in self.wants.values()):
             self.wake.set()
 
+    def stalled(self, wire: bytes, sent: int) -> None:
+        """Never called: it is not written to."""
+
+    def broken(self) -> None:
+        """Never called, for the same reason."""
+
     def log_lost(self) -> None:
         """The log began anew: answer now, with a reset."""
         self.wake.set()
