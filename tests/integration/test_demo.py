@@ -97,7 +97,7 @@ async def test_make_run_says_why_it_cannot(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode != 0
-    assert b"expected memory: or sqlite:PATH" in done.stderr
+    assert b"expected memory:, sqlite:PATH or redis:" in done.stderr
     assert b"Traceback" not in done.stderr
 
 
