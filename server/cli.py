@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from server.config import FLAGS, ConfigError
+from server.config import ConfigError
+from server.config_load import FLAGS
 
 DEFAULT_URL = "http://127.0.0.1:3000"
 CAPABILITIES = ("publish", "notify", "ops")

@@ -24,7 +24,8 @@ import jwt
 import trio
 
 from server.app import running
-from server.config import Config, load_config
+from server.config import Config
+from server.config_load import load_config
 from server.node import Node
 
 ROOT: Final = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from server.cli import EXIT_OK, flags_of
-from server.config import describe, find_config_file, load_with_sources
+from server.config_load import describe, find_config_file, load_with_sources
 from server.keys import load_keys
 
 

@@ -11,7 +11,8 @@ import trio
 from server import logs
 from server.app import serve
 from server.cli import flags_of
-from server.config import Config, find_config_file, load_config
+from server.config import Config
+from server.config_load import find_config_file, load_config
 
 
 def run(arguments: Namespace) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from protocol.fields import is_id
 from server.cli import EXIT_OK, EXIT_USAGE, CommandError, flags_of
-from server.config import find_config_file, load_config
+from server.config_load import find_config_file, load_config
 from server.keys import sign_token
 
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from server.auth import Authenticator
 from server.cli import main
-from server.config import load_config
+from server.config_load import load_config
 
 SECRET = "0123456789abcdef0123456789abcdef"
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server import config as module
-from server.config import Config, ConfigError, describe, find_config_file, is_loopback, load_config, load_with_sources
+from server import config_load as module
+from server.config import Config, ConfigError, is_loopback
+from server.config_load import describe, find_config_file, load_config, load_with_sources
 from server.limits import parse_proxies
 
 SECRET = "0123456789abcdef0123456789abcdef"

@@ -1,0 +1,327 @@
+"""Reading the configuration: where each value came from, and what is refused at start.
+
+Four layers, the first that sets a key wins: command-line flags, environment (``STATUSWIRE_<TABLE>_<KEY>``),
+a TOML file, the defaults below. A key nobody knows is an error in every layer: a typo in a limit must not
+silently mean "no limit".
+
+``load_config`` depends on its arguments alone (and on the files they name), so it can be called again while
+the server runs.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct, inspect
+
+from server import config_rules as rules
+from server.config import (
+    Auth,
+    Config,
+    ConfigError,
+    Cors,
+    Debug,
+    History,
+    Limits,
+    Log,
+    Server,
+    Store,
+    is_loopback,
+    without_password,
+)
+
+ENV_PREFIX = "STATUSWIRE_"
+DEFAULT_FILE = "statuswire.toml"
+# These belong to the client commands (where to find a server), not to the server's configuration.
+CLIENT_VARIABLES = frozenset({"STATUSWIRE_URL", "STATUSWIRE_TOKEN"})
+# RFC 7518 section 3.2 asks HMAC keys to be as long as the hash; 32 bytes is the least that withstands guessing.
+MIN_SECRET_BYTES = 32
+
+
+class _Key(NamedTuple):
+    name: str  # "server.port"
+    type: Any  # annotation, for msgspec.convert
+    info: inspect.Type
+    default: object
+    flag: str | None
+
+
+class _Value(NamedTuple):
+    raw: object
+    source: str
+    text: bool  # from a flag or the environment: "3000" is a number there
+
+
+# Flags of `statuswire serve`; the command line is built from this table.
+FLAGS = {
+    "server.host": "--host",
+    "server.port": "--port",
+    "server.unix_socket": "--unix-socket",
+    "server.workers": "--workers",
+    "store.url": "--store",
+    "auth.jwt_key": "--jwt-key",
+    "auth.jwt_algorithm": "--jwt-algorithm",
+    "log.level": "--log-level",
+}
+_TABLES: dict[str, type[Struct]] = {
+    "server": Server,
+    "auth": Auth,
+    "cors": Cors,
+    "history": History,
+    "limits": Limits,
+    "store": Store,
+    "log": Log,
+    "debug": Debug,
+}
+# Values that other keys imply, with the reason.
+_IMPLIED = {
+    "server.host": "no TCP: server.unix_socket is set, server.host and server.port are not",
+    "auth.jwt_algorithm": "auth.jwt_key is a shared secret",
+}
+_SECRETS = frozenset({"auth.jwt_key"})
+_UNSUPPORTED_TABLES = {"webhooks": "incoming webhooks"}
+_UNSUPPORTED_KEYS = {
+    "auth.hook_url": "asking the application who a caller is; configure auth.jwt_algorithm and a key instead",
+    "server.tls_cert": "TLS; let a proxy in front of it (nginx, Caddy) terminate TLS",
+    "server.tls_key": "TLS; let a proxy in front of it (nginx, Caddy) terminate TLS",
+}
+
+
+def _keys() -> Iterator[_Key]:
+    for table, struct in _TABLES.items():
+        info = inspect.type_info(struct)
+        assert isinstance(info, inspect.StructType)
+        hints = msgspec.structs.fields(struct)
+        for description, hint in zip(info.fields, hints, strict=True):
+            name = f"{table}.{description.name}"
+            yield _Key(name, hint.type, description.type, hint.default, FLAGS.get(name))
+
+
+_KEYS = {key.name: key for key in _keys()}
+_VARIABLES = {ENV_PREFIX + name.replace(".", "_").upper(): name for name in _KEYS}
+
+
+def find_config_file(option: str | None, directory: Path) -> Path | None:
+    """The TOML file to read: what ``--config`` names, else ``statuswire.toml`` in ``directory`` if it is there."""
+    if option is not None:
+        return Path(option)
+    default = directory / DEFAULT_FILE
+    return default if default.is_file() else None
+
+
+def load_config(flags: Mapping[str, object], environ: Mapping[str, str], file: Path | None) -> Config:
+    """Merge, convert and check all layers.
+
+    Args:
+        flags: dotted key to value, ``{"server.port": "4000"}``; None means that the flag was not given.
+        environ: environment variables; those without our prefix are ignored.
+        file: TOML file, or None for no file.
+
+    Raises:
+        ConfigError: unknown key, wrong type or range, keys that contradict each other, or a file that cannot be read.
+    """
+    return load_with_sources(flags, environ, file)[0]
+
+
+def load_with_sources(
+    flags: Mapping[str, object], environ: Mapping[str, str], file: Path | None
+) -> tuple[Config, dict[str, str]]:
+    """Like :func:`load_config`, and for every key that is not a default where it came from (dotted key to words)."""
+    given: dict[str, _Value] = {}
+    if file is not None:
+        given.update(_from_file(file))
+    given.update(_from_environ(environ))
+    given.update(_from_flags(flags))
+
+    for name, value in given.items():
+        if name in _UNSUPPORTED_KEYS and value.raw not in ("", None):
+            raise ConfigError(f"{name} ({value.source}): this version does not support {_UNSUPPORTED_KEYS[name]}")
+    values: dict[str, dict[str, object]] = {table: {} for table in _TABLES}
+    for name, value in given.items():
+        table, _, key = name.partition(".")
+        values[table][key] = _convert(_KEYS[name], value)
+    if values["server"].get("unix_socket") and not values["server"].keys() & {"host", "port"}:
+        values["server"]["host"] = ""  # a Unix socket that is asked for alone is meant alone
+    auth = values["auth"]
+    if "jwt_algorithm" not in auth and auth.get("jwt_key") and not str(auth["jwt_key"]).startswith("-----BEGIN"):
+        auth["jwt_algorithm"] = "HS256"  # the one thing a shared secret alone can sensibly mean
+    config = Config(**{table: struct(**values[table]) for table, struct in _TABLES.items()})  # type: ignore[arg-type]
+    sources = {name: value.source for name, value in given.items()}
+    _check(config, sources)
+    return config, sources
+
+
+def describe(config: Config, sources: Mapping[str, str]) -> str:
+    """The effective configuration as TOML text, secrets hidden, with a comment where a value is not the default."""
+    lines: list[str] = []
+    for table in _TABLES:
+        lines += ["", f"[{table}]"] if lines else [f"[{table}]"]
+        for name, key in _KEYS.items():
+            if not name.startswith(table + "."):
+                continue
+            bare = name.partition(".")[2]
+            value = getattr(getattr(config, table), bare)
+            shown = rules.toml(_masked(name, value))
+            comment = ""
+            if name in sources:
+                comment = f"  # {sources[name]}"
+            elif value != key.default:
+                comment = f"  # {_IMPLIED[name]}"
+            lines.append(f"{bare} = {shown}{comment}")
+    return "\n".join(lines) + "\n"
+
+
+# --- the layers -------------------------------------------------------------------------------------------------
+
+
+def _from_file(file: Path) -> Iterator[tuple[str, _Value]]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {str(file)!r}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    source = str(file)
+    for table, entries in document.items():
+        if table in _UNSUPPORTED_TABLES:
+            raise ConfigError(f"[{table}] ({source}): this version does not support {_UNSUPPORTED_TABLES[table]}")
+        if table not in _TABLES:
+            wanted = _nearest_key(table) if not isinstance(entries, dict) else rules.nearest(table, _TABLES)
+            what = f"table [{table}]" if isinstance(entries, dict) else f"key {table!r} outside of any table"
+            raise ConfigError(f"unknown {what} in {source}{rules.suggest(wanted, 'tables', _TABLES)}")
+        if not isinstance(entries, dict):
+            raise ConfigError(f"{table} ({source}): expected a table, [{table}], not a single value")
+        for key, raw in entries.items():
+            name = f"{table}.{key}"
+            if name not in _KEYS:
+                raise ConfigError(f"unknown key {name} in {source}{_suggest_key(name)}")
+            yield name, _Value(raw, source, text=False)
+
+
+def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, _Value]]:
+    links = rules.service_links(environ, ENV_PREFIX)
+    for variable, raw in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable in CLIENT_VARIABLES or variable in links:
+            continue
+        name = _VARIABLES.get(variable)
+        if name is None:
+            hint = rules.suggest(rules.nearest(variable, _VARIABLES), "variables", _VARIABLES)
+            raise ConfigError(f"unknown environment variable {variable}{hint}")
+        yield name, _Value(raw, f"environment variable {variable}", text=True)
+
+
+def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, _Value]]:
+    for name, raw in flags.items():
+        if name not in _KEYS:
+            raise ConfigError(f"unknown key {name}{_suggest_key(name)}")
+        if raw is not None:
+            yield name, _Value(raw, f"flag {_KEYS[name].flag or name}", text=isinstance(raw, str))
+
+
+# --- one value --------------------------------------------------------------------------------------------------
+
+
+def _convert(key: _Key, value: _Value) -> object:
+    """The value in its type and its one spelling."""
+    raw = rules.from_text(key.info, value.raw) if value.text and isinstance(value.raw, str) else value.raw
+    try:
+        converted = msgspec.convert(raw, key.type, strict=not value.text)
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise ValueError("not finite")
+    except (msgspec.ValidationError, ValueError):
+        near = rules.nearest(str(raw), rules.choices(key.info))
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise _bad(key.name, value.raw, value.source, f"expected {rules.expected(key.info)}{hint}") from None
+    rule = rules.RULES.get(key.name)
+    try:
+        return converted if rule is None else rule(converted)
+    except ValueError as error:
+        raise _bad(key.name, value.raw, value.source, str(error)) from None
+
+
+# --- keys that depend on each other -----------------------------------------------------------------------------
+
+
+def _check(config: Config, sources: Mapping[str, str]) -> None:
+    _check_auth(config.auth)
+    server = config.server
+    if server.workers > 1:
+        raise ConfigError(
+            f"server.workers = {server.workers} ({sources['server.workers']}): this version runs one process a "
+            "server; start several servers on one Redis store instead, each with its own port, and set workers to 1"
+        )
+    if not server.host and not server.unix_socket:
+        raise ConfigError(
+            f"server.host is empty ({sources['server.host']}) and there is no server.unix_socket: nothing to listen "
+            "on; use 0.0.0.0 or :: for all interfaces"
+        )
+    if server.tcp and config.auth.open and not is_loopback(server.host):
+        raise ConfigError(
+            f"server.host = {server.host!r} ({sources['server.host']}): without auth everyone is an admin, so the "
+            "server listens on loopback only; configure auth.jwt_algorithm and auth.jwt_key (or jwt_key_file or "
+            "jwks_file), or listen on 127.0.0.1 or a Unix socket"
+        )
+    anybody = {"*", "null"}.intersection(config.cors.origins)
+    if anybody and config.auth.open:
+        raise ConfigError(
+            f"cors.origins = {sorted(anybody)[0]!r} ({sources['cors.origins']}): without auth every web page that is "
+            "opened on this machine could control the jobs; list the origins, or configure auth"
+        )
+
+
+def _check_auth(auth: Auth) -> None:
+    """What can be said without reading the key; whether it fits the algorithm is for ``server.auth`` to find out."""
+    keys = [name for name in ("jwt_key", "jwt_key_file", "jwks_file") if getattr(auth, name)]
+    if len(keys) > 1:
+        raise ConfigError(f"auth.{' and auth.'.join(keys)} are set together: keep one of them")
+    if auth.jwt_algorithm and not keys:
+        raise ConfigError(
+            f"auth.jwt_algorithm = {auth.jwt_algorithm} needs a key: set auth.jwt_key, auth.jwt_key_file or "
+            "auth.jwks_file"
+        )
+    if keys and not auth.jwt_algorithm and keys[0] != "jwt_key_file":
+        raise ConfigError(
+            f"auth.{keys[0]} is set but auth.jwt_algorithm is not: the server must know which one algorithm to "
+            "accept, for example RS256, ES256 or EdDSA"
+        )
+    size = len(auth.jwt_key.encode())
+    if auth.jwt_key and auth.jwt_algorithm.startswith("HS") and size < MIN_SECRET_BYTES:
+        raise ConfigError(
+            f"auth.jwt_key has {size} bytes; a secret for {auth.jwt_algorithm} must have {MIN_SECRET_BYTES} or more, "
+            "or it can be guessed from any token: make one with `openssl rand -hex 32`"
+        )
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def _bad(name: str, value: object, source: str, reason: str) -> ConfigError:
+    return ConfigError(f"{name} = {rules.toml(_masked(name, value))} ({source}): {reason}")
+
+
+def _masked(name: str, value: object) -> object:
+    if name in _SECRETS and value:
+        return "(hidden)"
+    return without_password(value) if isinstance(value, str) else value
+
+
+def _nearest_key(name: str) -> str | None:
+    """The known key that was probably meant: the same bare name elsewhere, else a near one, in the same table first."""
+    table, _, bare = name.rpartition(".")
+    anywhere = {key.partition(".")[2]: key for key in _KEYS}
+    here = {short: key for short, key in anywhere.items() if key.startswith(table + ".")}
+    for known in ({bare: anywhere[bare]} if bare in anywhere else {}, here, anywhere):
+        near = rules.nearest(bare, known)
+        if near is not None:
+            return known[near]
+    return None
+
+
+def _suggest_key(name: str) -> str:
+    table = name.partition(".")[0]
+    return rules.suggest(_nearest_key(name), "keys", [key for key in _KEYS if key.startswith(table + ".")])
