@@ -21,8 +21,6 @@ from server import config
 from server.config import ConfigError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from protocol.request import Request
 
 # Buckets of one table, about 300 bytes each. When it is full the one longest unused is forgotten, so an attacker with
@@ -39,30 +37,23 @@ class Limits:
     """The limits of one server. Times are monotonic seconds, of one clock."""
 
     def __init__(self, limits: config.Limits) -> None:
-        self._connections: dict[str, int] = {}
         self.reload(limits)
 
     def reload(self, limits: config.Limits) -> None:
-        """Take new limits. Open connections stay counted; rates start anew."""
-        self._max_connections = limits.connections_per_user
+        """Take new limits; rates start anew."""
+        self.connections_per_user = limits.connections_per_user
         self._connects = Rates(limits.connects_per_second, "connections from your address")
         self._messages = Rates(limits.messages_per_second, "messages")
         self._publishes = Rates(limits.publishes_per_second, "updates")
 
-    def acquire(self, user: str) -> Lease:
-        """Count one more open connection of a user until the lease is released.
+    def check_connections(self, held: int) -> None:
+        """See that a user with ``held`` live connections may have one more.
 
         Raises:
-            ApiError: 429 ``rate_limited``: the user has ``connections_per_user`` already.
+            ApiError: 429 ``rate_limited``: these are ``connections_per_user`` already.
         """
-        limit = self._max_connections
-        if not limit:
-            return Lease(None, user)
-        held = self._connections.get(user, 0)
-        if held >= limit:
+        if 0 < self.connections_per_user <= held:
             raise _too_much(f"you have {held} connections open, which is the limit; close one first", CONNECTION_RETRY)
-        self._connections[user] = held + 1
-        return Lease(self._connections, user)
 
     def check_connect(self, address: str, now: float) -> None:
         """Take one of the connects an address may make; ``address`` as ``client_address`` gives it.
@@ -99,36 +90,7 @@ class Limits:
     @property
     def entries(self) -> int:
         """How many table entries there are, over all tables."""
-        return len(self._connections) + len(self._connects) + len(self._messages) + len(self._publishes)
-
-
-class Lease:
-    """One counted connection: a context manager, synchronous, so that cancellation cannot leak it."""
-
-    __slots__ = ("_counts", "_user")
-
-    def __init__(self, counts: dict[str, int] | None, user: str) -> None:
-        self._counts = counts
-        self._user = user
-
-    def release(self) -> None:
-        """Give it back; again does nothing."""
-        counts, self._counts = self._counts, None
-        if counts is None:
-            return
-        left = counts[self._user] - 1
-        if left:
-            counts[self._user] = left
-        else:
-            del counts[self._user]
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+        return len(self._connects) + len(self._messages) + len(self._publishes)
 
 
 class Rates:

@@ -25,6 +25,7 @@ from server.jobs import Jobs
 from server.limits import Limits, parse_proxies
 from server.logs import log_event
 from server.origins import parse_origins
+from server.presence import Presence
 from server.wheel import Wheel
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Node:
     Attributes:
         streams: live WebSocket and event-stream connections.
         connections: open sockets.
+        presence: who is connected.
         polls: wake-ups of the polls that wait.
         shared: the broker again, if other nodes use its store too.
         draining: set from SIGTERM on.
@@ -85,6 +87,7 @@ class Node:
             )
         self.authenticator = Authenticator(config.auth)
         self.limits = Limits(config.limits)
+        self.presence = Presence(self.limits)
         self.cursors = Cursors()
         self.streams: dict[Stream, None] = {}
         self.polls: dict[trio.Event, None] = {}

@@ -50,7 +50,9 @@ def traces(running: InProcess) -> dict[str, object]:
         "polls": list(node.polls),
         "connections": node.connections,
         "timers": len(node.wheel),
-        "leases": node.limits._connections,
+        "clients": node.presence.clients,
+        "users": node.presence.users,
+        "named": node.presence.channels,
         "busy": node._busy,
     }
     return {name: value for name, value in found.items() if value}

@@ -1,19 +1,21 @@
-"""What WebSocket and event-stream connections have in common: heartbeats, token expiry, drain."""
+"""What WebSocket and event-stream connections have in common: presence, heartbeats, token expiry, drain."""
 
 from __future__ import annotations
 
 import random
 import socket
+import sys
 import time
-from typing import Final
+from collections.abc import Collection
+from typing import ClassVar, Final
 
 import trio
 
 from protocol.messages import server_message
+from protocol.presence import Transport
 from protocol.update import format_time
 from protocol.wire import WireForm
 from server.auth import Identity
-from server.limits import Lease
 from server.node import Node
 from server.reader import PushReader
 from server.wheel import Timer
@@ -21,21 +23,76 @@ from server.wheel import Timer
 # Without a sign of life for this long, a connection is stale and closed; with slow heartbeats, after four of them.
 STALE_AFTER_S: Final = 120.0
 STALE_HEARTBEATS: Final = 4
+# What a client is told whose connection was ended by ``disconnect``.
+DISCONNECTED: Final = "disconnected by the application"
 
 
 class LiveReader(PushReader):
-    """A push connection with timers."""
+    """A push connection with timers, and its own entry in ``node.presence`` (``Connected``).
 
-    __slots__ = ("_beat_timer", "_expiry_timer", "lease", "node")
+    Attributes:
+        transport, takes_notices: see ``Connected``; the same for all of a class.
+        client_id: names this connection on all nodes.
+        identity: whose it is, once that is known.
+        username: what the user calls itself, if it said so.
+        address: the client's.
+        since_ms: unix milliseconds.
+        channels: the named channels it has joined; kept by ``Presence``.
+    """
 
-    def __init__(self, node: Node, sock: socket.socket, nursery: trio.Nursery, form: WireForm) -> None:
+    __slots__ = (
+        "_beat_timer",
+        "_expiry_timer",
+        "address",
+        "channels",
+        "client_id",
+        "identity",
+        "node",
+        "since_ms",
+        "username",
+    )
+
+    transport: ClassVar[Transport]
+    takes_notices: ClassVar[bool]
+
+    def __init__(
+        self,
+        node: Node,
+        sock: socket.socket,
+        nursery: trio.Nursery,
+        form: WireForm,
+        *,
+        client_id: str,
+        address: str,
+    ) -> None:
         super().__init__(sock, nursery, node.hub, node.wheel, form, backlog_bytes=node.config.limits.backlog)
         self.node = node
-        self.lease: Lease | None = None
+        self.client_id = client_id
+        self.identity: Identity | None = None
+        self.username: str | None = None
+        self.address = sys.intern(address)  # many come from one
+        self.since_ms = int(time.time() * 1000)
+        self.channels: Collection[str] = ()
         self._expiry_timer: Timer | None = None
         # Spread, or a thousand that came together would beat together for ever.
         self._beat_timer = node.wheel.after(node.config.server.heartbeat * random.uniform(0.5, 1), self._beat)
         node.streams[self] = None
+
+    @property
+    def user(self) -> str:
+        """Whose it is, once that is known."""
+        assert self.identity is not None
+        return self.identity.user
+
+    def enter(self, identity: Identity) -> None:
+        """Its user is known now, and was admitted (``Presence.admit``)."""
+        self.identity = identity
+        self.expire_with(identity)
+        self.node.presence.enter(self)
+
+    def disconnect(self) -> None:
+        """End it because the application says so. Must not wait."""
+        self.finish("disconnected")
 
     async def run(self) -> None:
         """Serve until either side ends it. Cleans up first, synchronously; what is awaited after that is bounded."""
@@ -64,8 +121,7 @@ class LiveReader(PushReader):
     def close(self) -> None:
         """Leave no trace. Synchronous, so cancellation cannot skip it."""
         self.finish("closed")
-        if self.lease is not None:
-            self.lease.release()
+        self.node.presence.leave(self)
         self._beat_timer.cancel()
         if self._expiry_timer is not None:
             self._expiry_timer.cancel()

@@ -19,7 +19,7 @@ from server.ids import new_id
 from server.node import Stream
 from server.reading import Start, channels_for, live, missed_updates, over, snapshot, start_from
 from server.socketio import all_acknowledged, receive, send_all
-from server.transports.live import LiveReader
+from server.transports.live import DISCONNECTED, LiveReader
 
 HEADERS: Final = (
     ("Content-Type", "text/event-stream"),
@@ -46,15 +46,15 @@ async def stream(exchange: Exchange) -> Response | Stream:
     if watch.job_ids is not None and begin.after is not None and _nothing_left(exchange, watch, names, begin.after):
         return Response(204)  # the one answer after which EventSource stays away
     connection = exchange.connection
-    lease = node.limits.acquire(identity.user)
+    client_id = new_id()
+    await node.presence.admit(client_id, identity.user)
     head = connection.http.start_stream(200, [*exchange.headers(), *HEADERS], close=True)
     framing = Framing.SSE_CHUNKED if connection.http.chunked else Framing.SSE
-    reader = EventStream(exchange, watch, names, wire_form(framing, watch.fields))
-    reader.lease = lease
-    reader.expire_with(identity)
+    reader = EventStream(exchange, watch, names, wire_form(framing, watch.fields), client_id)
+    reader.enter(identity)
     connected = server_message(
         "connected",
-        clientId=new_id(),
+        clientId=client_id,
         userId=identity.user,
         heartbeat=whole(node.config.server.heartbeat),
         timestamp=format_time(int(time.time() * 1000)),
@@ -75,9 +75,19 @@ class EventStream(LiveReader):
 
     __slots__ = ("_drain_delay_ms", "_names", "_watch")
 
-    def __init__(self, exchange: Exchange, watch: Watch, names: list[str], form: WireForm) -> None:
+    transport = "sse"
+    takes_notices = False
+
+    def __init__(self, exchange: Exchange, watch: Watch, names: list[str], form: WireForm, client_id: str) -> None:
         connection = exchange.connection
-        super().__init__(exchange.node, connection.sock, connection.nursery, form)
+        super().__init__(
+            exchange.node,
+            connection.sock,
+            connection.nursery,
+            form,
+            client_id=client_id,
+            address=exchange.address,
+        )
         self._watch = watch
         self._names = names
         self._drain_delay_ms = 0
@@ -165,6 +175,9 @@ class EventStream(LiveReader):
         last = b""
         if self.ended == "expired":
             error = server_message("error", code="token_expired", message="the token has expired")
+            last = self.form.message(error, self.final_cursor)
+        elif self.ended == "disconnected":
+            error = server_message("error", code="disconnected", message=DISCONNECTED)
             last = self.form.message(error, self.final_cursor)
         elif self.ended == "drain":
             error = server_message("error", code="try_later", message="this server is going away; reconnect")

@@ -65,7 +65,7 @@ from server.reading import (
     start_from,
 )
 from server.socketio import linger, receive, send_all
-from server.transports.live import LiveReader
+from server.transports.live import DISCONNECTED, LiveReader
 from server.transports.sse import REPLAY_UPDATES
 from server.wheel import Timer
 
@@ -86,15 +86,20 @@ async def jobs_socket(exchange: Exchange) -> Stream:
     """``GET /ws/jobs``: shake hands and greet; what follows is messages."""
     node, connection = exchange.node, exchange.connection
     handshake = _accept(exchange)
+    client_id = new_id()
+    identity: Identity | None = None
+    refusal: ApiError | None = None
     try:
-        identity, refusal = node.authenticator.identify(exchange.request), None
+        identity = node.authenticator.identify(exchange.request)
+        if identity is not None:
+            await node.presence.admit(client_id, identity.user)
     except ApiError as error:  # a browser cannot read a refused handshake, but it can read a close code
-        identity, refusal = None, error
+        refusal = error
     switch = _switch(exchange, handshake)
-    session = Session(exchange, handshake, connection.http.hand_over())
+    session = Session(exchange, handshake, connection.http.hand_over(), client_id)
     session.post(switch)
     if refusal is not None:
-        session.close_with(CloseCode.UNAUTHORIZED, refusal.message)
+        session.refuse(refusal)
     elif identity is not None:
         session.welcome(identity)
     else:
@@ -125,14 +130,22 @@ class Session(LiveReader):
         "_mistakes",
         "_too_fast",
         "_unanswered",
-        "client_id",
-        "identity",
     )
 
-    def __init__(self, exchange: Exchange, handshake: Handshake, early: bytes) -> None:
+    transport = "websocket"
+    takes_notices = True
+
+    def __init__(self, exchange: Exchange, handshake: Handshake, early: bytes, client_id: str) -> None:
         self._framing = Framing.WEBSOCKET_DEFLATE if handshake.deflate else Framing.WEBSOCKET
         connection = exchange.connection
-        super().__init__(exchange.node, connection.sock, connection.nursery, wire_form(self._framing))
+        super().__init__(
+            exchange.node,
+            connection.sock,
+            connection.nursery,
+            wire_form(self._framing),
+            client_id=client_id,
+            address=exchange.address,
+        )
         self._incoming = WebSocketReader(handshake.deflate, self.node.config.limits.max_message)
         self._early = early
         self._auth_timer: Timer | None = None
@@ -140,8 +153,6 @@ class Session(LiveReader):
         self._mistakes = 0
         self._too_fast = 0
         self._unanswered = 0
-        self.client_id = new_id()
-        self.identity: Identity | None = None
 
     # Beginning and end
 
@@ -152,18 +163,11 @@ class Session(LiveReader):
         )
 
     def welcome(self, identity: Identity, ref: Ref = None) -> None:
-        """The client is known now."""
+        """The client is known now, and was admitted."""
         if self._auth_timer is not None:
             self._auth_timer.cancel()
             self._auth_timer = None
-        try:
-            self.lease = self.node.limits.acquire(identity.user)
-        except ApiError as error:
-            self.post(self.form.message(error_message(error, ref)))
-            self.close_with(CloseCode.RATE_LIMITED, error.message)
-            return
-        self.identity = identity
-        self.expire_with(identity)
+        self.enter(identity)
         # Known to the hub from here on, though on no channel yet: should the log be lost, it is told.
         self.hub.attach(self, ())
         self.offset = self.hub.history.last
@@ -175,6 +179,14 @@ class Session(LiveReader):
             id=self.cursor(),
             ref=ref,
         )
+
+    def refuse(self, error: ApiError, ref: Ref = None) -> None:
+        """The client is not let in: a bad token, or too many connections."""
+        if error.status == 401:
+            self.close_with(CloseCode.UNAUTHORIZED, error.message)
+            return
+        self.post(self.form.message(error_message(error, ref)))
+        self.close_with(CloseCode.RATE_LIMITED if error.status == 429 else CloseCode.TRY_LATER, error.message)
 
     def close_with(self, code: CloseCode, reason: str) -> None:
         """End the connection with a close frame. Must not wait."""
@@ -196,6 +208,8 @@ class Session(LiveReader):
         frame = self._farewell
         if self.ended == "expired":
             frame = close_frame(CloseCode.UNAUTHORIZED, "the token has expired")
+        elif self.ended == "disconnected":
+            frame = close_frame(CloseCode.POLICY_VIOLATION, DISCONNECTED)
         elif self.ended == "overflow":
             frame = close_frame(CloseCode.TRY_LATER, "too far behind; resume from your cursor")
         elif self.ended == "stale":
@@ -288,8 +302,10 @@ class Session(LiveReader):
         known = self.identity
         try:
             identity = self.node.authenticator.verify(message.token)
+            if known is None:
+                await self.node.presence.admit(self.client_id, identity.user)
         except ApiError as error:
-            self.close_with(CloseCode.UNAUTHORIZED, error.message)
+            self.refuse(error, message.ref)
             return
         if known is None:
             self.welcome(identity, message.ref)
