@@ -80,7 +80,7 @@ class RedisBroker:
             history,
             self._show,
             on_new_epoch=self._new_epoch,
-            on_shown=lambda shard: self._publisher.on_shown(shard),
+            on_shown=lambda shard: self._publisher.answers.on_shown(shard),
         )
         self._publisher = Publisher(
             jobs, history, self._follower, clock=lambda: self._clock(), on_lease=self._expect_lease
@@ -124,7 +124,7 @@ class RedisBroker:
             on_up=self._went_up,
             on_message=self._follower.take,
             on_subscribed=lambda channels: self._follower.wake(),
-            on_lost=lambda channels: self._publisher.release_all(),
+            on_lost=lambda channels: self._publisher.answers.release_all(),
         )
 
     async def run(self) -> None:
@@ -136,7 +136,7 @@ class RedisBroker:
                 await trio.sleep_forever()
             finally:
                 with trio.move_on_after(_FINISH_S, shield=True):
-                    await self._publisher.wait_idle()
+                    await self._publisher.answers.wait_idle()
                 services.cancel()
 
     async def _serve(self, scope: trio.CancelScope) -> None:

@@ -9,7 +9,24 @@ import msgspec
 
 from protocol.errors import ApiError
 from protocol.update import Job, Update
-from server.brokers.base import Operation, Result, Submission
+from server.brokers.base import Claim, Operation, Result, Submission
+from server.brokers.redis_client import Client, Reply
+from server.brokers.redis_keys import (
+    CLAIM,
+    LOGS,
+    LOOK,
+    META,
+    PUBLISH,
+    WHERE,
+    Kind,
+    Message,
+    decode_message,
+    idempotency_key,
+    write_of,
+)
+
+# Entries read from a log at a time.
+_PAGE: Final = 1000
 
 
 class Change(msgspec.Struct, gc=False):
@@ -104,8 +121,112 @@ class Call:
         self.gives_up = 0.0
 
 
-def ended_of(change: Change) -> str:
+class Waiting:
+    """Calls that have to be decided again, and the jobs that they keep later calls from meanwhile.
+
+    Attributes:
+        held: these jobs.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+        self.held: dict[str, None] = {}
+
+    def add(self, call: Call) -> None:
+        """Let a call wait."""
+        self._calls.append(call)
+        self.held.update(dict.fromkeys(call.holds))
+
+    def holds(self, call: Call) -> bool:
+        """Whether one that waits was there before this call."""
+        return not self.held.keys().isdisjoint(call.holds)
+
+    def take(self) -> list[Call]:
+        """All of them, out and in order of submission."""
+        calls, self._calls = self._calls, []
+        self.held = {}
+        return sorted(calls, key=lambda call: call.number)
+
+    def take_late(self, now: float) -> list[Call]:
+        """Those whose time is up."""
+        late = [call for call in self._calls if call.gives_up <= now]
+        if late:
+            staying = [call for call in self._calls if call.gives_up > now]
+            self._calls, self.held = [], {}
+            for call in staying:
+                self.add(call)
+        return late
+
+
+def send(client: Client, call: Call) -> Reply:
+    """Send what a call writes, or else the look that its answer rests on. Raises RedisClientError."""
+    if call.changes:
+        return client.send_script(PUBLISH, call.keys, call.arguments)
+    if isinstance(call.operation, Claim):
+        return client.send_script(CLAIM, (META, idempotency_key(call.digest)), (call.fingerprint,))
+    keys = (META, WHERE, idempotency_key(call.digest)) if call.digest else (META, WHERE)
+    return client.send_script(LOOK, keys, list(call.reads))
+
+
+def arguments_of(call: Call, max_updates: int, max_jobs: int, publish: str) -> list[bytes | str | int | float]:
+    """What the script ``redis_keys.PUBLISH`` is given for a call."""
+    arguments: list[bytes | str | int | float] = [
+        call.epoch,
+        call.changes[0].update.at_ms,
+        max_updates,
+        max_jobs,
+        publish,
+        call.shard,
+        call.fingerprint,
+    ]
+    for change in call.changes:
+        kind: Kind = "q" if not change.entry else "s" if change.after is not None else "d"
+        lease_ms = lease_of(change)
+        arguments += (
+            change.job_id,
+            change.expected,
+            change.rev,
+            kind,
+            "" if lease_ms is None else lease_ms,
+            _ended_of(change),
+            change.update.version,
+            write_of(change.after, change.update, change.rev, entry=change.entry),
+        )
+    return arguments
+
+
+def lease_of(change: Change) -> int | None:
+    """The lease that a change begins, in milliseconds; 0 if it ends the job's lease, None to leave it as it is."""
+    before, after = change.before, change.after
+    had = before is not None and before.private.ttl is not None and not before.latest.ended
+    if after is None or after.private.ttl is None or after.latest.ended:
+        return 0 if had else None
+    if had and before is not None and before.private.heard == after.private.heard:
+        return None  # a cancel request or a roll-up is no sign of life
+    return max(1, round(after.private.ttl * 1000))
+
+
+def _ended_of(change: Change) -> str:
+    """Whether the job has ended with this change ("1"), or goes on although it had ("0"); "" if neither."""
     before, after = change.before, change.after
     if change.entry and after is not None and after.latest.ended:
         return "1"
     return "0" if before is not None and before.latest.ended and (after is None or not after.latest.ended) else ""
+
+
+async def find_written(client: Client, call: Call, start: str) -> Message | None:
+    """What a call has written to its shard's log, from the entry id ``start`` on; None if it was not executed.
+
+    Raises:
+        RedisClientError, RedisError: Redis does not say.
+    """
+    own = call.changes[0]
+    while True:
+        page = await client.call("XRANGE", LOGS[call.shard], start, "+", "COUNT", _PAGE)
+        for _, fields in page:
+            message = decode_message(fields[1])
+            if any(write.rev == own.rev for write in message.writes):
+                return message
+        if len(page) < _PAGE:
+            return None
+        start = "(" + page[-1][0].decode()

@@ -11,56 +11,32 @@ from __future__ import annotations
 
 import itertools
 import logging
-import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-import msgspec
 import trio
-from msgspec import UNSET
 
-from protocol import job as rules
-from protocol.errors import ApiError, job_not_found
+from protocol.errors import ApiError
 from protocol.resp import RedisError
-from protocol.update import Job, Update
-from server.brokers.base import Accepted, Cancel, Claim, Delete, Expire, Operation, Publish, Result, Submission
-from server.brokers.deciding import (
-    ancestors_of,
-    create,
-    identify,
-    job_exists,
-    key_reused,
-    new_target,
-    too_many_jobs,
-)
-from server.brokers.keys import digest_of, fingerprint_of
-from server.brokers.redis_calls import Batch, Call, Change, ended_of
+from server.brokers.base import Accepted, Claim, Delete, Operation, Submission
+from server.brokers.deciding import key_reused, too_many_jobs
+from server.brokers.redis_answers import Answers, settled
+from server.brokers.redis_calls import Batch, Call, Waiting, arguments_of, find_written, lease_of, send
 from server.brokers.redis_client import Client, ConnectionLostError, OverloadedError, RedisClientError, Reply
+from server.brokers.redis_deciding import BlockedError, Decider, address
 from server.brokers.redis_follower import Follower, unavailable
 from server.brokers.redis_keys import (
-    CHANNELS,
-    CLAIM,
     CONFLICT,
     DONE,
     FULL,
-    LOGS,
-    LOOK,
-    META,
     OTHER_EPOCH,
-    PUBLISH,
     PUBLISH_KEYS,
     REPEATED,
-    WHERE,
-    Kind,
     Stored,
-    decode_message,
     idempotency_key,
-    shard_of,
     stored_of,
-    write_of,
 )
 from server.brokers.redis_states import States, UnknownError
 from server.history import History
@@ -70,23 +46,12 @@ log = logging.getLogger("statuswire.broker")
 
 # An operation that could not be settled for so long is refused; its publisher sends it again.
 PATIENCE_S: Final = 10.0
-# How long a publisher waits, beyond Redis' answer, until its own node shows the update.
-SHOWN_S: Final = 1.0
 # Operations without an answer: seconds of work for one core.
 MAX_OPEN: Final = 50_000
-# Ids looked up at once.
-_LOOK_UP: Final = 200
-_PAGE: Final = 1000
-# Offsets of what Redis has not numbered yet are negative: a call's own, and after it those of its ancestors.
-_PER_CALL: Final = 16
 # Redis cannot write just now, but will.
 _PASSING: Final = frozenset(
     ("ASK", "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "NOSCRIPT", "READONLY", "TRYAGAIN")
 )
-
-
-class _BlockedError(Exception):
-    """A job that this depends on is on its way."""
 
 
 class Publisher:
@@ -117,24 +82,17 @@ class Publisher:
         self._jobs = jobs
         self._history = history
         self._follower = follower
-        self._clock = clock
         self._on_lease = on_lease
         self.refusing: str | None = None
         self.closing = False
-        self._node = secrets.token_urlsafe(6)
-        self._revs = itertools.count()
         self._numbers = itertools.count(1)
-        self._open = 0
-        self._idle = trio.Event()
-        self._at_ms = 0
         self._top = 0  # highest offset heard of
         self._states = States(jobs, follower)
+        self._decider = Decider(self._states, clock)
+        self.answers = Answers(jobs, follower)
         self._flying: dict[str, int] = {}  # job id -> calls under way
-        self._waiting: list[Call] = []
-        self._held: dict[str, None] = {}  # what those in _waiting hold
+        self._waiting = Waiting()
         self._again: list[Call] = []  # to be sent again, as they are
-        self._looking: set[str] = set()
-        self._unshown: dict[int, deque[tuple[int, float, Call, Result]]] = {}
         self._over = ""  # an epoch that Redis says is over
         self._pump = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -145,47 +103,29 @@ class Publisher:
         """See ``base.Broker``; ``results`` are there once it is kept."""
         if self.closing:
             error = ApiError(503, "shutting_down", "the server is shutting down", retry_after=5)
-            return _settled([error] * len(operations), None)
+            return settled([error] * len(operations), None)
         if self.client.away is not None and self._follower.arrived:
             error = unavailable(self.client.away)
-            return _settled([error] * len(operations), error)
-        if self._open + len(operations) > MAX_OPEN:
+            return settled([error] * len(operations), error)
+        if self.answers.open + len(operations) > MAX_OPEN:
             error = ApiError(503, "overloaded", "Redis cannot keep up, try again in a moment", retry_after=1)
-            return _settled([error] * len(operations), None)
+            return settled([error] * len(operations), None)
         if not operations:
-            return _settled([], None)
+            return settled([], None)
         batch = Batch(len(operations))
         gives_up = trio.current_time() + PATIENCE_S
-        self._open += len(operations)
+        self.answers.open += len(operations)
         for index, operation in enumerate(operations):
             call = Call(operation, batch, index, next(self._numbers))
             call.gives_up = gives_up
             try:
-                self._identify(call)
+                address(call)
             except ApiError as error:
-                self._settle(call, error)
+                self.answers.settle(call, error)
                 continue
-            if not self._held.keys().isdisjoint(call.holds) or not self._try(call):
+            if self._waiting.holds(call) or not self._try(call):
                 self._wait(call)
         return batch
-
-    def _identify(self, call: Call) -> None:
-        operation = call.operation
-        if isinstance(operation, Claim):
-            call.digest = digest_of(operation.sub, operation.key)
-            call.fingerprint = operation.fingerprint.hex().encode()
-            return
-        if not isinstance(operation, Publish):
-            call.job_id = operation.job_id
-            call.holds = (call.job_id,)
-            return
-        job_id, key = identify(operation)
-        if key is not None:
-            call.digest = digest_of(operation.sub, key)
-            call.fingerprint = fingerprint_of(job_id, operation.create, operation.fields).hex().encode()
-        call.job_id = new_target(operation) if job_id is None else job_id
-        parent_id = operation.fields.parent_id
-        call.holds = (call.job_id,) if parent_id is UNSET else (call.job_id, parent_id)
 
     # Deciding
 
@@ -197,11 +137,12 @@ class Publisher:
         call.changes = []
         call.verdict = None
         try:
-            decided = not isinstance(call.operation, Claim) and self._decide(call)
+            decided = not isinstance(call.operation, Claim) and self._decider.decide(call)
         except UnknownError as unknown:
-            self._look_up(unknown.job_id)
+            self._states.want(unknown.job_id)
+            self._pump.set()
             return False
-        except _BlockedError:
+        except BlockedError:
             return False
         except ApiError as error:
             call.verdict = error
@@ -209,7 +150,7 @@ class Publisher:
         except Exception:
             # What Redis has cannot be read, say; that must stay the trouble of this one operation.
             log.exception("an operation on job %r cannot be decided", call.job_id)
-            self._settle(call, ApiError(500, "internal", "something went wrong here"))
+            self.answers.settle(call, ApiError(500, "internal", "something went wrong here"))
             return True
         try:
             if decided:
@@ -218,115 +159,30 @@ class Publisher:
                 self._look(call)
         except OverloadedError:
             call.changes = []
-            self._settle(call, ApiError(503, "overloaded", "Redis cannot keep up, try again", retry_after=1))
+            self.answers.settle(call, ApiError(503, "overloaded", "Redis cannot keep up, try again", retry_after=1))
         except RedisClientError:
             call.changes = []
             return False
         return True
-
-    def _decide(self, call: Call) -> bool:
-        """Fill ``changes``. False if nothing changes. Raises ApiError for a refusal."""
-        operation, job_id = call.operation, call.job_id
-        now_ms = max(self._at_ms, int(self._clock() * 1000))
-        get = partial(self._read, call)
-        offset = -_PER_CALL * call.number
-        before = get(job_id)
-        after: Job | None = None
-        match operation:
-            case Publish(fields=fields):
-                if before is None:
-                    after = create(operation, job_id, partial(self._read_parent, call), offset=offset, now_ms=now_ms)
-                else:
-                    if rules.is_repeat(before, fields):
-                        return False
-                    if operation.create == "must":
-                        raise job_exists(job_id)
-                    after = rules.apply(before, fields, offset=offset, now_ms=now_ms)
-            case Cancel():
-                after = rules.request_cancel(_must(before, job_id), offset=offset, now_ms=now_ms)
-                if after is None:
-                    return False
-            case Expire():
-                private = _must(before, job_id).private
-                if before is None or before.latest.ended or private.ttl is None or private.heard != operation.heard:
-                    return False
-                after = rules.expire(before, offset=offset, now_ms=now_ms)
-            case Delete():
-                update = rules.delete(_must(before, job_id), offset=offset, now_ms=now_ms)
-        if after is not None:
-            update = after.latest
-        self._change(call, before, after, update, True)
-        some = after or before
-        if some is not None and some.private.link is not None:
-            for job in ancestors_of(before, after, get, update):
-                parent = get(job.latest.job_id)
-                assert parent is not None
-                self._change(call, parent, job, job.latest, job.latest is not parent.latest)
-        call.shard = shard_of(update.user_id)
-        return True
-
-    def _change(self, call: Call, before: Job | None, after: Job | None, update: Update, entry: bool) -> None:
-        rev = f"{self._node}{next(self._revs):x}"
-        call.changes.append(Change(update.job_id, before, after, update, entry, call.reads[update.job_id], rev))
-
-    def _read(self, call: Call, job_id: str) -> Job | None:
-        """The newest state known of a job, noting on which one the decision rests."""
-        guess = job_id == call.job_id and _may_create(call.operation)
-        job, call.reads[job_id] = self._states.read(job_id, guess=guess)
-        return job
-
-    def _read_parent(self, call: Call, job_id: str) -> Job | None:
-        parent = self._read(call, job_id)
-        if parent is not None and parent.created < 0:
-            raise _BlockedError  # a part's tie names the parent's first offset
-        return parent
 
     # Sending
 
     def _send(self, call: Call) -> None:
         call.epoch = self._history.epoch
         call.floor = max(self._top, self._history.last)
-        client = self.client
         keys = PUBLISH_KEYS[call.shard]
         call.keys = (*keys, idempotency_key(call.digest)) if call.digest else keys
-        publish = "SPUBLISH" if client.sharded else "PUBLISH"
-        arguments: list[bytes | str | int | float] = [
-            call.epoch,
-            call.changes[0].update.at_ms,
-            self._history.max_updates,
-            self._jobs.max_jobs,
-            publish,
-            call.shard,
-            call.fingerprint,
-        ]
+        publish = "SPUBLISH" if self.client.sharded else "PUBLISH"
+        call.arguments = arguments_of(call, self._history.max_updates, self._jobs.max_jobs, publish)
         for change in call.changes:
-            kind: Kind = "q" if not change.entry else "s" if change.after is not None else "d"
-            arguments += (
-                change.job_id,
-                change.expected,
-                change.rev,
-                kind,
-                self._lease_of(change),
-                ended_of(change),
-                change.update.version,
-                write_of(change.after, change.update, change.rev, entry=change.entry),
-            )
-        call.arguments = arguments
-        reply = client.send_script(PUBLISH, call.keys, arguments)
+            lease_ms = lease_of(change)
+            if lease_ms:
+                self._on_lease(lease_ms / 1000)
+        reply = send(self.client, call)
         self._fly(call)
         for change in call.changes:
             self._states.expect(change, call.number)
         reply.when_settled(partial(self._sent, call))
-
-    def _lease_of(self, change: Change) -> str:
-        before, after = change.before, change.after
-        had = before is not None and before.private.ttl is not None and not before.latest.ended
-        if after is None or after.private.ttl is None or after.latest.ended:
-            return "0" if had else ""
-        if had and before is not None and before.private.heard == after.private.heard:
-            return ""  # a cancel request or a roll-up is no sign of life
-        self._on_lease(after.private.ttl)
-        return str(max(1, round(after.private.ttl * 1000)))
 
     def _look(self, call: Call) -> None:
         """Ask for the states that the verdict rests on."""
@@ -335,21 +191,13 @@ class Publisher:
 
     def _ask(self, call: Call) -> None:
         call.epoch = self._history.epoch
-        if isinstance(call.operation, Claim):
-            reply = self.client.send_script(CLAIM, (META, idempotency_key(call.digest)), (call.fingerprint,))
-            reply.when_settled(partial(self._claimed, call))
-            return
-        keys = [META, WHERE]
-        if call.digest:
-            keys.append(idempotency_key(call.digest))
-        reply = self.client.send_script(LOOK, keys, list(call.reads))
-        reply.when_settled(partial(self._looked, call))
+        take = self._claimed if isinstance(call.operation, Claim) else self._looked
+        send(self.client, call).when_settled(partial(take, call))
 
     def _send_again(self, call: Call) -> None:
         """After a lost connection: the same call with the same tokens, so that it cannot have an effect twice."""
         if call.changes:
-            reply = self.client.send_script(PUBLISH, call.keys, call.arguments)
-            reply.when_settled(partial(self._sent, call))
+            send(self.client, call).when_settled(partial(self._sent, call))
         else:
             self._ask(call)
 
@@ -360,7 +208,7 @@ class Publisher:
         left = self._flying.pop(call.job_id) - 1
         if left:
             self._flying[call.job_id] = left
-        elif call.job_id in self._held:
+        elif call.job_id in self._waiting.held:
             self._pump.set()
 
     # Replies
@@ -380,7 +228,7 @@ class Publisher:
         elif code == FULL:
             self._states.drop(call)
             self._land(call)
-            self._settle(call, too_many_jobs(self._jobs.max_jobs))
+            self.answers.settle(call, too_many_jobs(self._jobs.max_jobs))
         else:
             # Within our epoch it can only have come behind what was known then; another one is read as a whole.
             start = f"({call.floor}-0" if code == CONFLICT else "-"
@@ -403,7 +251,7 @@ class Publisher:
         self._land(call)
 
     def _done(self, call: Call, first: int, at_ms: int, created: Sequence[int]) -> None:
-        self._at_ms = max(self._at_ms, at_ms)
+        self._decider.at_ms = max(self._decider.at_ms, at_ms)
         stamp = first - 1
         for change in call.changes:
             if change.entry:
@@ -419,8 +267,8 @@ class Publisher:
         if isinstance(call.operation, Delete):
             requested = False
         accepted = Accepted(own.update.offset, own.update.version, False, requested, own.after)
-        self._answer(call, accepted, stamp)
-        if self._held:
+        self.answers.answer(call, accepted, stamp)
+        if self._waiting.held:
             self._pump.set()
 
     def _repeated(self, call: Call, value: bytes, state: Stored) -> None:
@@ -428,11 +276,11 @@ class Publisher:
         self._land(call)
         fingerprint, _, offset, version = value.split(b" ")
         if fingerprint != call.fingerprint:
-            self._settle(call, key_reused())
+            self.answers.settle(call, key_reused())
             return
         call.shard = state.shard
         requested = state.job is not None and state.job.private.cancel_requested
-        self._answer(call, Accepted(int(offset), int(version), True, requested, state.job), state.stamp)
+        self.answers.answer(call, Accepted(int(offset), int(version), True, requested, state.job), state.stamp)
 
     def _claimed(self, call: Call, reply: Reply) -> None:
         outcome = reply.outcome
@@ -442,13 +290,13 @@ class Publisher:
         self._land(call)
         offset, value = outcome
         if value is None:
-            self._settle(call, Accepted(offset, 0, False, False, None))
+            self.answers.settle(call, Accepted(offset, 0, False, False, None))
             return
         fingerprint, _, first, version = value.split(b" ")
         if fingerprint == call.fingerprint:
-            self._settle(call, Accepted(int(first), int(version), True, False, None))
+            self.answers.settle(call, Accepted(int(first), int(version), True, False, None))
         else:
-            self._settle(call, key_reused())
+            self.answers.settle(call, key_reused())
 
     def _looked(self, call: Call, reply: Reply) -> None:
         outcome = reply.outcome
@@ -475,13 +323,13 @@ class Publisher:
         stamp = max((state.stamp for state in states if state.job is not None), default=0)
         if call.verdict is not None:
             call.shard = max((state.shard for state in states), default=-1)
-            self._answer(call, call.verdict, stamp)
+            self.answers.answer(call, call.verdict, stamp)
         else:
             job = states[0].job
             assert job is not None
             call.shard = states[0].shard
-            latest = job.latest
-            self._answer(call, Accepted(latest.offset, latest.version, True, job.private.cancel_requested, job), stamp)
+            accepted = Accepted(job.latest.offset, job.latest.version, True, job.private.cancel_requested, job)
+            self.answers.answer(call, accepted, stamp)
 
     def _failed(self, call: Call, outcome: object) -> None:
         """No answer, or an error instead of one."""
@@ -499,7 +347,7 @@ class Publisher:
     def _refused(self, call: Call, error: ApiError) -> None:
         self._states.drop(call)
         self._land(call)
-        self._settle(call, error)
+        self.answers.settle(call, error)
 
     def _resolve(self, call: Call, start: str, undone: Callable[[], object]) -> None:
         """Redis did not execute it just now: ``undone``. Unless it was sent before, and had been executed then."""
@@ -509,23 +357,16 @@ class Publisher:
             undone()
 
     async def _search(self, call: Call, start: str, undone: Callable[[], object]) -> None:
-        own = call.changes[0]
         try:
-            while True:
-                page = await self.client.call("XRANGE", LOGS[call.shard], start, "+", "COUNT", _PAGE)
-                for _, fields in page:
-                    message = decode_message(fields[1])
-                    if any(write.rev == own.rev for write in message.writes):
-                        call.in_doubt = False
-                        self._done(call, message.first, message.at_ms, message.created)
-                        return
-                if len(page) < _PAGE:
-                    break
-                start = "(" + page[-1][0].decode()
+            message = await find_written(self.client, call, start)
         except (RedisClientError, RedisError):
             self._again.append(call)
             return
-        undone()
+        if message is None:
+            undone()
+        else:
+            call.in_doubt = False
+            self._done(call, message.first, message.at_ms, message.created)
 
     # Epochs, and what was not known
 
@@ -540,34 +381,11 @@ class Publisher:
         self._top = 0
         self._pump.set()
 
-    def _look_up(self, job_id: str) -> None:
-        self._looking.add(job_id)
-        self._pump.set()
-
-    def _send_look_up(self) -> None:
-        wanted = list(self._looking)
-        self._looking.clear()
-        for start in range(0, len(wanted), _LOOK_UP):
-            ids: Sequence[str] = wanted[start : start + _LOOK_UP]
-            try:
-                reply = self.client.send_script(LOOK, (META, WHERE), ids)
-            except RedisClientError:
-                return  # whoever wanted it asks again
-            reply.when_settled(partial(self._looked_up, ids))
-
-    def _looked_up(self, ids: Sequence[str], reply: Reply) -> None:
-        if isinstance(reply.outcome, list):
-            _, offset, _, *blobs = reply.outcome
-            for job_id, blob in zip(ids, blobs, strict=True):
-                self._states.looked_up(job_id, stored_of(blob, offset))
-        self._pump.set()
-
     # Waiting
 
     def _wait(self, call: Call) -> None:
         call.changes = []
-        self._waiting.append(call)
-        self._held.update(dict.fromkeys(call.holds))
+        self._waiting.add(call)
 
     async def run(self) -> None:
         """Decide again what had to wait, until cancelled."""
@@ -578,8 +396,7 @@ class Publisher:
                 self._pump = trio.Event()
                 self._resend()
                 self._try_waiting()
-                if self._looking:
-                    self._send_look_up()
+                self._states.look_up(self.client, self.wake)
 
     def wake(self) -> None:
         """Redis is back, or another epoch has been loaded."""
@@ -589,7 +406,7 @@ class Publisher:
         if not self._again or self.client.away is not None:
             return
         again, self._again = self._again, []
-        again.sort(key=_number)
+        again.sort(key=lambda call: call.number)
         for position, call in enumerate(again):
             try:
                 self._send_again(call)
@@ -598,25 +415,17 @@ class Publisher:
                 return
 
     def _try_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        waiting.sort(key=_number)
-        self._held = {}
-        for call in waiting:
-            if not self._held.keys().isdisjoint(call.holds) or call.job_id in self._flying or not self._try(call):
+        for call in self._waiting.take():
+            if self._waiting.holds(call) or call.job_id in self._flying or not self._try(call):
                 self._wait(call)
 
     def give_up(self, now: float) -> None:
         """Answer those who have waited too long; called now and then."""
-        for shard in list(self._unshown):
-            self._release(shard, now)
+        self.answers.release_late(now)
         if self._again:
             self._pump.set()
-        late = [call for call in self._waiting if call.gives_up <= now]
+        late = self._waiting.take_late(now)
         if late:
-            self._waiting = [call for call in self._waiting if call.gives_up > now]
-            self._held = {}
-            for call in self._waiting:
-                self._held.update(dict.fromkeys(call.holds))
             self._pump.set()
         stranded = [call for call in self._again if call.gives_up <= now]
         if stranded:
@@ -625,81 +434,10 @@ class Publisher:
                 self._states.drop(call)
                 self._land(call)
         for call in late + stranded:
-            self._settle(call, unavailable(self.client.away or "Redis did not settle it in time"))
+            self.answers.settle(call, unavailable(self.client.away or "Redis did not settle it in time"))
 
     def close(self) -> None:
         """Refuse what has no answer yet."""
         self.closing = True
-        self.release_all()
+        self.answers.release_all()
         self.give_up(float("inf"))
-
-    async def wait_idle(self) -> None:
-        """Return when every operation has its answer."""
-        while self._open:
-            self._idle = trio.Event()
-            await self._idle.wait()
-
-    # Answering
-
-    def _answer(self, call: Call, result: Result, stamp: int) -> None:
-        """Settle it once what it rests on is shown here, if it is to be: a publisher reads its own writes."""
-        shard = call.shard
-        follower = self._follower
-        if shard in follower.followed and follower.seen[shard] < stamp and CHANNELS[shard] in self.client.subscribed:
-            waiting = self._unshown.get(shard)
-            if waiting is None:
-                waiting = self._unshown[shard] = deque()
-            waiting.append((stamp, trio.current_time() + SHOWN_S, call, result))
-        else:
-            self._settle(call, result)
-
-    def on_shown(self, shard: int) -> None:
-        """More of a shard is shown."""
-        if shard in self._unshown:
-            self._release(shard, 0.0)
-
-    def _release(self, shard: int, now: float) -> None:
-        waiting, seen = self._unshown[shard], self._follower.seen[shard]
-        while waiting and (waiting[0][0] <= seen or waiting[0][1] <= now):
-            _, _, call, result = waiting.popleft()
-            self._settle(call, result)
-        if not waiting:
-            self._unshown.pop(shard, None)
-
-    def release_all(self) -> None:
-        """Nothing more is shown for now: do not wait for it."""
-        for shard in list(self._unshown):
-            self._release(shard, float("inf"))
-
-    def _settle(self, call: Call, result: Result) -> None:
-        if isinstance(result, Accepted) and result.job is not None:
-            shown = self._jobs.get(result.job.latest.job_id)
-            if shown is not None and shown.latest.offset == result.job.latest.offset:
-                result = msgspec.structs.replace(result, job=shown)
-        self._open -= 1
-        call.batch.put(call.index, result)
-        if not self._open:
-            self._idle.set()
-
-
-def _settled(results: Iterable[Result], error: ApiError | None) -> Submission:
-    submission = Submission(list(results))
-    submission.settle(error)
-    return submission
-
-
-def _must(job: Job | None, job_id: str) -> Job:
-    if job is None:
-        raise job_not_found(job_id)
-    return job
-
-
-def _number(call: Call) -> int:
-    return call.number
-
-
-def _may_create(operation: Operation) -> bool:
-    """Whether it is worth trying without knowing if the job exists: Redis checks it anyway."""
-    return isinstance(operation, Publish) and (
-        operation.create == "must" or (operation.create == "may" and operation.fields.user_id is not UNSET)
-    )

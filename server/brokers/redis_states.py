@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
 
 from protocol.update import Job
 from server.brokers.redis_calls import Call, Change
+from server.brokers.redis_client import Client, RedisClientError, Reply
 from server.brokers.redis_follower import Follower
-from server.brokers.redis_keys import SHARDS, Stored, shard_of
+from server.brokers.redis_keys import LOOK, META, SHARDS, WHERE, Stored, shard_of, stored_of
 from server.jobs import Jobs
 
 # Jobs remembered that are not shown here: some 20 MB.
 MAX_KNOWN: Final = 20_000
+# Ids looked up at once.
+_LOOK_UP: Final = 200
 
 
 class UnknownError(Exception):
@@ -45,6 +50,7 @@ class States:
         self._follower = follower
         self._working: dict[str, Slot] = {}
         self._known: dict[str, Stored] = {}
+        self._looking: set[str] = set()
 
     def read(self, job_id: str, *, guess: bool) -> tuple[Job | None, str]:
         """A job and the token of its state, None and "" if there is none.
@@ -105,10 +111,29 @@ class States:
             self._working.pop(job_id, None)
         self.remember(job_id, stored)
 
-    def looked_up(self, job_id: str, stored: Stored) -> None:
-        """Redis' word on a job that nothing was known of."""
-        if job_id not in self._working:
-            self.remember(job_id, stored)
+    def want(self, job_id: str) -> None:
+        """Ask Redis for a job that nothing is known of with the next ``look_up``."""
+        self._looking.add(job_id)
+
+    def look_up(self, client: Client, then: Callable[[], object]) -> None:
+        """Send off what is wanted; ``then`` is called when there is an answer, or none."""
+        wanted = list(self._looking)
+        self._looking.clear()
+        for start in range(0, len(wanted), _LOOK_UP):
+            ids: Sequence[str] = wanted[start : start + _LOOK_UP]
+            try:
+                reply = client.send_script(LOOK, (META, WHERE), ids)
+            except RedisClientError:
+                return  # whoever wanted it asks again
+            reply.when_settled(partial(self._looked_up, ids, then))
+
+    def _looked_up(self, ids: Sequence[str], then: Callable[[], object], reply: Reply) -> None:
+        if isinstance(reply.outcome, list):
+            _, offset, _, *blobs = reply.outcome
+            for job_id, blob in zip(ids, blobs, strict=True):
+                if job_id not in self._working:
+                    self.remember(job_id, stored_of(blob, offset))
+        then()
 
     def remember(self, job_id: str, stored: Stored) -> None:
         """Redis has this, or had a moment ago."""
