@@ -58,6 +58,8 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
                 services.start_soon(node.hub.run)
                 services.start_soon(node.wheel.run)
                 services.start_soon(_housekeeping, node)
+                if node.authenticator.hook is not None:
+                    services.start_soon(node.authenticator.hook.run)
                 async with trio.open_nursery() as connections:
                     for listener in listeners:
                         # In the nursery of what it accepts: both end together, none is accepted into a closed one.

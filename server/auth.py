@@ -22,6 +22,7 @@ from server.keys import Keys, load_keys
 
 if TYPE_CHECKING:
     from protocol.request import Request
+    from server.auth_hook import AuthHook
 
 CAPABILITIES = frozenset({"publish", "notify", "ops"})
 
@@ -34,6 +35,7 @@ LEEWAY = 1.0  # seconds, for iat and nbf: an issuer's clock may be a little ahea
 CACHED_TOKENS = 10_000
 CACHED_SECONDS = 3600.0  # so that a user who never comes back leaves the table within the hour, exp or not
 
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
 _PATTERN = re.compile(r"[A-Za-z0-9_.:@-][A-Za-z0-9_.:@*-]{0,127}")
 
 
@@ -119,10 +121,11 @@ ANONYMOUS = Identity("anonymous", admin=True, capabilities=CAPABILITIES)
 
 
 class Authenticator:
-    """Verifies the credentials of requests against the configured key.
+    """Finds out who a caller is: by the configured key, or by asking the application.
 
     Attributes:
         open: no authentication is configured: everyone is the admin ``anonymous``.
+        hook: asks the application, if that is configured; somebody has to run it.
 
     Raises:
         ConfigError: a key that is missing, unreadable, too short or unfit for the algorithm.
@@ -131,40 +134,65 @@ class Authenticator:
     def __init__(self, config: Auth, *, clock: Callable[[], float] = time.time) -> None:
         """``clock`` gives unix seconds."""
         self._keys = load_keys(config)
-        self.open = self._keys is None and not config.hook_url
+        self.open = config.open
+        self.hook: AuthHook | None = None
+        if config.hook_url:
+            from server.auth_hook import AuthHook
+
+            self.hook = AuthHook(config, clock=clock)
         self._clock = clock
         self._verified: dict[bytes, tuple[float, Identity]] = {}
         # The same entries by the time they end: the heap and the table always hold the same digests.
         self._ends: list[tuple[float, bytes]] = []
 
     def reload(self, config: Auth) -> None:
-        """Take new keys; every token is verified anew from here on.
+        """Take new keys, and another hook; every caller is checked anew from here on.
 
         Raises:
-            ConfigError: the new keys are unfit, or the change would switch authentication on or off, which live
-                connections and the listening address rely on. The old keys stay in force.
+            ConfigError: the new keys are unfit, or the change would switch authentication or the hook on or off,
+                which live connections and the listening address rely on. The old keys stay in force.
         """
         keys = load_keys(config)
-        if self.open != (keys is None and not config.hook_url):
-            raise ConfigError("auth: turning authentication on or off needs a restart")
+        if self.open != config.open or (self.hook is None) != (not config.hook_url):
+            raise ConfigError("auth: turning authentication or auth.hook_url on or off needs a restart")
+        if self.hook is not None:
+            self.hook.reload(config)
         self._keys = keys
         self._verified.clear()
         self._ends.clear()
 
-    def identify(self, request: Request) -> Identity | None:
+    async def identify(self, request: Request) -> Identity | None:
         """The caller's identity, or None if the request carries no credential at all.
 
         The first of these that is present counts, good or bad: ``Authorization: Bearer``, the WebSocket subprotocol
-        ``bearer.<JWT>``, the query parameter ``access_token``, the cookie ``statuswire_token``. In open mode they
-        are not looked at.
+        ``bearer.<JWT>``, the query parameter ``access_token``, the cookie ``statuswire_token``; after them, or without
+        a key instead of them, what the auth hook says. In open mode they are not looked at.
 
         Raises:
-            ApiError: 401 ``invalid_token`` or ``token_expired``, with ``WWW-Authenticate`` (RFC 6750 section 3).
+            ApiError: 401 ``invalid_token`` or ``token_expired``, with ``WWW-Authenticate`` (RFC 6750 section 3); what
+                the hook says, see ``AuthHook.ask``.
         """
         if self.open:
             return ANONYMOUS
-        token = credential(request)
-        return None if token is None else self.verify(token)
+        if self.hook is None:
+            token = credential(request)
+            return None if token is None else self.verify(token)
+        token = bearer_of(request) or _other_credential(request)
+        if token is not None:
+            return await self.introduce(token)
+        return await self.hook.identify(request)
+
+    async def introduce(self, token: str) -> Identity:
+        """The identity a token vouches for; without a key of our own, the application is asked about it.
+
+        Raises:
+            ApiError: see ``identify``.
+        """
+        if self._keys is None and self.hook is not None:
+            if len(token) > MAX_TOKEN or not _TOKEN.fullmatch(token):
+                raise bad_token()
+            return await self.hook.ask({"authorization": f"Bearer {token}"})
+        return self.verify(token)
 
     def verify(self, token: str) -> Identity:
         """The identity a token vouches for; ``anonymous`` in open mode, whatever the token.
@@ -225,16 +253,23 @@ def credential(request: Request) -> str | None:
         ApiError: 401 for an ``Authorization`` header that is not ``Bearer <token>`` (RFC 6750 section 2.1), unless it
             is of another scheme, for a proxy in front of us, and there is a token besides.
     """
+    bearer = bearer_of(request)
+    if bearer is not None:
+        return bearer
     authorization = request.headers.get("authorization")
     scheme, _, token = (authorization or "").strip().partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
     # "Basic …" and the like are for somebody else, a proxy in front of us; a word alone is a token without its scheme.
     of_another_scheme = bool(token) and scheme.lower() != "bearer"
     other = _other_credential(request) if authorization is None or of_another_scheme else None
     if authorization is not None and other is None:
         raise bad_token("Authorization must have the form 'Bearer <token>'")
     return other
+
+
+def bearer_of(request: Request) -> str | None:
+    """The token of ``Authorization: Bearer <token>``, or None."""
+    scheme, _, token = request.headers.get("authorization", "").strip().partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
 
 
 def _other_credential(request: Request) -> str | None:
@@ -330,7 +365,16 @@ def _strings(claims: dict[str, Any], name: str) -> list[str]:
 
 
 def _patterns(claims: dict[str, Any], name: str) -> tuple[str, ...]:
-    patterns = tuple(_strings(claims, name))
+    return patterns_of(_strings(claims, name), name)
+
+
+def patterns_of(texts: Iterable[str], name: str) -> tuple[str, ...]:
+    """Check patterns of ids.
+
+    Raises:
+        ApiError: 401 ``invalid_token``: too many, or one that is no pattern.
+    """
+    patterns = tuple(texts)
     if len(patterns) > MAX_PATTERNS:
         raise bad_token(f"the token's {name} must be at most {MAX_PATTERNS}")
     if not all(map(_PATTERN.fullmatch, patterns)):

@@ -76,6 +76,9 @@ class Auth(Struct, frozen=True, kw_only=True):
         jwt_key_file: file with the same, "" for none.
         jwks_file: file with a JSON Web Key Set (RFC 7517), "" for none.
         hook_url: URL of the application's own auth check, "" for none.
+        hook_timeout: seconds the application has to answer.
+        hook_cache: seconds an answer of it is remembered at most.
+        hook_concurrency: requests to it that are under way at once.
         jwt_audience: required ``aud`` claim, "" for no check.
         jwt_issuer: required ``iss`` claim, "" for no check.
     """
@@ -85,13 +88,29 @@ class Auth(Struct, frozen=True, kw_only=True):
     jwt_key_file: str = ""
     jwks_file: str = ""
     hook_url: str = ""
+    # A page that waits longer shows nothing anyway.
+    hook_timeout: Seconds = 5.0
+    # A page's several requests are one question; a session that ends is over for new connections soon after.
+    hook_cache: SecondsOrZero = 10.0
+    # As many as a usual application server has workers.
+    hook_concurrency: AtLeastOne = 32
     jwt_audience: str = ""
     jwt_issuer: str = ""
 
     @property
+    def keyed(self) -> bool:
+        """Whether tokens can be verified."""
+        return bool(self.jwt_key or self.jwt_key_file or self.jwks_file)
+
+    @property
     def open(self) -> bool:
         """Whether no credential is asked for."""
-        return not (self.jwt_key or self.jwt_key_file or self.jwks_file)
+        return not (self.keyed or self.hook_url)
+
+    @property
+    def shown_hook_url(self) -> str:
+        """The hook's URL without what is secret in it."""
+        return without_password(self.hook_url).partition("?")[0]
 
 
 class Cors(Struct, frozen=True, kw_only=True):

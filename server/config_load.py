@@ -86,7 +86,6 @@ _IMPLIED = {
 _SECRETS = frozenset({"auth.jwt_key"})
 _UNSUPPORTED_TABLES = {"webhooks": "incoming webhooks"}
 _UNSUPPORTED_KEYS = {
-    "auth.hook_url": "asking the application who a caller is; configure auth.jwt_algorithm and a key instead",
     "server.tls_cert": "TLS; let a proxy in front of it (nginx, Caddy) terminate TLS",
     "server.tls_key": "TLS; let a proxy in front of it (nginx, Caddy) terminate TLS",
 }

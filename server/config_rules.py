@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from msgspec import inspect
 
@@ -141,6 +142,20 @@ def _store_url(url: str) -> str:
     return url
 
 
+def _http_url(text: str) -> str:
+    if not text:
+        return ""
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.fragment
+        _ = parts.port  # raises for one that is no port
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("expected a URL like http://127.0.0.1:8000/statuswire/auth")
+    return text
+
+
 def _pem_newlines(key: str) -> str:
     """Environment files cannot hold line ends, so a PEM key there often has a backslash and an n instead."""
     return key.replace("\\n", "\n") if key.startswith("-----BEGIN") else key
@@ -152,6 +167,7 @@ RULES: dict[str, Callable[[Any], object]] = {
     "cors.origins": _origins,
     "store.url": _store_url,
     "auth.jwt_key": _pem_newlines,
+    "auth.hook_url": _http_url,
 }
 
 

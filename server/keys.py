@@ -54,7 +54,7 @@ def load_keys(config: Auth) -> Keys | None:
     Raises:
         ConfigError: with the setting at fault and what would be right.
     """
-    if config.open:
+    if not config.keyed:
         for name in ("jwt_audience", "jwt_issuer"):  # whoever set one of these meant to have authentication
             if getattr(config, name):
                 raise ConfigError(f"auth.{name} is set without a key; set auth.jwt_key, jwt_key_file or jwks_file too")
@@ -74,7 +74,7 @@ def sign_token(config: Auth, claims: Mapping[str, object]) -> str:
     Raises:
         ConfigError: no key is configured, or only a public one.
     """
-    if config.open or config.jwks_file:
+    if not config.keyed or config.jwks_file:
         raise ConfigError("signing a token needs auth.jwt_key or auth.jwt_key_file, with a secret or a private key")
     algorithm, key = _read_key(config)
     if key is _public(key) and not isinstance(key, bytes):

@@ -113,7 +113,7 @@ async def _route(exchange: Exchange) -> Response | Stream | None:
         allowed = ", ".join(_methods(path, methods))
         raise ApiError(405, "method_not_allowed", f"{request.path} takes {allowed}", headers=(("Allow", allowed),))
     if not route.public:
-        exchange.identity = node.authenticator.identify(request)
+        exchange.identity = await node.authenticator.identify(request)
         if exchange.identity is None:
             raise unauthorized()
         if route.capability and not exchange.identity.can(route.capability):

@@ -90,7 +90,7 @@ async def jobs_socket(exchange: Exchange) -> Stream:
     identity: Identity | None = None
     refusal: ApiError | None = None
     try:
-        identity = node.authenticator.identify(exchange.request)
+        identity = await node.authenticator.identify(exchange.request)
         if identity is not None:
             await node.presence.admit(client_id, identity.user)
     except ApiError as error:  # a browser cannot read a refused handshake, but it can read a close code
@@ -182,7 +182,7 @@ class Session(LiveReader):
 
     def refuse(self, error: ApiError, ref: Ref = None) -> None:
         """The client is not let in: a bad token, or too many connections."""
-        if error.status == 401:
+        if error.status in (401, 403):
             self.close_with(CloseCode.UNAUTHORIZED, error.message)
             return
         self.post(self.form.message(error_message(error, ref)))
@@ -301,10 +301,12 @@ class Session(LiveReader):
     async def _auth(self, message: AuthMessage) -> None:
         known = self.identity
         try:
-            identity = self.node.authenticator.verify(message.token)
+            identity = await self.node.authenticator.introduce(message.token)
             if known is None:
                 await self.node.presence.admit(self.client_id, identity.user)
         except ApiError as error:
+            if error.status == 503:
+                raise  # nothing is known against this token: the client may say it again
             self.refuse(error, message.ref)
             return
         if known is None:

@@ -116,10 +116,10 @@ def ask(query: dict[str, str] | None = None, **headers: str) -> Request:
     return Request("GET", "/", "/", query or {}, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
-def test_open_mode_makes_everyone_an_admin() -> None:
+async def test_open_mode_makes_everyone_an_admin() -> None:
     authority = Authenticator(Auth())
     assert authority.open
-    identity = authority.identify(ask(authorization="Basic abc"))
+    identity = await authority.identify(ask(authorization="Basic abc"))
     assert identity is ANONYMOUS
     assert identity.admin
     assert identity.user == "anonymous"
@@ -135,18 +135,19 @@ def test_open_mode_does_not_import_the_token_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(auth.__file__).parents[1])
 
 
-def test_a_hook_alone_is_not_open_mode() -> None:
+async def test_a_hook_alone_is_not_open_mode() -> None:
     authority = Authenticator(Auth(hook_url="http://127.0.0.1/who"))
     assert not authority.open
-    assert authority.identify(ask()) is None
+    assert await authority.identify(ask()) is None
     assert_bad(authority, token())
 
 
-def test_no_credential_is_no_identity() -> None:
+async def test_no_credential_is_no_identity() -> None:
     authority = authenticator()
     assert not authority.open
-    assert authority.identify(ask()) is None
-    assert authority.identify(ask(cookie="other=1; statuswire_token=", sec_websocket_protocol="statuswire.v1")) is None
+    assert await authority.identify(ask()) is None
+    logged_out = ask(cookie="other=1; statuswire_token=", sec_websocket_protocol="statuswire.v1")
+    assert await authority.identify(logged_out) is None
     error = unauthorized()
     assert (error.status, error.code, error.headers) == (401, "unauthorized", (("WWW-Authenticate", "Bearer"),))
 
@@ -175,29 +176,33 @@ def test_where_the_token_is_found(request_: Request) -> None:
     assert credential(request_) == "TOKEN"
 
 
-def test_identify_verifies_what_it_finds() -> None:
+async def test_identify_verifies_what_it_finds() -> None:
     authority = authenticator()
-    identity = authority.identify(ask(authorization="Bearer " + token()))
+    identity = await authority.identify(ask(authorization="Bearer " + token()))
     assert identity is not None
     assert identity.user == "ann"
     # A bad credential is not made good by another one further down.
-    refusal(lambda: authority.identify(ask({"access_token": "bad"}, cookie="statuswire_token=" + token())))
-    refusal(lambda: authority.identify(ask({"access_token": ""}, cookie="statuswire_token=" + token())))
+    for bad in ("bad", ""):
+        with pytest.raises(ApiError) as caught:
+            await authority.identify(ask({"access_token": bad}, cookie="statuswire_token=" + token()))
+        assert caught.value.status == 401
 
 
 @pytest.mark.parametrize("value", ["Bearer", "Bearer ", "", "TOKEN", "Bearer:TOKEN"])
 def test_a_malformed_authorization_header_is_401(value: str) -> None:
     good = {"access_token": token()}
-    assert refusal(lambda: authenticator().identify(ask(good, authorization=value))).code == "invalid_token"
+    assert refusal(lambda: credential(ask(good, authorization=value))).code == "invalid_token"
 
 
 @pytest.mark.parametrize("value", ["Basic YTpi", "Digest Bearer x"])
-def test_another_scheme_is_passed_over_if_there_is_a_token_besides(value: str) -> None:
-    identity = authenticator().identify(ask({"access_token": token()}, authorization=value))
+async def test_another_scheme_is_passed_over_if_there_is_a_token_besides(value: str) -> None:
+    identity = await authenticator().identify(ask({"access_token": token()}, authorization=value))
     assert identity is not None
     assert identity.user == "ann"
-    refusal(lambda: authenticator().identify(ask({"access_token": "bad"}, authorization=value)))
-    refusal(lambda: authenticator().identify(ask(authorization=value)))
+    for query in ({"access_token": "bad"}, {}):
+        with pytest.raises(ApiError) as caught:
+            await authenticator().identify(ask(query, authorization=value))
+        assert caught.value.status == 401
 
 
 # --- signatures and keys ---

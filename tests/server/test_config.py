@@ -128,7 +128,8 @@ def test_every_documented_key_is_there() -> None:
     keys = {
         "server": "host port unix_socket workers drain base_path trusted_proxies max_connections heartbeat tls_cert "
         "tls_key",
-        "auth": "jwt_algorithm jwt_key jwt_key_file jwks_file hook_url jwt_audience jwt_issuer",
+        "auth": "jwt_algorithm jwt_key jwt_key_file jwks_file hook_url hook_timeout hook_cache hook_concurrency "
+        "jwt_audience jwt_issuer",
         "cors": "origins",
         "history": "max_updates max_age max_bytes max_jobs",
         "limits": "connections_per_user connects_per_second messages_per_second publishes_per_second max_message "
@@ -278,7 +279,8 @@ def test_bad_value_from_environment_and_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"auth.hook_url": "http://app/who"}, "auth.hook_url (flag auth.hook_url): this version does not support"),
+        ({"auth.hook_url": "app/who"}, "auth.hook_url = \"app/who\" (flag auth.hook_url): expected a URL like"),
+        ({"auth.hook_url": "http://app:x/who"}, "auth.hook_url"),
         ({"server.tls_cert": "c.pem"}, "does not support TLS"),
         ({"server.tls_key": "k.pem"}, "does not support TLS"),
         ({"server.workers": "4"}, "server.workers = 4 (flag --workers): this version runs one process a server"),
