@@ -218,8 +218,58 @@ class Debug(Struct, frozen=True, kw_only=True):
     echo: bool = False
 
 
+class Webhook(Struct, frozen=True, kw_only=True):
+    """Table ``[webhooks.NAME]``: what another system posts to ``/api/webhooks/NAME`` becomes a notification.
+
+    Attributes:
+        secret: the key of the signatures.
+        event: the notification's event.
+        target: who gets it, see ``protocol.notice``.
+        target_id: JSON pointer (RFC 6901) to the id or ids in the body; or, without a leading ``/``, the id itself.
+        data: JSON pointer to what is passed on; "" for the whole body.
+        store: keep it for users who are not there.
+    """
+
+    secret: str = ""
+    event: str = ""
+    target: Literal["client", "user", "users", "channel", "channels", "broadcast"] = "user"
+    target_id: str = ""
+    data: str = ""
+    store: bool = False
+
+
+class Callback(Struct, frozen=True, kw_only=True):
+    """Table ``[callbacks.NAME]``: a URL of the application that is told when jobs end.
+
+    Attributes:
+        url: where to POST.
+        secret: the key of the signatures; "" for none.
+        types: which updates.
+        kinds: only jobs of these kinds; empty for all.
+        unseen_after: seconds after which it is told only of what nobody of the job's user was there to see;
+            0 to be told of everything, at once.
+        timeout: seconds it has to answer.
+        give_up_after: seconds of trying.
+        concurrency: requests to it that are under way at once.
+    """
+
+    url: str = ""
+    secret: str = ""
+    types: tuple[Literal["job_completed", "job_failed", "job_cancelled"], ...] = (
+        "job_completed",
+        "job_failed",
+        "job_cancelled",
+    )
+    kinds: tuple[str, ...] = ()
+    unseen_after: SecondsOrZero = 0.0
+    timeout: Seconds = 10.0
+    # As long as the log remembers, by default.
+    give_up_after: Seconds = 86_400.0
+    concurrency: AtLeastOne = 8
+
+
 class Config(Struct, frozen=True, kw_only=True):
-    """Everything that can be set, checked: one table each."""
+    """Everything that can be set, checked: one table each, or one for every name."""
 
     server: Server = field(default_factory=Server)
     auth: Auth = field(default_factory=Auth)
@@ -229,6 +279,8 @@ class Config(Struct, frozen=True, kw_only=True):
     store: Store = field(default_factory=Store)
     log: Log = field(default_factory=Log)
     debug: Debug = field(default_factory=Debug)
+    webhooks: dict[str, Webhook] = field(default_factory=dict)
+    callbacks: dict[str, Callback] = field(default_factory=dict)
 
 
 def without_password(text: str) -> str:

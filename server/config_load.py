@@ -11,8 +11,9 @@ the server runs.
 from __future__ import annotations
 
 import math
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from msgspec import Struct, inspect
 from server import config_rules as rules
 from server.config import (
     Auth,
+    Callback,
     Config,
     ConfigError,
     Cors,
@@ -31,6 +33,7 @@ from server.config import (
     Log,
     Server,
     Store,
+    Webhook,
     is_loopback,
     without_password,
 )
@@ -41,6 +44,8 @@ DEFAULT_FILE = "statuswire.toml"
 CLIENT_VARIABLES = frozenset({"STATUSWIRE_URL", "STATUSWIRE_TOKEN"})
 # RFC 7518 section 3.2 asks HMAC keys to be as long as the hash; 32 bytes is the least that withstands guessing.
 MIN_SECRET_BYTES = 32
+# Those of webhooks are often given by the other side, and a guess can be checked against this server only.
+MIN_HOOK_SECRET_BYTES = 16
 
 
 class _Key(NamedTuple):
@@ -78,21 +83,23 @@ _TABLES: dict[str, type[Struct]] = {
     "log": Log,
     "debug": Debug,
 }
+# Tables of tables: [webhooks.payment]. What can be set is the same for every name.
+_FAMILIES: dict[str, type[Struct]] = {"webhooks": Webhook, "callbacks": Callback}
+_MEMBER = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Values that other keys imply, with the reason.
 _IMPLIED = {
     "server.host": "no TCP: server.unix_socket is set, server.host and server.port are not",
     "auth.jwt_algorithm": "auth.jwt_key is a shared secret",
 }
-_SECRETS = frozenset({"auth.jwt_key"})
-_UNSUPPORTED_TABLES = {"webhooks": "incoming webhooks"}
+_SECRETS = frozenset({"auth.jwt_key", "webhooks.secret", "callbacks.secret"})
 _UNSUPPORTED_KEYS = {
     "server.tls_cert": "TLS; let a proxy in front of it (nginx, Caddy) terminate TLS",
     "server.tls_key": "TLS; let a proxy in front of it (nginx, Caddy) terminate TLS",
 }
 
 
-def _keys() -> Iterator[_Key]:
-    for table, struct in _TABLES.items():
+def _keys(tables: Mapping[str, type[Struct]]) -> Iterator[_Key]:
+    for table, struct in tables.items():
         info = inspect.type_info(struct)
         assert isinstance(info, inspect.StructType)
         hints = msgspec.structs.fields(struct)
@@ -101,8 +108,28 @@ def _keys() -> Iterator[_Key]:
             yield _Key(name, hint.type, description.type, hint.default, FLAGS.get(name))
 
 
-_KEYS = {key.name: key for key in _keys()}
-_VARIABLES = {ENV_PREFIX + name.replace(".", "_").upper(): name for name in _KEYS}
+_KEYS = {key.name: key for key in _keys(_TABLES)}
+_FAMILY_KEYS = {key.name: key for key in _keys(_FAMILIES)}  # "webhooks.secret": without the name between
+
+
+def _variable(name: str) -> str:
+    return ENV_PREFIX + re.sub("[.-]", "_", name).upper()
+
+
+_VARIABLES = {_variable(name): name for name in _KEYS}
+
+
+def _generic(name: str) -> str:
+    """A key as the rules know it: ``webhooks.secret`` for ``webhooks.payment.secret``."""
+    family, *_, key = name.split(".")
+    return f"{family}.{key}"
+
+
+def _key(name: str) -> _Key | None:
+    """The key of this name, ``server.port`` or ``webhooks.payment.secret``, if there is one."""
+    if name.count(".") == 2:
+        return _FAMILY_KEYS.get(_generic(name))
+    return _KEYS.get(name)
 
 
 def find_config_file(option: str | None, directory: Path) -> Path | None:
@@ -134,7 +161,7 @@ def load_with_sources(
     given: dict[str, _Value] = {}
     if file is not None:
         given.update(_from_file(file))
-    given.update(_from_environ(environ))
+    given.update(_from_environ(environ, {name.rpartition(".")[0] for name in given if name.count(".") == 2}))
     given.update(_from_flags(flags))
 
     for name, value in given.items():
@@ -142,14 +169,20 @@ def load_with_sources(
             raise ConfigError(f"{name} ({value.source}): this version does not support {_UNSUPPORTED_KEYS[name]}")
     values: dict[str, dict[str, object]] = {table: {} for table in _TABLES}
     for name, value in given.items():
-        table, _, key = name.partition(".")
-        values[table][key] = _convert(_KEYS[name], value)
+        table, _, bare = name.rpartition(".")
+        known = _key(name)
+        assert known is not None
+        values.setdefault(table, {})[bare] = _convert(name, known, value)
     if values["server"].get("unix_socket") and not values["server"].keys() & {"host", "port"}:
         values["server"]["host"] = ""  # a Unix socket that is asked for alone is meant alone
     auth = values["auth"]
     if "jwt_algorithm" not in auth and auth.get("jwt_key") and not str(auth["jwt_key"]).startswith("-----BEGIN"):
         auth["jwt_algorithm"] = "HS256"  # the one thing a shared secret alone can sensibly mean
-    config = Config(**{table: struct(**values[table]) for table, struct in _TABLES.items()})  # type: ignore[arg-type]
+    tables: dict[str, Any] = {table: struct(**values[table]) for table, struct in _TABLES.items()}
+    for family, struct in _FAMILIES.items():
+        names = [table.partition(".")[2] for table in values if table.startswith(f"{family}.")]
+        tables[family] = {name: struct(**values[f"{family}.{name}"]) for name in names}
+    config = Config(**tables)
     sources = {name: value.source for name, value in given.items()}
     _check(config, sources)
     return config, sources
@@ -158,13 +191,15 @@ def load_with_sources(
 def describe(config: Config, sources: Mapping[str, str]) -> str:
     """The effective configuration as TOML text, secrets hidden, with a comment where a value is not the default."""
     lines: list[str] = []
-    for table in _TABLES:
+    tables = [(table, getattr(config, table), struct) for table, struct in _TABLES.items()]
+    for family, struct in _FAMILIES.items():
+        tables += [(f"{family}.{name}", member, struct) for name, member in getattr(config, family).items()]
+    for table, values, struct in tables:
         lines += ["", f"[{table}]"] if lines else [f"[{table}]"]
-        for name, key in _KEYS.items():
-            if not name.startswith(table + "."):
-                continue
-            bare = name.partition(".")[2]
-            value = getattr(getattr(config, table), bare)
+        for bare in struct.__struct_fields__:
+            name = f"{table}.{bare}"
+            key, value = _key(name), getattr(values, bare)
+            assert key is not None
             shown = rules.toml(_masked(name, value))
             comment = ""
             if name in sources:
@@ -187,45 +222,61 @@ def _from_file(file: Path) -> Iterator[tuple[str, _Value]]:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     source = str(file)
     for table, entries in document.items():
-        if table in _UNSUPPORTED_TABLES:
-            raise ConfigError(f"[{table}] ({source}): this version does not support {_UNSUPPORTED_TABLES[table]}")
-        if table not in _TABLES:
-            wanted = _nearest_key(table) if not isinstance(entries, dict) else rules.nearest(table, _TABLES)
+        if table not in _TABLES and table not in _FAMILIES:
+            wanted = _nearest_key(table) if not isinstance(entries, dict) else rules.nearest(table, _TABLES | _FAMILIES)
             what = f"table [{table}]" if isinstance(entries, dict) else f"key {table!r} outside of any table"
-            raise ConfigError(f"unknown {what} in {source}{rules.suggest(wanted, 'tables', _TABLES)}")
+            raise ConfigError(f"unknown {what} in {source}{rules.suggest(wanted, 'tables', _TABLES | _FAMILIES)}")
         if not isinstance(entries, dict):
             raise ConfigError(f"{table} ({source}): expected a table, [{table}], not a single value")
-        for key, raw in entries.items():
-            name = f"{table}.{key}"
-            if name not in _KEYS:
-                raise ConfigError(f"unknown key {name} in {source}{_suggest_key(name)}")
-            yield name, _Value(raw, source, text=False)
+        if table in _TABLES:
+            yield from _from_table(table, entries, source)
+            continue
+        for member, values in entries.items():
+            if not isinstance(values, dict):
+                raise ConfigError(f"{table}.{member} ({source}): expected a table, [{table}.NAME], with keys in it")
+            if not _MEMBER.fullmatch(member):
+                raise ConfigError(f"[{table}.{member}] ({source}): a name is of a-z 0-9 _ -, at most 64 of them")
+            yield from _from_table(f"{table}.{member}", values, source)
 
 
-def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, _Value]]:
+def _from_table(table: str, entries: Mapping[str, object], source: str) -> Iterator[tuple[str, _Value]]:
+    for bare, raw in entries.items():
+        name = f"{table}.{bare}"
+        if _key(name) is None:
+            raise ConfigError(f"unknown key {name} in {source}{_suggest_key(name)}")
+        yield name, _Value(raw, source, text=False)
+
+
+def _from_environ(environ: Mapping[str, str], members: Iterable[str]) -> Iterator[tuple[str, _Value]]:
+    """``members``: the tables of families that the file has, ``webhooks.payment``; an environment adds none."""
     links = rules.service_links(environ, ENV_PREFIX)
+    variables = dict(_VARIABLES)
+    for member in members:
+        fields = _FAMILIES[member.partition(".")[0]].__struct_fields__
+        variables |= {_variable(f"{member}.{bare}"): f"{member}.{bare}" for bare in fields}
     for variable, raw in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in CLIENT_VARIABLES or variable in links:
             continue
-        name = _VARIABLES.get(variable)
+        name = variables.get(variable)
         if name is None:
-            hint = rules.suggest(rules.nearest(variable, _VARIABLES), "variables", _VARIABLES)
+            hint = rules.suggest(rules.nearest(variable, variables), "variables", variables)
             raise ConfigError(f"unknown environment variable {variable}{hint}")
         yield name, _Value(raw, f"environment variable {variable}", text=True)
 
 
 def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, _Value]]:
     for name, raw in flags.items():
-        if name not in _KEYS:
+        key = _key(name)
+        if key is None:
             raise ConfigError(f"unknown key {name}{_suggest_key(name)}")
         if raw is not None:
-            yield name, _Value(raw, f"flag {_KEYS[name].flag or name}", text=isinstance(raw, str))
+            yield name, _Value(raw, f"flag {key.flag or name}", text=isinstance(raw, str))
 
 
 # --- one value --------------------------------------------------------------------------------------------------
 
 
-def _convert(key: _Key, value: _Value) -> object:
+def _convert(name: str, key: _Key, value: _Value) -> object:
     """The value in its type and its one spelling."""
     raw = rules.from_text(key.info, value.raw) if value.text and isinstance(value.raw, str) else value.raw
     try:
@@ -235,12 +286,12 @@ def _convert(key: _Key, value: _Value) -> object:
     except (msgspec.ValidationError, ValueError):
         near = rules.nearest(str(raw), rules.choices(key.info))
         hint = f"; did you mean {near!r}?" if near else ""
-        raise _bad(key.name, value.raw, value.source, f"expected {rules.expected(key.info)}{hint}") from None
+        raise _bad(name, value.raw, value.source, f"expected {rules.expected(key.info)}{hint}") from None
     rule = rules.RULES.get(key.name)
     try:
         return converted if rule is None else rule(converted)
     except ValueError as error:
-        raise _bad(key.name, value.raw, value.source, str(error)) from None
+        raise _bad(name, value.raw, value.source, str(error)) from None
 
 
 # --- keys that depend on each other -----------------------------------------------------------------------------
@@ -248,6 +299,7 @@ def _convert(key: _Key, value: _Value) -> object:
 
 def _check(config: Config, sources: Mapping[str, str]) -> None:
     _check_auth(config.auth)
+    _check_hooks(config)
     server = config.server
     if server.workers > 1:
         raise ConfigError(
@@ -296,6 +348,30 @@ def _check_auth(auth: Auth) -> None:
         )
 
 
+def _check_hooks(config: Config) -> None:
+    for name, webhook in config.webhooks.items():
+        table = f"webhooks.{name}"
+        if len(webhook.secret.encode()) < MIN_HOOK_SECRET_BYTES:
+            raise ConfigError(
+                f"{table}.secret must have {MIN_HOOK_SECRET_BYTES} bytes or more, or anyone may guess it: make one "
+                "with `openssl rand -hex 32`"
+            )
+        if not webhook.event:
+            raise ConfigError(f"{table}.event is not set: under which name shall it be passed on?")
+        if (webhook.target == "broadcast") == bool(webhook.target_id):
+            wrong = "goes to everyone, so target_id has no meaning" if webhook.target_id else "needs a target_id"
+            raise ConfigError(f"{table}.target = {webhook.target!r} {wrong}")
+        if webhook.store and webhook.target not in ("user", "users"):
+            raise ConfigError(f"{table}.store keeps notifications for users, but target = {webhook.target!r}")
+    for name, callback in config.callbacks.items():
+        if not callback.url:
+            raise ConfigError(f"callbacks.{name}.url is not set: where shall it be told?")
+        if callback.secret and len(callback.secret.encode()) < MIN_HOOK_SECRET_BYTES:
+            raise ConfigError(
+                f"callbacks.{name}.secret must have {MIN_HOOK_SECRET_BYTES} bytes or more, or none at all"
+            )
+
+
 # --- words ------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +380,7 @@ def _bad(name: str, value: object, source: str, reason: str) -> ConfigError:
 
 
 def _masked(name: str, value: object) -> object:
-    if name in _SECRETS and value:
+    if _generic(name) in _SECRETS and value:
         return "(hidden)"
     return without_password(value) if isinstance(value, str) else value
 
@@ -313,6 +389,8 @@ def _nearest_key(name: str) -> str | None:
     """The known key that was probably meant: the same bare name elsewhere, else a near one, in the same table first."""
     table, _, bare = name.rpartition(".")
     anywhere = {key.partition(".")[2]: key for key in _KEYS}
+    if table.partition(".")[0] in _FAMILIES:
+        anywhere = {short: f"{table}.{short}" for short in _FAMILIES[table.partition(".")[0]].__struct_fields__}
     here = {short: key for short, key in anywhere.items() if key.startswith(table + ".")}
     for known in ({bare: anywhere[bare]} if bare in anywhere else {}, here, anywhere):
         near = rules.nearest(bare, known)
@@ -322,5 +400,7 @@ def _nearest_key(name: str) -> str | None:
 
 
 def _suggest_key(name: str) -> str:
-    table = name.partition(".")[0]
-    return rules.suggest(_nearest_key(name), "keys", [key for key in _KEYS if key.startswith(table + ".")])
+    table = name.rpartition(".")[0]
+    family = _FAMILIES.get(table.partition(".")[0])
+    known = [key for key in _KEYS if key.startswith(table + ".")]
+    return rules.suggest(_nearest_key(name), "keys", known if family is None else family.__struct_fields__)

@@ -156,6 +156,27 @@ def _http_url(text: str) -> str:
     return text
 
 
+def _event(text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,128}", text):
+        raise ValueError("expected a name of at most 128 characters of A-Z a-z 0-9 _ . : @ -")
+    return text
+
+
+def _pointer(text: str) -> str:
+    """RFC 6901 section 3."""
+    if not re.fullmatch(r"(/([^~/]|~[01])*)*", text):
+        raise ValueError('expected a JSON pointer such as "/data/userId", or "" for the whole body')
+    return text
+
+
+def _pointer_or_id(text: str) -> str:
+    if text.startswith("/"):
+        return _pointer(text)
+    if text and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,128}", text):
+        raise ValueError('expected a JSON pointer such as "/data/userId", or an id')
+    return text
+
+
 def _pem_newlines(key: str) -> str:
     """Environment files cannot hold line ends, so a PEM key there often has a backslash and an n instead."""
     return key.replace("\\n", "\n") if key.startswith("-----BEGIN") else key
@@ -168,6 +189,10 @@ RULES: dict[str, Callable[[Any], object]] = {
     "store.url": _store_url,
     "auth.jwt_key": _pem_newlines,
     "auth.hook_url": _http_url,
+    "callbacks.url": _http_url,
+    "webhooks.event": _event,
+    "webhooks.target_id": _pointer_or_id,
+    "webhooks.data": _pointer,
 }
 
 

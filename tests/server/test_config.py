@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from server import config_load as module
 from server.config import Config, ConfigError, is_loopback
 from server.config_load import describe, find_config_file, load_config, load_with_sources
+from server.config_rules import toml
 from server.limits import parse_proxies
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -124,21 +126,13 @@ def test_toml_has_its_own_types(tmp_path: Path) -> None:
     assert config.debug.echo
 
 
-def test_every_documented_key_is_there() -> None:
-    keys = {
-        "server": "host port unix_socket workers drain base_path trusted_proxies max_connections heartbeat tls_cert "
-        "tls_key",
-        "auth": "jwt_algorithm jwt_key jwt_key_file jwks_file hook_url hook_timeout hook_cache hook_concurrency "
-        "jwt_audience jwt_issuer",
-        "cors": "origins",
-        "history": "max_updates max_age max_bytes max_jobs",
-        "limits": "connections_per_user connects_per_second messages_per_second publishes_per_second max_message "
-        "backlog",
-        "store": "url",
-        "log": "format level",
-        "debug": "echo",
-    }
-    assert {table: " ".join(getattr(Config(), table).__struct_fields__) for table in Config.__struct_fields__} == keys
+def test_the_documentation_has_every_key_and_its_default() -> None:
+    text = (Path(module.__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `([a-z_.A-Z]+)` \| `(.*?)` \|", text, re.MULTILINE))
+    keys = {name: toml(key.default) for name, key in module._KEYS.items()}
+    for name, key in module._FAMILY_KEYS.items():
+        keys[name.replace(".", ".NAME.")] = toml(key.default)
+    assert documented == keys
 
 
 def test_the_file_is_found(tmp_path: Path) -> None:
@@ -156,6 +150,42 @@ def test_loading_twice_gives_equal_configs(tmp_path: Path) -> None:
     assert load_config(AUTH, {}, file).limits.messages_per_second == 6.0
 
 
+def test_tables_by_name(tmp_path: Path) -> None:
+    file = toml_file(
+        tmp_path,
+        """
+        [webhooks.payment]
+        event = "payment"
+        target_id = "/data/userId"
+        secret = "overridden"
+        [webhooks.system-notice]
+        event = "notice"
+        target = "broadcast"
+        [callbacks.mail]
+        url = "https://app.example/mail"
+        types = ["job_failed"]
+        unseen_after = 30
+        """,
+    )
+    environ = {
+        "STATUSWIRE_WEBHOOKS_PAYMENT_SECRET": SECRET,
+        "STATUSWIRE_WEBHOOKS_SYSTEM_NOTICE_SECRET": SECRET[::-1],
+    }
+    config, sources = load_with_sources({}, environ, file)
+    assert list(config.webhooks) == ["payment", "system-notice"]
+    assert config.webhooks["payment"].secret == SECRET
+    assert config.webhooks["system-notice"].secret == SECRET[::-1]
+    assert config.callbacks["mail"].types == ("job_failed",)
+    assert config.callbacks["mail"].unseen_after == 30.0
+    shown = describe(config, sources)
+    assert SECRET not in shown
+    written = tomllib.loads(shown)
+    assert written["webhooks"]["payment"]["target_id"] == "/data/userId"
+    assert written["callbacks"]["mail"]["timeout"] == 10.0
+    with pytest.raises(ConfigError, match="unknown environment variable STATUSWIRE_WEBHOOKS_OTHER_SECRET"):
+        load_config({}, environ | {"STATUSWIRE_WEBHOOKS_OTHER_SECRET": SECRET}, file)
+
+
 # --- unknown names ------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +200,30 @@ def test_loading_twice_gives_equal_configs(tmp_path: Path) -> None:
         ("port = 1", "unknown key 'port' outside of any table in FILE; did you mean server.port?"),
         ("server = 1", "server (FILE): expected a table, [server], not a single value"),
         ("[server]\nport = ", "FILE is not valid TOML: "),
-        ("[webhooks.payment]\nsecret = 'x'", "[webhooks] (FILE): this version does not support incoming webhooks"),
+        ("[webhooks]\nsecret = 'x'", "webhooks.secret (FILE): expected a table, [webhooks.NAME], with keys in it"),
+        ("[webhooks.Pay]\nsecret = 'x'", "[webhooks.Pay] (FILE): a name is of a-z 0-9 _ -, at most 64 of them"),
+        ("[webhooks.pay]\nsecrt = 'x'", "unknown key webhooks.pay.secrt in FILE; did you mean webhooks.pay.secret?"),
+        ("[webhooks.pay]\nxyzzy = 'x'", "unknown key webhooks.pay.xyzzy in FILE; known keys: secret, event, "),
+        ("[webhook.pay]\nsecret = 'x'", "unknown table [webhook] in FILE; did you mean webhooks?"),
+        ("[webhooks.pay]\nsecret = 'x'", "webhooks.pay.secret must have 16 bytes or more"),
+        (f"[webhooks.pay]\nsecret = '{SECRET}'", "webhooks.pay.event is not set"),
+        (f"[webhooks.pay]\nsecret = '{SECRET}'\nevent = 'a b'", 'webhooks.pay.event = "a b" (FILE): expected a name'),
+        (f"[webhooks.pay]\nsecret = '{SECRET}'\nevent = 'e'", "webhooks.pay.target = 'user' needs a target_id"),
+        (
+            f"[webhooks.pay]\nsecret = '{SECRET}'\nevent = 'e'\ntarget = 'broadcast'\ntarget_id = '/user'",
+            "webhooks.pay.target = 'broadcast' goes to everyone",
+        ),
+        (
+            f"[webhooks.pay]\nsecret = '{SECRET}'\nevent = 'e'\ntarget = 'channel'\ntarget_id = 'a'\nstore = true",
+            "webhooks.pay.store keeps notifications for users",
+        ),
+        ("[webhooks.pay]\ntarget = 'usr'", 'webhooks.pay.target = "usr" (FILE): expected one of broadcast, channel,'),
+        ("[webhooks.pay]\ntarget_id = 'user id'", 'webhooks.pay.target_id = "user id" (FILE): expected a JSON pointer'),
+        ("[webhooks.pay]\ndata = '/a~2'", 'webhooks.pay.data = "/a~2" (FILE): expected a JSON pointer'),
+        ("[callbacks.mail]\ntimeout = 3", "callbacks.mail.url is not set"),
+        ("[callbacks.mail]\nurl = 'ftp://app'", 'callbacks.mail.url = "ftp://app" (FILE): expected a URL'),
+        ("[callbacks.mail]\nurl = 'http://app'\nsecret = 'x'", "callbacks.mail.secret must have 16 bytes or more"),
+        ("[callbacks.mail]\ntypes = ['job_lost']", "callbacks.mail.types = "),
     ],
 )
 def test_bad_names_in_a_file(tmp_path: Path, text: str, words: str) -> None:
@@ -279,7 +332,7 @@ def test_bad_value_from_environment_and_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"auth.hook_url": "app/who"}, "auth.hook_url = \"app/who\" (flag auth.hook_url): expected a URL like"),
+        ({"auth.hook_url": "app/who"}, 'auth.hook_url = "app/who" (flag auth.hook_url): expected a URL like'),
         ({"auth.hook_url": "http://app:x/who"}, "auth.hook_url"),
         ({"server.tls_cert": "c.pem"}, "does not support TLS"),
         ({"server.tls_key": "k.pem"}, "does not support TLS"),
