@@ -156,6 +156,13 @@ class History:
             head = 0
         self._head = head
 
+    def forget(self, offset: int) -> None:
+        """Evict everything up to this offset, skipped places too: nobody can resume in front of it any more."""
+        if offset >= self.first:
+            bound, self.max_updates = self.max_updates, max(0, self.last - offset)
+            self.trim(0)
+            self.max_updates = bound
+
     def of_job(self, job_id: str, after: int) -> list[Update]:
         """Kept updates of a job with an offset above ``after``, oldest first."""
         return self._chain(self._newest_in_job.get(job_id, 0), self._before_in_job, after)

@@ -78,7 +78,12 @@ class Node:
             from server.brokers.redis_broker import RedisBroker
 
             self.shared = RedisBroker(
-                config.store.url, self.jobs, self.history, self.deliver, on_new_epoch=self.log_lost
+                config.store.url,
+                self.jobs,
+                self.history,
+                self.deliver,
+                on_new_epoch=self.log_lost,
+                watched=lambda: self.hub.channels,
             )
             self.broker = self.shared
         else:

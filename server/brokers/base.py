@@ -51,9 +51,15 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
 
 
 class Cancel(msgspec.Struct, frozen=True, gc=False):
-    """Ask a job's worker to stop: ``cancelRequested``. The caller has checked who may ask."""
+    """Ask a job's worker to stop: ``cancelRequested``.
+
+    Attributes:
+        job_id: the job's id.
+        owner: whose job the caller may cancel: if the id is another owner's by now, there is no such job.
+    """
 
     job_id: str
+    owner: str
 
 
 class Delete(msgspec.Struct, frozen=True, gc=False):

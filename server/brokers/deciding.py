@@ -56,6 +56,13 @@ def owner_of(operation: Publish, job_id: str) -> str:
     return sys.intern(user_id)
 
 
+def owned(job: Job, owner: str) -> Job:
+    """The job, if it is this owner's: an id can be deleted and come back as somebody else's. Raises ApiError 404."""
+    if job.latest.user_id != owner:
+        raise job_not_found(job.latest.job_id)
+    return job
+
+
 def create(operation: Publish, job_id: str, get: Callable[[str], Job | None], *, offset: int, now_ms: int) -> Job:
     """The first state of a new job; see ``protocol.job.create`` and ``owner_of`` for what is raised."""
     user_id = owner_of(operation, job_id)

@@ -38,6 +38,7 @@ from server.brokers.deciding import (
     job_exists,
     key_reused,
     new_target,
+    owned,
     too_many_jobs,
 )
 from server.brokers.keys import Kept, Keys, digest_of, fingerprint_of
@@ -215,7 +216,7 @@ class LocalBroker(ABC):
         return Accepted(latest.offset, latest.version, False, after.private.cancel_requested, after)
 
     def _cancel(self, operation: Cancel, now_ms: int) -> Accepted:
-        before = self._must_get(operation.job_id)
+        before = owned(self._must_get(operation.job_id), operation.owner)
         after = rules.request_cancel(before, offset=self._offset + 1, now_ms=now_ms)
         if after is None:
             return self._unchanged(before)

@@ -80,7 +80,8 @@ class Answers:
         self.release_late(float("inf"))
 
     def _release(self, shard: int, now: float) -> None:
-        waiting, seen = self._unshown[shard], self._follower.seen[shard]
+        waiting, follower = self._unshown[shard], self._follower
+        seen = follower.seen[shard] if shard in follower.followed else float("inf")
         while waiting and (waiting[0][0] <= seen or waiting[0][1] <= now):
             _, _, call, result = waiting.popleft()
             self.settle(call, result)

@@ -41,6 +41,8 @@ _LEASE_JITTER_S: Final = 0.05
 _LEASES_AT_ONCE: Final = 500
 # How often those who wait are looked through for some that have waited too long.
 _PATIENCE_STEP_S: Final = 0.25
+# No entry is taken out of Redis sooner, however short ``history.max_age`` is.
+_LEAST_KEPT_S: Final = 60.0
 # After being cancelled, for what is under way to be answered.
 _FINISH_S: Final = 2.0
 
@@ -51,9 +53,10 @@ class RedisBroker:
     Args:
         url: see ``redis_url.parse_redis_url``.
         jobs: the shown records of what is followed; filled through ``deliver`` and by ``follow``.
-        history: likewise. Its bound of count holds in Redis too, so it must be the same on all nodes.
+        history: likewise. Its bounds of count and age hold in Redis too, so they must be the same on all nodes.
         deliver: see ``base.Deliver``.
         on_new_epoch: called with the epoch when everything had to be loaded anew: every reader needs a snapshot.
+        watched: the channels that readers are on just now: their part of the log goes on being followed.
         options: how patient the client is.
         clock: unix time in seconds.
     """
@@ -66,6 +69,7 @@ class RedisBroker:
         deliver: Deliver,
         *,
         on_new_epoch: Callable[[str], object] | None = None,
+        watched: Callable[[], Iterable[str]] = tuple,
         options: Options | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -75,15 +79,18 @@ class RedisBroker:
         self._on_new_epoch = on_new_epoch
         self._options = options
         self._clock = clock
-        self._follower = Follower(
+        # Calls whose answer was lost are looked for in the log.
+        self._keep_s = max(history.max_age, _LEAST_KEPT_S)
+        self.follower = Follower(
             jobs,
             history,
             self._show,
             on_new_epoch=self._new_epoch,
             on_shown=lambda shard: self._publisher.answers.on_shown(shard),
+            watched=watched,
         )
         self._publisher = Publisher(
-            jobs, history, self._follower, clock=lambda: self._clock(), on_lease=self._expect_lease
+            jobs, history, self.follower, clock=lambda: self._clock(), on_lease=self._expect_lease
         )
         self._client: Client | None = None
         self._next_tick = 0.0
@@ -117,13 +124,13 @@ class RedisBroker:
                 f"store.url: what is kept at {url} has format {int(schema)} with {int(shards)} shards, this version "
                 f"uses format {SCHEMA} with {SHARDS}; use the version that wrote it, or another database"
             )
-        self._follower.begin(epoch.decode(), int(offset))
-        self._client = self._publisher.client = self._follower.client = make_client(
+        self.follower.begin(epoch.decode(), int(offset))
+        self._client = self._publisher.client = self.follower.client = make_client(
             url,
             options=self._options,
             on_up=self._went_up,
-            on_message=self._follower.take,
-            on_subscribed=lambda channels: self._follower.wake(),
+            on_message=self.follower.take,
+            on_subscribed=lambda channels: self.follower.wake(),
             on_lost=lambda channels: self._publisher.answers.release_all(),
         )
 
@@ -144,7 +151,7 @@ class RedisBroker:
         with scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._client.run)
-                nursery.start_soon(self._follower.run)
+                nursery.start_soon(self.follower.run)
                 nursery.start_soon(self._publisher.run)
                 nursery.start_soon(self._tick_for_ever)
                 while True:
@@ -157,7 +164,7 @@ class RedisBroker:
 
     async def follow(self, names: Iterable[str], cursor: str | None = None) -> None:
         """See ``base.Broker``."""
-        await self._follower.follow(names, cursor)
+        await self.follower.follow(names, cursor)
 
     async def recall(self, client: str) -> str | None:
         """The cursor that a polling client was given last, on any node; None if Redis does not say."""
@@ -191,9 +198,11 @@ class RedisBroker:
             self._on_new_epoch(epoch)
 
     def _went_up(self, node: NodeInfo) -> None:
-        self._follower.arrived = True
+        assert self._client is not None
+        if self._client.away is None:  # a cluster has several connections to wait for
+            self.follower.arrived = True
         self._up_since = trio.current_time()
-        self._follower.wake()
+        self.follower.wake()
         self._publisher.wake()
 
     # Leases
@@ -210,7 +219,9 @@ class RedisBroker:
             self._next_tick = trio.current_time() + TICK_S * random.uniform(0.75, 1.0)
             if self._client.away is None:
                 try:
-                    meta, left_ms, *due = await self._client.call_script(TICK, [META, WHERE, LEASES], [_LEASES_AT_ONCE])
+                    meta, left_ms, *due = await self._client.call_script(
+                        TICK, [META, WHERE, LEASES], [_LEASES_AT_ONCE, self._keep_s, SHARDS]
+                    )
                 except (RedisClientError, RedisError):
                     pass  # the next one will tell
                 else:
@@ -222,7 +233,7 @@ class RedisBroker:
             await trio.lowlevel.checkpoint()
 
     def _take_tick(self, meta: Sequence[bytes], left_ms: int, due: Sequence[bytes]) -> None:
-        self._follower.check(dict(zip(meta[::2], meta[1::2], strict=True)))
+        self.follower.check(dict(zip(meta[::2], meta[1::2], strict=True)))
         self._history.trim(int(self._clock() * 1000))
         if left_ms >= 0:
             self._expect_lease(left_ms / 1000 + random.uniform(0.001, _LEASE_JITTER_S))

@@ -14,7 +14,7 @@ from protocol import job as rules
 from protocol.errors import job_not_found
 from protocol.update import Job, Update
 from server.brokers.base import Cancel, Claim, Delete, Expire, Operation, Publish
-from server.brokers.deciding import ancestors_of, create, identify, job_exists, new_target
+from server.brokers.deciding import ancestors_of, create, identify, job_exists, new_target, owned
 from server.brokers.keys import digest_of, fingerprint_of
 from server.brokers.redis_calls import Call, Change
 from server.brokers.redis_keys import shard_of
@@ -94,8 +94,8 @@ class Decider:
                     if operation.create == "must":
                         raise job_exists(job_id)
                     after = rules.apply(before, fields, offset=offset, now_ms=now_ms)
-            case Cancel():
-                after = rules.request_cancel(_must(before, job_id), offset=offset, now_ms=now_ms)
+            case Cancel(owner=owner):
+                after = rules.request_cancel(owned(_must(before, job_id), owner), offset=offset, now_ms=now_ms)
                 if after is None:
                     return False
             case Expire():

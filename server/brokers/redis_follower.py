@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal
 
 import trio
@@ -36,12 +36,11 @@ from server.brokers.redis_keys import (
     SHARD_OF_CHANNEL,
     SHARDS,
     Message,
-    Stored,
     decode_message,
     shard_of,
-    stored_of,
     update_of,
 )
+from server.brokers.redis_reading import cut_of, decode_jobs, entries_of, newest_of, read_log
 from server.history import History
 from server.jobs import Jobs
 
@@ -53,9 +52,11 @@ FOLLOW_S: Final = 10.0
 _MAX_BUFFERED: Final = 20_000
 # Entries read from one log at a time: some hundred kilobytes.
 _PAGE: Final = 500
-# Records decoded before others have a turn: some 3 ms.
-_TURN: Final = 1000
 _RETRY_S: Final = 0.2
+# A shard of which nobody has asked or watched anything for so long is not followed any more.
+IDLE_S: Final = 300.0
+# Records forgotten before others have a turn: about a millisecond.
+_TURN: Final = 1000
 
 
 class _LogLostError(Exception):
@@ -73,11 +74,12 @@ class Follower:
         jobs, history: what is shown.
         deliver: shows entries, see ``base.Deliver``.
         on_new_epoch: called with the new epoch when the log began anew and everything has been loaded again.
-        on_shown: called with a shard after messages of it were shown.
+        on_shown: called with a shard after messages of it were shown, or when none will be any more.
+        watched: the channels that readers are on just now.
 
     Attributes:
         client: set before ``run``.
-        followed: shards that are shown; grows only.
+        followed: shards that are shown.
         seen: of each shard, the stamp of its newest message that was shown.
         arrived: there has been a connection; before the first one everybody waits for it.
         revs: of each shown job, the token of its state.
@@ -93,12 +95,14 @@ class Follower:
         *,
         on_new_epoch: Callable[[str], object],
         on_shown: Callable[[int], object],
+        watched: Callable[[], Iterable[str]],
     ) -> None:
         self._jobs = jobs
         self._history = history
         self._deliver = deliver
         self._on_new_epoch = on_new_epoch
         self._on_shown = on_shown
+        self._watched = watched
         self.followed: frozenset[int] = frozenset()
         self.seen = [0] * SHARDS
         self.revs: dict[str, str] = {}
@@ -106,6 +110,7 @@ class Follower:
         self._seen_data: list[bytes | None] = [None] * SHARDS  # the newest message shown, as it is in the stream
         self._behind = [0] * SHARDS  # what ``check`` found in Redis a second ago
         self._wanted: set[int] = set()
+        self._asked = [0.0] * SHARDS  # when a reader was last known to need it (Trio's clock)
         self._buffer: deque[tuple[int, bytes]] | None = None  # while reading from the streams
         self._overflowed = False
         self._reload: Literal["", "load", "renew"] = ""
@@ -142,16 +147,20 @@ class Follower:
         Raises:
             ApiError: 503 ``store_unavailable`` if Redis is away and it is not.
         """
-        missing = self.shards_of(names) - self.followed if len(self.followed) < SHARDS else set()
+        shards = self.shards_of(names)
+        now = trio.current_time()
+        for shard in shards:
+            self._asked[shard] = now
+        missing = shards - self.followed
         if not missing and not self.ahead(cursor):
             return
         if self.client.away is not None and self.arrived:
             if not missing:
                 return  # a cursor that cannot be checked now: it is answered like one that is ahead of the log
             raise unavailable(f"Redis is away: {self.client.away}")
-        self._wanted |= missing
         with trio.move_on_after(FOLLOW_S):
             while True:
+                self._wanted |= missing
                 await self.synchronise()
                 if missing <= self.followed:
                     return
@@ -269,6 +278,7 @@ class Follower:
 
     async def _read(self) -> None:
         try:
+            await self._unfollow_idle()
             if self._reload:
                 await self._begin_anew()
             missing = self._wanted - self.followed
@@ -279,6 +289,46 @@ class Follower:
         finally:
             if self._buffer is not None:
                 self._drain()
+
+    async def _unfollow_idle(self) -> None:
+        """Let go of shards that nobody needs here, so that their updates cost nothing.
+
+        Their entries stay in the ring until they are too old: they are true, and places of later ones stay empty.
+        """
+        now = trio.current_time()
+        idle = self._idle(now)
+        if not idle:
+            return
+        self.followed -= idle
+        self._wanted -= idle
+        self.client.unsubscribe([CHANNELS[shard] for shard in idle])
+        for shard in idle:
+            self.seen[shard], self._seen_data[shard], self._behind[shard] = 0, None, 0
+            self._on_shown(shard)
+        jobs = self._jobs
+        gone = [job_id for user_id, owned in jobs.by_user.items() if shard_of(user_id) in idle for job_id in owned]
+        for count, job_id in enumerate(gone):
+            job = jobs.get(job_id)
+            if job is not None and shard_of(job.latest.user_id) in idle:  # else it is another owner's by now
+                self.revs.pop(job_id, None)
+                jobs.forget(job_id)
+            if count % _TURN == _TURN - 1:
+                await trio.lowlevel.checkpoint()
+
+    def _idle(self, now: float) -> set[int]:
+        """Followed shards that nobody has asked for lately, nor watches."""
+        if self.client.away is not None:
+            return set()  # what is known here is all that there is to be read
+        candidates = {shard for shard in self.followed if now - self._asked[shard] > IDLE_S}
+        idle = set(candidates)
+        if idle:
+            for name in self._watched():
+                idle -= self.shards_of((name,))
+                if not idle:
+                    break
+        for shard in candidates - idle:
+            self._asked[shard] = now
+        return idle
 
     async def _subscribe(self, shards: set[int]) -> None:
         channels = [CHANNELS[shard] for shard in shards]
@@ -294,19 +344,18 @@ class Follower:
             LOAD, [META, *(JOBS[shard] for shard in shards)], [], patience=FOLLOW_S
         )
         self._check_epoch(epoch)
-        loaded = await self._decode_jobs(tables, offset)
+        loaded = await decode_jobs(tables, offset)
         entries: list[Update] = []
         newest: dict[int, tuple[int, bytes | None]] = {}
         self._buffer = deque()  # from here on nothing else is shown
         limit = self._history.last
         for shard in shards:
-            messages = await self._read_log(shard, self._history.first, limit)
-            newest[shard] = (messages[-1][0].stamp, messages[-1][1]) if messages else (0, None)
-            if not messages:  # all of it may be older than the window: then its newest entry says where it stands
-                newest[shard] = await self._newest_before(shard, limit)
-            entries += [update for message, _ in messages for update in _entries(message)]
+            messages = await read_log(self.client, shard, self._history.first, limit)
+            newest[shard] = await newest_of(self.client, shard, messages, limit)
+            entries += [update for message, _ in messages for update in entries_of(message)]
         # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up.
         self._history.fill(entries)
+        self._history.forget(await cut_of(self.client, shards))
         jobs = list(self._jobs.jobs.values())
         for stored in loaded:
             if stored.job is not None and stored.job.created <= limit:
@@ -317,32 +366,6 @@ class Follower:
             self.seen[shard], self._seen_data[shard] = stamp, data
         self.followed |= shards
 
-    async def _decode_jobs(self, tables: Sequence[Sequence[bytes]], offset: int) -> list[Stored]:
-        loaded: list[Stored] = []
-        for table in tables:
-            for start in range(0, len(table), _TURN):
-                loaded += [stored_of(blob, offset) for blob in table[start : start + _TURN]]
-                await trio.lowlevel.checkpoint()
-        return loaded
-
-    async def _read_log(self, shard: int, first: int, last: int) -> list[tuple[Message, bytes]]:
-        """Messages from ``first`` to ``last``, both included."""
-        found: list[tuple[Message, bytes]] = []
-        start = f"{max(first, 1)}-0"
-        while True:
-            page = await self.client.call("XRANGE", LOGS[shard], start, f"{last}-0", "COUNT", _TURN)
-            found += [(decode_message(fields[1]), fields[1]) for _, fields in page]
-            if len(page) < _TURN:
-                return found
-            start = "(" + page[-1][0].decode()
-
-    async def _newest_before(self, shard: int, last: int) -> tuple[int, bytes | None]:
-        page = await self.client.call("XREVRANGE", LOGS[shard], f"{last}-0", "-", "COUNT", 1)
-        if page:
-            data: bytes = page[0][1][1]
-            return decode_message(data).stamp, data
-        return 0, None
-
     async def _catch_up(self) -> None:
         """Show what came after the newest that was shown, over all followed shards, in log order."""
         shards = sorted(self.followed)
@@ -351,14 +374,14 @@ class Follower:
                 self._buffer = deque()
             keys = [META, *(LOGS[shard] for shard in shards)]
             stamps = [self.seen[shard] for shard in shards]
-            epoch, offset, *pages = await self.client.call_script(AFTER, keys, [_PAGE, *stamps], patience=FOLLOW_S)
+            epoch, offset, *found = await self.client.call_script(AFTER, keys, [_PAGE, *stamps], patience=FOLLOW_S)
             self._check_epoch(epoch)
             if offset < self._history.last:
                 raise _LogLostError(f"offset {self._history.last} was shown, Redis is at {offset}")
             bound = offset
             fresh: list[tuple[int, Message, bytes]] = []
-            for shard, page in zip(shards, pages, strict=True):
-                messages = self._check_page(shard, page, offset)
+            for shard, cut, page in zip(shards, found[::2], found[1::2], strict=True):
+                messages = self._check_page(shard, page, offset, cut)
                 fresh += [(shard, message, data) for message, data in messages]
                 if len(page) == _PAGE:
                     bound = min(bound, decode_message(page[-1][1][1]).stamp)
@@ -374,14 +397,16 @@ class Follower:
             if bound == offset:
                 return
 
-    def _check_page(self, shard: int, page: list[Any], offset: int) -> list[tuple[Message, bytes]]:
+    def _check_page(self, shard: int, page: list[Any], offset: int, cut: int) -> list[tuple[Message, bytes]]:
         """The messages of one log after the newest that was shown, which must come first."""
         seen = self.seen[shard]
         datas: list[bytes] = [fields[1] for _, fields in page]
         if seen:
-            if datas and datas[0] == self._seen_data[shard]:
+            if not datas:  # a log keeps its newest entry, however old
+                raise _LogLostError(f"there is nothing from entry {seen} of shard {shard} on")
+            if datas[0] == self._seen_data[shard]:
                 del datas[0]
-            elif offset - seen <= self._history.max_updates or (datas and decode_message(datas[0]).stamp == seen):
+            elif seen > max(offset - self._history.max_updates - 1, cut) or decode_message(datas[0]).stamp == seen:
                 raise _LogLostError(f"the entry at {seen} of shard {shard} is not what it was")
         messages = [(decode_message(data), data) for data in datas]
         if messages and messages[0][0].prev != seen:
@@ -415,18 +440,20 @@ class Follower:
         found, offset, _, *tables = await self.client.call_script(LOAD, [META, *(JOBS[shard] for shard in shards)], [])
         if found != epoch:
             raise RedisClientError("the epoch changed while it was being loaded")
-        loaded = await self._decode_jobs(tables, offset)
+        loaded = await decode_jobs(tables, offset)
         first = max(1, offset - self._history.max_updates + 2)
         messages: list[Message] = []
         newest: dict[int, tuple[int, bytes | None]] = {}
         for shard in shards:
-            read = await self._read_log(shard, first, offset)
-            newest[shard] = (read[-1][0].stamp, read[-1][1]) if read else await self._newest_before(shard, offset)
+            read = await read_log(self.client, shard, first, offset)
+            newest[shard] = await newest_of(self.client, shard, read, offset)
             messages += [message for message, _ in read]
+        cut = await cut_of(self.client, shards)
         self._reload = ""
         self.begin(epoch.decode(), offset)
         # Entries of the old epoch count in the new one: nobody resumes behind them with an old cursor.
-        self._history.fill([update for message in messages for update in _entries(message)])
+        self._history.fill([update for message in messages for update in entries_of(message)])
+        self._history.forget(cut)
         self._jobs.load(
             sorted((stored.job for stored in loaded if stored.job is not None), key=lambda job: job.created)
         )
@@ -456,19 +483,13 @@ class Follower:
                 self.wake()
             self._behind[shard] = int(meta.get(b"last:%d" % shard, b"0"))
             level = level and self.seen[shard] >= self._behind[shard]
+        if self._idle(trio.current_time()):
+            self.wake()
         offset = int(meta[b"offset"])
         if offset < self._history.last:
             self.wake()
         elif level and self._buffer is None:
             self._history.skip(offset)  # a quiet reader's cursor moves with the log
-
-
-def _entries(message: Message) -> list[Update]:
-    updates: list[Update] = []
-    for write in message.writes:
-        if write.entry:
-            updates.append(update_of(write, message.first + len(updates), message.at_ms))
-    return updates
 
 
 def unavailable(reason: str) -> ApiError:

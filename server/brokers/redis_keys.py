@@ -4,7 +4,7 @@ All keys share the hash tag ``{statuswire}``: one script may touch any of them, 
 ``SHARDS`` by their owner; a parent and its parts have one owner, so one shard.
 
 - ``meta``, a hash: ``epoch``, ``schema``, ``shards``; ``offset`` and ``at``: of the newest entry (time in unix
-  milliseconds); ``last:<k>``: offset of the newest entry of shard k.
+  milliseconds); ``last:<k>``: offset of the newest entry of shard k; ``cut:<k>``: up to where they were too old.
 - ``jobs:<k>``, a hash: job id -> ``<rev> <created> <offset> <at> <stamp>\n`` and a msgpack ``Write``.
 - ``where``, a hash: job id -> shard.
 - ``log:<k>``, a stream: one entry ``<stamp>-0`` for every call that changed something, with the message in field ``m``.
@@ -335,20 +335,47 @@ return answer
 """)
 
 # What came after, at one moment. KEYS: meta, then logs. ARGV: how many at most, then the stamp of each log.
-# Answers: epoch, offset, and for every log its entries from that stamp on, including it.
+# Answers: epoch, offset, and for every log its cut and its entries from that stamp on, including it.
 AFTER: Final = Script("""
 local state = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
 local answer = {state[1], tonumber(state[2] or 0)}
-for i = 2, #KEYS do answer[#answer + 1] = redis.call('XRANGE', KEYS[i], ARGV[i] .. '-0', '+', 'COUNT', ARGV[1]) end
+for i = 2, #KEYS do
+  answer[#answer + 1] = tonumber(redis.call('HGET', KEYS[1], 'cut:' .. string.match(KEYS[i], '%d+$')) or 0)
+  answer[#answer + 1] = redis.call('XRANGE', KEYS[i], ARGV[i] .. '-0', '+', 'COUNT', ARGV[1])
+end
 return answer
 """)
 
-# Once a second. KEYS: meta, where, leases. ARGV: how many jobs at most.
+# Once a second. KEYS: meta, where, leases. ARGV: how many jobs at most, seconds that entries are kept, SHARDS.
+# Takes entries out of the logs that are too old, but of each log leaves the newest: who has read it knows by it that
+# nothing is missing. About 50 µs where there are none.
 # Answers: meta, milliseconds until the next lease runs out (-1 without one), and the states of jobs whose lease has.
 TICK: Final = Script("""
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local prefix = string.sub(KEYS[1], 1, -5)
+local since = now - ARGV[2] * 1000
+local function from(log, id)
+  local entry = redis.call('XRANGE', log, id, '+', 'COUNT', 1)[1]
+  if not entry then return end
+  local heads = {cmsgpack.unpack_limit(entry[2][2], 5, 1)}
+  return tonumber(string.match(entry[1], '^%d+')), heads[#heads]
+end
+for shard = 0, ARGV[3] - 1 do
+  local log = prefix .. 'log:' .. shard
+  local stamp, at = from(log, '-')
+  if stamp and at < since then
+    local low, high = stamp, tonumber(redis.call('HGET', KEYS[1], 'last:' .. shard) or 0)
+    while low < high do
+      local middle = math.floor((low + high) / 2)
+      stamp, at = from(log, middle .. '-0')
+      if stamp and stamp < high and at < since then low = stamp + 1 else high = middle end
+    end
+    -- A full Redis refuses the one and not the other.
+    local noted = redis.pcall('HSET', KEYS[1], 'cut:' .. shard, low - 1)
+    if type(noted) == 'number' then redis.call('XTRIM', log, 'MINID', low .. '-0') end
+  end
+end
 local answer = {redis.call('HGETALL', KEYS[1]), -1}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, ARGV[1])) do
   local shard = redis.call('HGET', KEYS[2], id)

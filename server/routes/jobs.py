@@ -175,7 +175,7 @@ async def cancel(exchange: Exchange) -> Response:
     caller = exchange.caller
     if job.latest.user_id != caller.user and not caller.admin:
         raise ApiError(403, "forbidden", "only the job's owner or an admin may cancel it")
-    accepted = await _decide(exchange, Cancel(job.latest.job_id))
+    accepted = await _decide(exchange, Cancel(job.latest.job_id, job.latest.user_id))
     assert accepted.job is not None
     return json_answer(202, {"job": msgspec.Raw(accepted.job.latest.body)})
 

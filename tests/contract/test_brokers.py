@@ -114,8 +114,8 @@ async def test_refusals_change_nothing(rig: Rig) -> None:
         (await rig.refuse(publish("a", attempt=1))).code,
         (await rig.refuse(publish("a", userId="v"))).code,
         (await rig.refuse(publish("a", parentId="p"))).code,
-        (await rig.refuse(Cancel("a"))).code,
-        (await rig.refuse(Cancel("b"))).code,
+        (await rig.refuse(Cancel("a", "u"))).code,
+        (await rig.refuse(Cancel("b", "u"))).code,
         (await rig.refuse(Delete("b"))).code,
         (await rig.refuse(publish("b", userId="u", parentId="p"))).code,
     ]
@@ -255,15 +255,24 @@ async def test_a_duplicate_in_flight_is_kept_no_earlier_than_the_first(rig: Rig)
 
 async def test_cancel(rig: Rig) -> None:
     await rig.accept(publish("a", userId="u"))
-    asked = await rig.accept(Cancel("a"))
+    asked = await rig.accept(Cancel("a", "u"))
     assert (asked.version, asked.cancel_requested, asked.duplicate) == (2, True, False)
     assert rig.delivered[-1][0].type == "status_update"
     assert rig.record("a")["cancelRequested"] is True
-    repeated = await rig.accept(Cancel("a"))
+    repeated = await rig.accept(Cancel("a", "u"))
     assert (repeated.version, repeated.duplicate, rig.history.last) == (2, True, 2)
     assert (await rig.accept(publish("a", progress=3))).cancel_requested
     assert (await rig.accept(publish("a", status="cancelled"))).cancel_requested
     assert not (await rig.accept(publish("a", attempt=2))).cancel_requested
+
+
+async def test_a_cancel_is_for_the_job_of_one_owner(rig: Rig) -> None:
+    await rig.accept(publish("a", userId="u"))
+    # Decided at once, so what the caller saw of the job is two operations old when the cancel is.
+    results = await rig.decide(Delete("a"), publish("a", userId="v"), Cancel("a", "u"))
+    assert [getattr(result, "code", None) for result in results] == [None, None, "job_not_found"]
+    assert "cancelRequested" not in rig.record("a")
+    assert (await rig.accept(Cancel("a", "v"))).cancel_requested
 
 
 async def test_delete_frees_the_id(rig: Rig) -> None:
@@ -370,7 +379,7 @@ async def test_an_expiry_that_was_overtaken_changes_nothing(rig: Rig) -> None:
     first = await rig.accept(publish("a", userId="u", ttl=100))
     await rig.accept(publish("a", progress=1))
     assert (await rig.accept(Expire("a", first.version))).duplicate
-    await rig.accept(Cancel("a"))  # is no sign of life
+    await rig.accept(Cancel("a", "u"))  # is no sign of life
     stalled = await rig.accept(Expire("a", 2))
     assert (stalled.duplicate, stalled.cancel_requested, rig.record("a")["status"]) == (False, True, "stalled")
     await rig.accept(publish("a", ttl=None))

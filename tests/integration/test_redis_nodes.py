@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -18,7 +19,9 @@ import trio
 from protocol.errors import ApiError
 from protocol.fields import decode_fields
 from server.app import StartError
-from server.brokers.base import Accepted, Publish
+from server.brokers import redis_follower
+from server.brokers.base import Accepted, Cancel, Delete, Publish
+from server.brokers.redis_keys import shard_of
 from tests.redis_servers import (
     RedisServer,
     eventually,
@@ -276,6 +279,127 @@ async def test_a_node_follows_only_what_its_readers_watch(redis: RedisServer) ->
         history = two.node.history
         assert [update.offset for update in history.everything(0)] == list(range(1, 41))
         assert [update.job_id for update in history.of_user("user-3", 0)] == ["job-3"]
+
+
+async def test_a_node_lets_go_of_what_nobody_watches_any_more(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_follower, "IDLE_S", 0.5)
+    async with two_nodes(redis.url, auth=AUTH) as (one, two):
+        follower = two.node.shared.follower  # type: ignore[union-attr]
+        users = ["alice", *(f"user-{number}" for number in range(40))]
+        first = await publish(one, "a", userId="alice")
+        for user in users[1:]:
+            await publish(one, f"of-{user}", userId=user)
+        async with session(two, token=token("alice")) as ws:
+            assert len((await ws.subscribe())["snapshot"]) == 1
+            assert len((await two.get("/api/v2/jobs", ADMIN)).json["jobs"]) == len(users)
+            assert len(follower.followed) == 16
+            await until(lambda: len(follower.followed) == 1)
+            its = {f"of-{user}" for user in users[1:] if shard_of(user) == shard_of("alice")} | {"a"}
+            await until(lambda: set(two.node.jobs.jobs) == its == set(follower.revs))
+            # What is watched goes on, in order and without the others'.
+            for progress in range(5):
+                await publish(one, "a", progress=progress)
+                await publish(one, "of-user-1", progress=progress)
+            assert [(await ws.receive())["version"] for _ in range(5)] == [2, 3, 4, 5, 6]
+            assert two.node.jobs.get("of-user-1") is None
+        # Followed again it is whole: what came before, what nobody followed, and what comes now.
+        cursor = f"{one.node.history.epoch}:{first.offset}"
+        await until(lambda: not follower.followed)
+        async with session(two, token=token("user-1")) as ws:
+            begun = await ws.subscribe(last_seen=cursor)
+            assert begun["recovered"]
+            assert [(await ws.receive())["version"] for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+            await publish(two, "of-user-1", status="completed")
+            assert (await ws.receive())["version"] == 7
+        everything = (await two.get("/api/v2/jobs", ADMIN)).json["jobs"]
+        versions = {job["jobId"]: job["version"] for job in everything}
+        assert versions == {f"of-{user}": 1 for user in users[1:]} | {"a": 6, "of-user-1": 7}
+        offsets = [update.offset for update in two.node.history.everything(0)]
+        assert offsets == list(range(1, two.node.history.last + 1))
+
+
+async def test_the_log_in_redis_is_bounded_by_age(redis: RedisServer) -> None:
+    async with two_nodes(redis.url, auth=AUTH, history={"max_age": 60}) as (one, two):
+        old = one.node.shared
+        assert old is not None
+        old._clock = lambda: time.time() - 600
+        for number in range(300):
+            last_old = await publish(one, f"job-{number % 40}", userId=f"user-{number % 40}")
+        old._clock = time.time
+        with redis.oracle() as oracle:
+            logs = oracle.keys("{statuswire}:log:*")
+
+            def length() -> int:
+                return sum(oracle.xlen(key) for key in logs)
+
+            assert length() == 300
+            # Each log keeps its newest entry: those who have read it know by it that they missed nothing.
+            await eventually(lambda: length() == len(logs), within=LONG_S)
+        fresh = await publish(one, "job-3", progress=3)
+        epoch = one.node.history.epoch
+        # To node two all of it is new.
+        assert len((await two.get("/api/v2/jobs", ADMIN)).json["jobs"]) == 40
+        for cursor, recovered in [(f"{epoch}:{last_old.offset - 200}", False), (f"{epoch}:{last_old.offset}", True)]:
+            async with session(two, token=token("user-3")) as ws:
+                begun = await ws.subscribe(last_seen=cursor)
+                assert begun["recovered"] is recovered
+                if recovered:
+                    assert (await ws.receive())["id"] == f"{epoch}:{fresh.offset}"
+                else:
+                    assert [job["progress"] for job in begun["snapshot"]] == [3]
+        async with event_stream(two, headers=bearer("user-3"), last_seen=f"{epoch}:1") as sse:
+            assert [(await sse.event()).type for _ in range(3)] == ["connected", "reset", "snapshot"]
+        # Who followed a log from before does not take what grew old for lost.
+        assert one.node.history.epoch == two.node.history.epoch == epoch
+
+
+async def test_what_grew_old_while_a_node_was_away_is_not_lost(redis: RedisServer) -> None:
+    async with running_proxy(redis.port) as proxy:
+        behind = {"store": {"url": f"redis://127.0.0.1:{proxy.port}"}, "history": {"max_age": 60}}
+        async with (
+            server(store={"url": redis.url}, history={"max_age": 60}) as one,
+            server(**behind) as two,
+            session(two) as ws,
+        ):
+            shared = one.node.shared
+            assert shared is not None
+            shared._clock = lambda: time.time() - 600
+            await ws.subscribe()
+            await publish(one, "a", userId="u")
+            assert (await ws.receive())["version"] == 1
+            proxy.stop_passing()
+            proxy.cut()
+            await until_answered(two, "/ready", 503)
+            for _ in range(20):
+                await publish(one, "a")
+            shared._clock = time.time
+            await publish(one, "a")
+            with redis.oracle() as oracle:
+                log = f"{{statuswire}}:log:{shard_of('u')}"
+                await eventually(lambda: oracle.xlen(log) == 1, within=LONG_S)
+            proxy.pass_again()
+            reset = await ws.receive()
+            assert (reset["type"], [job["version"] for job in reset["snapshot"]]) == ("reset", [22])
+            assert one.node.history.epoch == two.node.history.epoch
+
+
+async def test_a_cancel_does_not_reach_the_next_owners_job(redis: RedisServer) -> None:
+    async with two_nodes(redis.url) as (one, two):
+        await one.get("/api/v2/jobs")
+        for _ in range(20):
+            await publish(one, "a", userId="alice")
+            gone = two.node.broker.submit([Delete("a")])
+            await gone.wait_kept()
+            await publish(two, "a", userId="bob")
+            late = one.node.broker.submit([Cancel("a", "alice")])
+            await late.wait_kept()
+            (refused,) = late.results
+            assert isinstance(refused, ApiError)
+            assert refused.code == "job_not_found"
+            assert "cancelRequested" not in (await two.get("/api/v2/jobs/a")).json
+            await one.ask("DELETE", "/api/v2/jobs/a")
 
 
 # Publishing on several nodes

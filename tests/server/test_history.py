@@ -197,6 +197,20 @@ def test_skipped_places_count_and_go_with_what_is_behind_them() -> None:
     assert (history.first, history.last, len(history), history.bytes) == (101, 100, 0, 0)
 
 
+def test_what_nobody_can_resume_in_front_of_is_forgotten() -> None:
+    history = ring(max_updates=50)
+    history.append(entry(1))
+    history.skip(4)
+    history.append(entry(5))
+    history.skip(7)
+    for offset, first, left in [(0, 1, [1, 5]), (1, 2, [5]), (3, 4, [5]), (6, 7, []), (99, 8, [])]:
+        history.forget(offset)
+        assert (history.first, offsets(history.everything(0))) == (first, left)
+    assert (history.last, history.bytes, history.max_updates) == (7, 0, 50)
+    history.append(entry(8))
+    assert offsets(history.everything(0)) == [8]
+
+
 def test_a_time_in_a_part_of_the_log() -> None:
     history = ring()
     history.skip(2)

@@ -65,7 +65,7 @@ async def test_a_restart_loses_nothing(path: Path) -> None:
         await rig.accept(publish("a", userId="u", parentId="p", weight=3, ttl=60, seq=4, key="k"))
         await rig.accept(publish("b", userId="u", parentId="p", status="completed"))
         await rig.accept(publish("c", userId="v"))
-        await rig.accept(Cancel("a"))
+        await rig.accept(Cancel("a", "u"))
         await rig.accept(Delete("c"))
         before = rig
     async with running("sqlite", path) as rig:
