@@ -166,7 +166,9 @@ async def _housekeeping(node: Node) -> None:
     frozen = 0
     next_sweep = trio.current_time() + SWEEP_EVERY_S
     while True:
-        await trio.sleep(FREEZE_CHECK_S)
+        due = trio.current_time() + FREEZE_CHECK_S
+        await trio.sleep_until(due)
+        node.counters.loop_late_s.append(max(0.0, trio.current_time() - due))
         if node.connections > frozen + FREEZE_EVERY_CONNECTIONS:
             gc.collect(1)  # the young only: what is garbage by now should not be frozen
             gc.freeze()

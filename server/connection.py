@@ -50,9 +50,10 @@ class Exchange:
         address: the client's address as far as our proxies vouch for it.
         identity: who asks; set once that is known.
         params: the variable segments of its path, by name.
+        route: method and path in the table of routes, "" for what is not there.
     """
 
-    __slots__ = ("address", "connection", "identity", "node", "params", "request", "request_id")
+    __slots__ = ("address", "connection", "identity", "node", "params", "request", "request_id", "route")
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.connection = connection
@@ -63,6 +64,7 @@ class Exchange:
         self.address = client_address(connection.peer, request, connection.node.proxies)
         self.identity: Identity | None = None
         self.params: dict[str, str] = {}
+        self.route = ("", "")
 
     @property
     def caller(self) -> Identity:
@@ -79,7 +81,8 @@ class Exchange:
         ]
 
     def log(self, status: int, code: str | None = None, exc_info: BaseException | None = None) -> None:
-        """Log an answer: refusals always, others at debug level."""
+        """Count an answer and log it: refusals always, others at debug level."""
+        self.node.counters.request(self.route, status, code)
         log_event(
             LOG,
             logging.ERROR if status == 500 else logging.INFO if status >= 400 else logging.DEBUG,
@@ -158,6 +161,7 @@ class Connection:
                 node.limits.check_connect(address, trio.current_time())
             except ApiError as error:
                 self.refusal = error
+                node.counters.refused[error.code] += 1
 
     async def _next_request(self, patience_s: float) -> Request | None:
         """The next request; None when there is none to answer any more."""
@@ -187,6 +191,7 @@ class Connection:
     async def _refuse(self, error: ApiError) -> None:
         """Answer what never became a request, and close."""
         request_id = new_id()
+        self.node.counters.request(("", ""), error.status, error.code)
         log_event(
             LOG,
             logging.INFO,
@@ -272,6 +277,7 @@ async def serve_connection(node: Node, sock: socket.socket, peer: str, refusal: 
     except OSError:
         pass
     except Exception as error:
+        node.counters.failed += 1
         log_event(LOG, logging.ERROR, "connection_failed", address=peer, exc_info=error)
     finally:
         sock.close()

@@ -21,6 +21,7 @@ import trio
 from protocol.update import Update
 from protocol.watch import Filter, channels_of
 from protocol.wire import WireForm
+from server.counters import Counters
 from server.history import History
 from server.logs import log_event
 
@@ -108,8 +109,9 @@ class Channel:
 class Hub:
     """Channels, readers and the flusher of one node."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, counters: Counters | None = None) -> None:
         self.history = history
+        self.counters = counters or Counters()
         self.channels: dict[str, Channel] = {}
         self.readers: dict[Reader, None] = {}
         self.flushed = history.last
@@ -175,6 +177,11 @@ class Hub:
         if self._pending_bytes > PENDING_BYTES:
             await self._room.wait()
 
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of updates that are yet to be taken by the flusher."""
+        return self._pending_bytes
+
     def given(self) -> int:
         """The offset up to which every reader that holds nothing back has been given everything."""
         return self.flushed if self._dirty or self._flushing else self.history.last
@@ -196,10 +203,14 @@ class Hub:
             if self._pending_bytes <= PENDING_BYTES:
                 self._room.set()
             started = perf_counter()
+            sent = self.counters.delivered
             for channel, batch in batches:
                 for part in _split(batch):
                     started = await self._send(channel, part, epoch, shared, started)
             await self._send_shared(shared, epoch, started)
+            if batches and self.counters.delivered > sent:
+                # One sample for each flush, of what waited longest for it: an upper bound for all the others.
+                self.counters.delays.add(batches[0][1][0].at_ms)
             if self.history.epoch == epoch:  # else log_lost has said from where on it is being given
                 self.flushed = target
             self._flushing = False
@@ -228,11 +239,15 @@ class Hub:
         wire = b""
         size = 0
         wires: dict[WireForm, bytes] = {}
+        given = 0
         for start in range(0, len(order), LOOK_EVERY):
-            for reader in order[start : start + LOOK_EVERY]:
+            readers = order[start : start + LOOK_EVERY]
+            given += len(readers)
+            for reader in readers:
                 try:
                     if reader.multi:
                         shared.setdefault(reader, []).append(batch)
+                        given -= 1
                     elif reader.direct and reader.offset < first and not (has_end and reader.open_jobs is not None):
                         if reader.form is not form:
                             form = reader.form
@@ -247,11 +262,16 @@ class Hub:
                             sent = send(wire)
                         except BlockingIOError:
                             sent = 0
+                        except OSError:
+                            given -= 1
+                            raise
                         reader.offset = last
                         if sent != size:
                             reader.stalled(wire, sent)
-                    elif reader.offset < last:
-                        reader.take(batch)
+                    else:
+                        given -= 1  # whoever takes it counts what goes out
+                        if reader.offset < last:
+                            reader.take(batch)
                 except Exception as error:
                     _end(reader, error)
             if perf_counter() - started > YIELD_AFTER_S:
@@ -259,6 +279,7 @@ class Hub:
                 started = perf_counter()
                 if self.history.epoch != epoch:
                     break
+        self.counters.delivered += given * len(batch)
         return started
 
     async def _send_shared(self, shared: dict[Reader, list[list[Update]]], epoch: str, started: float) -> None:
@@ -291,6 +312,7 @@ class Hub:
                             size = len(wire)
                         wires[key] = wire
                     _write(reader, wire, last)
+                    self.counters.delivered += len(batch)
             except Exception as error:
                 _end(reader, error)
             if perf_counter() - started > YIELD_AFTER_S:

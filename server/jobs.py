@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 
-from protocol.update import Job, Update
+from protocol.update import STATUSES, Job, Update
 
 
 class Jobs:
@@ -19,6 +19,7 @@ class Jobs:
     Attributes:
         jobs: every shown job by id.
         by_user: ids and jobs of each owner, oldest first; an owner without jobs has no entry.
+        by_status: how many jobs there are of each status.
     """
 
     def __init__(self, *, max_jobs: int) -> None:
@@ -29,6 +30,7 @@ class Jobs:
         """Forget everything (the log starts anew)."""
         self.jobs: dict[str, Job] = {}
         self.by_user: dict[str, dict[str, Job]] = {}
+        self.by_status = dict.fromkeys(STATUSES, 0)
         # All jobs by age for paging: ``created`` offsets, ascending, and the id of each. A removed job leaves its
         # slot until half of them are dead.
         self._created: list[int] = []
@@ -59,6 +61,10 @@ class Jobs:
                 self.forget(latest.job_id)
             self._created.append(job.created)
             self._ids.append(latest.job_id)
+            self.by_status[latest.status] += 1
+        elif known.latest.status != latest.status:
+            self.by_status[known.latest.status] -= 1
+            self.by_status[latest.status] += 1
         self.jobs[latest.job_id] = job
         owned = self.by_user.get(latest.user_id)
         if owned is None:
@@ -74,6 +80,7 @@ class Jobs:
         job = self.jobs.pop(job_id, None)
         if job is None:
             return
+        self.by_status[job.latest.status] -= 1
         owned = self.by_user[job.latest.user_id]
         del owned[job_id]
         if not owned:

@@ -150,8 +150,12 @@ async def accept_forever(node: Node, listener: socket.socket, connections: trio.
             refusal = _refusal(node, peer)
             if refusal is not None and node.connections >= node.config.server.max_connections + REFUSED_SOCKETS:
                 sock.close()
+                node.counters.refused["unheard"] += 1
                 continue
+            if refusal is not None:
+                node.counters.refused[refusal.code] += 1
             node.connections += 1
+            node.counters.sockets += 1
             connections.start_soon(serve_connection, node, sock, peer, refusal)
 
 

@@ -18,6 +18,7 @@ from server.brokers.base import Broker
 from server.brokers.memory import MemoryBroker
 from server.brokers.sqlite import SqliteBroker
 from server.config import Config
+from server.counters import Counters
 from server.cursors import KEPT_S, Client, Cursors
 from server.history import History
 from server.hub import Hub
@@ -43,6 +44,12 @@ class Stream(Protocol):
     async def run(self) -> None:
         """Serve it until either side ends it, and leave no trace."""
 
+    heard_at: float  # when the peer last gave a sign of life, in Trio's seconds
+
+    @property
+    def transport(self) -> str:
+        """``websocket`` or ``sse``."""
+
     def drain(self, delay_ms: int) -> None:
         """End it now, asking the client to come back after ``delay_ms``. Must not wait."""
 
@@ -55,6 +62,8 @@ class Node:
         connections: open sockets.
         presence: who is connected.
         polls: wake-ups of the polls that wait.
+        counters: what has happened so far.
+        started: when, in unix seconds.
         shared: the broker again, if other nodes use its store too.
         draining: set from SIGTERM on.
     """
@@ -68,7 +77,8 @@ class Node:
             max_age=config.history.max_age,
             max_bytes=config.history.max_bytes,
         )
-        self.hub = Hub(self.history)
+        self.counters = Counters()
+        self.hub = Hub(self.history, self.counters)
         self.broker: Broker
         self.shared: RedisBroker | None = None
         if config.store.kind == "memory":
@@ -100,6 +110,7 @@ class Node:
         self._busy = 0
         self._quiet: trio.Event | None = None
         self.draining = False
+        self.started = time.time()
         self._date = (0, "")
         self._apply(config)
 
@@ -126,10 +137,12 @@ class Node:
             self.jobs.show(update, job)
             self.history.append(update)
             self.hub.deliver(update)
+        self.counters.shown += len(kept)
 
     def log_lost(self, epoch: str) -> None:
         """The broker began a new epoch: tell every reader."""
         log_event(LOG, logging.WARNING, "log_lost", epoch=epoch)
+        self.counters.logs_lost += 1
         self.hub.log_lost()
 
     async def recall(self, client: Client) -> str | None:

@@ -37,10 +37,17 @@ class Batch:
         next_index: index of the update that would come next.
     """
 
-    __slots__ = ("_indexes", "_malformed", "next_index", "submission")
+    __slots__ = ("_counters", "_indexes", "_malformed", "_source", "next_index", "submission")
 
     def __init__(
-        self, node: Node, identity: Identity, items: Sequence[bytes], *, first_index: int = 0, key: str | None = None
+        self,
+        node: Node,
+        identity: Identity,
+        items: Sequence[bytes],
+        *,
+        first_index: int = 0,
+        key: str | None = None,
+        source: str = "http",
     ) -> None:
         """Decide a batch; synchronous.
 
@@ -48,6 +55,7 @@ class Batch:
             items: each the JSON text of one update with its ``jobId``.
             first_index: index of the first one, for batches that come in portions.
             key: idempotency key of the whole batch; each update has it with its index.
+            source: the way they came, for ``Counters.updates``.
         """
         indexes: list[int] = []
         operations: list[Publish] = []
@@ -63,11 +71,13 @@ class Batch:
             operations.append(Publish(None, fields, "may", identity.user, item_key))
         self.submission: Submission = node.broker.submit(operations)
         self.next_index = first_index + len(items)
+        self._counters = node.counters
+        self._source = source
         self._indexes = indexes
         self._malformed = rejected
 
     def outcome(self) -> Outcome:
-        """What became of it; only once ``submission`` is kept."""
+        """What became of it, counted; to be asked once, and only once ``submission`` is kept."""
         accepted = duplicates = last = 0
         rejected = list(self._malformed)
         cancels: dict[str, None] = {}
@@ -82,6 +92,7 @@ class Batch:
                     cancels[result.job.latest.job_id] = None
             else:
                 rejected.append((index, result))
+        self._counters.publishes(self._source, accepted, duplicates, len(rejected))
         rejected.sort(key=lambda refusal: refusal[0])
         refusals = [
             {"index": index, "code": error.code, "message": error.message}

@@ -284,6 +284,7 @@ class PushReader(Reader):
         older = held.pop(update.job_id, None)
         if older is not None:
             self.held_bytes -= len(older.body)
+            self.hub.counters.conflated += 1
         # Spaced-out delivery promises every change of status; a reader that cannot keep up, the endings.
         lasting = update.urgent if self.min_interval_s else update.ended
         held[update.offset if lasting else update.job_id] = update
@@ -395,6 +396,7 @@ class PushReader(Reader):
             if form is None:  # unsubscribed while it was held
                 continue
             parts.append(form.update(update, self.cursor() if self.min_interval_s else f"{epoch}:{update.offset}"))
+        self.hub.counters.delivered += len(parts)
         return b"".join(parts)
 
     def _release_spaced(self) -> bytes:

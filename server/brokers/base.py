@@ -189,6 +189,9 @@ class Broker(Protocol):
     def available(self) -> str | None:
         """None while the store works, else why it does not."""
 
+    def figures(self) -> dict[str, int]:
+        """Numbers for whoever operates it, by name: ``waiting`` is what was accepted and is not kept yet."""
+
     async def start(self) -> None:
         """Open the store; fill ``Jobs`` and ``History`` with what it kept. Raises StoreError."""
 

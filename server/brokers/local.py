@@ -126,6 +126,10 @@ class LocalBroker(ABC):
         """None while the store works, else why it does not."""
         return "closed" if self._closing else self._away
 
+    def figures(self) -> dict[str, int]:
+        """See ``base.Broker``."""
+        return {"waiting": self._waiting_entries, "waitingBytes": self._waiting_bytes}
+
     def submit(self, operations: Sequence[Operation]) -> Submission:
         """Decide operations in order, now; see ``base.Broker``."""
         self._on_unkept = False

@@ -95,6 +95,7 @@ class RedisBroker:
         self._client: Client | None = None
         self._next_tick = 0.0
         self._up_since = 0.0
+        self._connects = 0
         self._hurry = trio.Event()
 
     @property
@@ -158,6 +159,11 @@ class RedisBroker:
                     await trio.sleep(_PATIENCE_STEP_S)
                     self._publisher.give_up(trio.current_time())
 
+    def figures(self) -> dict[str, int]:
+        """See ``base.Broker``; ``commands`` wait for Redis' answer, ``connects`` counts connections made to it."""
+        commands = self._client.pending if self._client is not None else 0
+        return {"waiting": self._publisher.waiting, "commands": commands, "connects": self._connects}
+
     def submit(self, operations: Sequence[Operation]) -> Submission:
         """See ``base.Broker``; the results are there once it is kept."""
         return self._publisher.submit(operations)
@@ -198,6 +204,7 @@ class RedisBroker:
             self._on_new_epoch(epoch)
 
     def _went_up(self, node: NodeInfo) -> None:
+        self._connects += 1
         assert self._client is not None
         if self._client.away is None:  # a cluster has several connections to wait for
             self.follower.arrived = True

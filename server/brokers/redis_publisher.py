@@ -99,6 +99,11 @@ class Publisher:
 
     # Taking operations
 
+    @property
+    def waiting(self) -> int:
+        """Operations that were taken and are not settled."""
+        return self.answers.open
+
     def submit(self, operations: Sequence[Operation]) -> Submission:
         """See ``base.Broker``; ``results`` are there once it is kept."""
         if self.closing:

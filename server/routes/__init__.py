@@ -11,7 +11,7 @@ from server.auth import unauthorized
 from server.connection import Disconnected, Exchange
 from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
-from server.routes import health, jobs, page
+from server.routes import health, jobs, operations, page
 from server.transports.longpoll import poll
 from server.transports.sse import stream, try_later
 from server.transports.websocket import echo_socket, jobs_socket
@@ -42,6 +42,8 @@ ROUTES: Final[dict[str, Mapping[str, Route]]] = {
     "/page.css": {"GET": Route(page.style, public=True)},
     "/health": {"GET": Route(health.health, public=True, always=True)},
     "/ready": {"GET": Route(health.ready, public=True, always=True)},
+    "/metrics": {"GET": Route(operations.metrics, "ops", always=True)},
+    "/api/v2/stats": {"GET": Route(operations.stats, "ops")},
     "/api/v2/jobs": {"GET": Route(jobs.list_jobs), "POST": Route(jobs.create, "publish")},
     "/api/v2/jobs/poll": {"GET": Route(poll)},
     "/api/v2/jobs/stream": {"GET": Route(stream)},
@@ -104,6 +106,7 @@ async def _route(exchange: Exchange) -> Response | Stream | None:
     check_host(request, node.authenticator.open)
     check_origin(request, node.origins, websocket=False)
     path, methods = _find(exchange)
+    exchange.route = ("OPTIONS" if request.method == "OPTIONS" else "", path)
     if request.method == "OPTIONS":
         allow = ("Allow", ", ".join(_methods(path, methods)))
         return Response(204, [allow, *preflight_headers(request, _methods(path, methods))])
@@ -112,6 +115,7 @@ async def _route(exchange: Exchange) -> Response | Stream | None:
     if route is None:
         allowed = ", ".join(_methods(path, methods))
         raise ApiError(405, "method_not_allowed", f"{request.path} takes {allowed}", headers=(("Allow", allowed),))
+    exchange.route = (request.method, path)
     if not route.public:
         exchange.identity = await node.authenticator.identify(request)
         if exchange.identity is None:

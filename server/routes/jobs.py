@@ -194,14 +194,21 @@ async def _decide(exchange: Exchange, operation: Operation) -> Accepted:
     await submission.wait_kept()
     result = submission.results[0]
     if isinstance(result, ApiError):
+        node.counters.publishes("http", 0, 0, 1)
         raise result
+    node.counters.publishes("http", int(not result.duplicate), int(result.duplicate), 0)
     return result
 
 
 async def _read_fields(exchange: Exchange) -> Fields:
     if exchange.request.content_type not in _JSON_TYPES:
         raise _unsupported(exchange.request.content_type, "application/json")
-    return decode_fields(await _read_body(exchange, MAX_UPDATE))
+    body = await _read_body(exchange, MAX_UPDATE)
+    try:
+        return decode_fields(body)
+    except ApiError:
+        exchange.node.counters.publishes("http", 0, 0, 1)
+        raise
 
 
 async def _read_body(exchange: Exchange, limit: int) -> bytes:

@@ -27,6 +27,11 @@ STALE_HEARTBEATS: Final = 4
 DISCONNECTED: Final = "disconnected by the application"
 
 
+def stale_after(heartbeat: float) -> float:
+    """Seconds without a sign of life after which a connection is closed, for a heartbeat of so many seconds."""
+    return max(STALE_AFTER_S, STALE_HEARTBEATS * heartbeat)
+
+
 class LiveReader(PushReader):
     """A push connection with timers, and its own entry in ``node.presence`` (``Connected``).
 
@@ -77,6 +82,7 @@ class LiveReader(PushReader):
         # Spread, or a thousand that came together would beat together for ever.
         self._beat_timer = node.wheel.after(node.config.server.heartbeat * random.uniform(0.5, 1), self._beat)
         node.streams[self] = None
+        node.counters.open(self.transport, trio.current_time())
 
     @property
     def user(self) -> str:
@@ -126,7 +132,9 @@ class LiveReader(PushReader):
         if self._expiry_timer is not None:
             self._expiry_timer.cancel()
         self.hub.leave(self)
-        self.node.streams.pop(self, None)
+        if self in self.node.streams:
+            del self.node.streams[self]
+            self.node.counters.close(self.ended, trio.current_time())
 
     def expire_with(self, identity: Identity) -> None:
         """End when this identity's token does, unless a newer one comes first."""
@@ -146,7 +154,7 @@ class LiveReader(PushReader):
         self._beat_timer = self.wheel.after(interval, self._beat)
         if self.alive():
             self.heard_at = trio.current_time()
-        elif trio.current_time() - self.heard_at > max(STALE_AFTER_S, STALE_HEARTBEATS * interval):
+        elif trio.current_time() - self.heard_at > stale_after(interval):
             self.finish("stale")
             return
         if self.caught_up:  # else more than a heartbeat is on its way

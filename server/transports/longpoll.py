@@ -79,6 +79,8 @@ async def poll(exchange: Exchange) -> Response:
     # Registered before the log is read, so nothing can fall between reading and waiting.
     node.hub.attach(reader, [(name, Want(watch.filter, reader.form)) for name in names])
     node.polls[wake] = None
+    node.counters.opened["poll"] += 1
+    node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
     try:
         updates, cursor, cut = _collect(node, watch, names, begin.after)
         if not updates and not begin.lost and timeout and not node.draining:
@@ -100,6 +102,7 @@ async def poll(exchange: Exchange) -> Response:
 
     # Not before the endings themselves have been given: clients stop at it.
     done = not cut and watch.job_ids is not None and all(over(node.jobs, node.history, name) for name in names)
+    node.counters.polled += len(updates)
     epoch = node.history.epoch
     messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
     body = poll_body(messages, last_seen=cursor, reset=begin.lost, timed_out=timed_out, done=done)

@@ -100,6 +100,7 @@ class EventStream(LiveReader):
         self.offset = node.history.last
         if watch.job_ids is not None:
             self.open_jobs = self._still_open()
+        node.counters.begin(resumed=start.after is not None, lost=start.lost)
         first = head + self.form.message(connected, start.given, RETRY_MS)
         if start.lost:
             self.post(first + self._reset(start.given), self._snapshot())
@@ -107,6 +108,7 @@ class EventStream(LiveReader):
             self.post(first, self._snapshot())
         else:
             missed = missed_updates(node.history, ((name, watch.filter) for name in self._names), start.after)
+            node.counters.replayed += len(missed)
             epoch = node.history.epoch
             pieces = (
                 self.form.updates(missed[start : start + REPLAY_UPDATES], epoch)

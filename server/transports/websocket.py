@@ -80,6 +80,16 @@ GOODBYE_S: Final = 5.0
 # Read at most this much before others have a turn: some 10 µs a frame, of six bytes at worst, is 30 ms.
 TURN_BYTES: Final = 16384
 MAX_ECHO: Final = 16 * 1024 * 1024
+# Why a session ended, where its close code says so; the others are about broken frames.
+_ENDS: Final = {
+    CloseCode.NORMAL: "closed",
+    CloseCode.GOING_AWAY: "drain",
+    CloseCode.POLICY_VIOLATION: "policy",
+    CloseCode.TRY_LATER: "try_later",
+    CloseCode.UNAUTHORIZED: "unauthorized",
+    CloseCode.AUTH_TIMEOUT: "auth_timeout",
+    CloseCode.RATE_LIMITED: "rate_limited",
+}
 
 
 async def jobs_socket(exchange: Exchange) -> Stream:
@@ -192,7 +202,7 @@ class Session(LiveReader):
         """End the connection with a close frame. Must not wait."""
         if not self.ended:
             self._farewell = close_frame(code, reason)
-            self.finish("closing")
+            self.finish(_ENDS.get(code, "protocol"))
 
     def drain(self, delay_ms: int) -> None:
         """The server goes away; the digits in the reason are the reconnect delay in milliseconds."""
@@ -257,12 +267,13 @@ class Session(LiveReader):
                 self._mistake(ApiError(415, "unsupported_data", "messages are JSON in text frames, not binary"))
             elif isinstance(event, CloseReceived):
                 self._farewell = close_reply(event)
-                self.finish("closing")
+                self.finish("closed")
         if pong is not None and not self.ended:
             await self.wait_drained()
             self.post(pong_frame(pong.payload))
 
     async def _take_text(self, text: str) -> None:
+        self.node.counters.messages += 1
         # A peer may ask no faster than it reads the answers: a short question can have a long one.
         await self.wait_drained()
         try:
@@ -275,6 +286,7 @@ class Session(LiveReader):
             self._mistakes = self._too_fast = 0
         except ApiError as error:
             ref = ref_of(text)
+            self.node.counters.error(error.code)
             if error.code == "rate_limited":
                 self._too_fast += 1
                 self.post(self.form.message(error_message(error, ref)))
@@ -359,6 +371,7 @@ class Session(LiveReader):
         if interval is not None:
             self.min_interval_s = interval
         self.hub.attach(self, [(name, Want(wanted, form)) for name in names])
+        self.node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
         head = {"type": "subscribed", "ref": message.ref} if message.ref is not None else {"type": "subscribed"}
         scope = {"jobIds": job_ids or [], "denied": denied}
         if begin.after is None:
@@ -371,6 +384,7 @@ class Session(LiveReader):
             # Not further than what the client has: the replay behind it takes the cursor on from there.
             cursor = f"{history.epoch}:{begin.after if missed else history.last}"
             self._post_snapshot([], None, head, scope | {"id": cursor, "recovered": True})
+            self.node.counters.replayed += len(missed)
             epoch = history.epoch
             self.post(
                 form.updates(missed[start : start + REPLAY_UPDATES], epoch)
@@ -418,7 +432,7 @@ class Session(LiveReader):
         self.node.check_accepting()
         self.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
         await self.hub.wait_room()
-        batch = Batch(self.node, identity, [bytes(update) for update in message.updates])
+        batch = Batch(self.node, identity, [bytes(update) for update in message.updates], source="websocket")
         self._unanswered += 1
 
         def answer(error: ApiError | None) -> None:

@@ -52,6 +52,22 @@ def test_by_id_and_by_owner() -> None:
     assert list(jobs.by_user["u"]) == ["a", "c", "d"]
 
 
+def test_how_many_there_are_of_each_status() -> None:
+    jobs = filled()
+
+    def counted() -> dict[str, int]:
+        return {status: count for status, count in jobs.by_status.items() if count}
+
+    assert counted() == {"queued": 1, "completed": 2, "failed": 1}
+    show(jobs, job("a", 1, version=2), job("a", 1, version=3, status="processing"))
+    assert counted() == {"processing": 1, "completed": 2, "failed": 1}
+    show(jobs, job("b", 9))  # another job of that id
+    jobs.forget("d")
+    assert counted() == {"processing": 1, "queued": 1, "failed": 1}
+    jobs.clear()
+    assert counted() == {}
+
+
 def test_pages_are_newest_first() -> None:
     jobs = filled()
     found, after = jobs.page(limit=2)
@@ -137,4 +153,5 @@ def test_pages_join_to_the_whole(steps: list[tuple[int, bool]], limit: int) -> N
         if after is None:
             break
     assert joined == wanted
+    assert sum(jobs.by_status.values()) == len(wanted)
     assert sorted(jobs.by_user) == sorted({f"u{int(name[1:]) % 2}" for name in alive})
