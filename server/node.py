@@ -31,6 +31,7 @@ from server.wheel import Wheel
 
 if TYPE_CHECKING:
     from server.brokers.redis_broker import RedisBroker
+    from server.cluster import Cluster
 
 LOG: Final = logging.getLogger("statuswire")
 
@@ -65,11 +66,15 @@ class Node:
         counters: what has happened so far.
         started: when, in unix seconds.
         shared: the broker again, if other nodes use its store too.
+        cluster: what this node and those others know of each other.
         draining: set from SIGTERM on.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, group: str = "") -> None:
+        """``group`` is shared by the workers of one ``statuswire serve``."""
         self.wheel = Wheel()
+        self.limits = Limits(config.limits)
+        self.presence = Presence(self.limits)
         self.jobs = Jobs(max_jobs=config.history.max_jobs)
         self.history = History(
             "",
@@ -81,11 +86,13 @@ class Node:
         self.hub = Hub(self.history, self.counters)
         self.broker: Broker
         self.shared: RedisBroker | None = None
+        self.cluster: Cluster | None = None
         if config.store.kind == "memory":
             self.broker = MemoryBroker(self.jobs, self.history, self.deliver, self.wheel)
         elif config.store.kind == "redis":
             # Imported here: who needs no Redis does without its client.
             from server.brokers.redis_broker import RedisBroker
+            from server.cluster import Cluster
 
             self.shared = RedisBroker(
                 config.store.url,
@@ -96,13 +103,12 @@ class Node:
                 watched=lambda: self.hub.channels,
             )
             self.broker = self.shared
+            self.cluster = self.presence.cluster = self.shared.cluster = Cluster(self.presence, group=group)
         else:
             self.broker = SqliteBroker(
                 config.store.path, self.jobs, self.history, self.deliver, self.wheel, on_new_epoch=self.log_lost
             )
         self.authenticator = Authenticator(config.auth)
-        self.limits = Limits(config.limits)
-        self.presence = Presence(self.limits)
         self.cursors = Cursors()
         self.streams: dict[Stream, None] = {}
         self.polls: dict[trio.Event, None] = {}

@@ -6,12 +6,23 @@ asked with ``await`` because other nodes may have the answer; about this node al
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
 from heapq import nsmallest
-from typing import Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
-from protocol.presence import ClientInfo, Target, Transport
+from protocol.presence import PRESENCE, ClientInfo, PresenceEvent, Target, Transport
+from server.brokers.base import Submission
 from server.limits import Limits
+
+if TYPE_CHECKING:
+    from server.cluster import Cluster
+
+_log: Final = logging.getLogger("statuswire.presence")
+
+OnEvent = Callable[[PresenceEvent, str | None], Submission | None]
+"""Publishes an event to the members of its ``listeners``. Its second argument is an idempotency key, if it needs one:
+several nodes may publish the same event. Gives what to wait for until it is kept, if anything."""
 
 
 class Connected(Protocol):
@@ -46,6 +57,8 @@ class Presence:
         clients: by client id.
         users: by user: a tuple of one, a dict of several, never empty. Most users have one, and a dict is 232 bytes.
         channels: by the channel they have joined; never empty.
+        cluster: what knows the other nodes, if there can be any.
+        on_event: told who came and went, if anybody has joined the channel that says so.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -53,6 +66,8 @@ class Presence:
         self.clients: dict[str, Connected] = {}
         self.users: dict[str, Collection[Connected]] = {}
         self.channels: dict[str, dict[Connected, None]] = {}
+        self.cluster: Cluster | None = None
+        self.on_event: OnEvent | None = None
 
     # Coming and going
 
@@ -62,7 +77,11 @@ class Presence:
         Raises:
             ApiError: 429 ``rate_limited``: the user has ``connections_per_user`` already.
         """
-        self._limits.check_connections(len(self.users.get(user, ())))
+        limit = self._limits.connections_per_user
+        if not limit:
+            return
+        held = None if self.cluster is None else await self.cluster.admit(client_id, user, limit)
+        self._limits.check_connections(len(self.users.get(user, ())) if held is None else held)
 
     def enter(self, connected: Connected) -> None:
         """It is live and its user known."""
@@ -74,6 +93,9 @@ class Presence:
             others[connected] = None
         else:
             self.users[connected.user] = dict.fromkeys((*others, connected))
+        self._changed(connected)
+        if others is None:
+            self._tell("join", connected.user, None, 1)
 
     def leave(self, connected: Connected) -> None:
         """It is over; again, or without ``enter``, does nothing."""
@@ -82,19 +104,25 @@ class Presence:
         for channel in connected.channels:
             self._drop(connected, channel)
         connected.channels = ()
+        self._changed(connected)
         del self.clients[connected.client_id]
         left = self.users[connected.user]
         if isinstance(left, dict) and len(left) > 1:
             del left[connected]
         else:
             del self.users[connected.user]
+            self._tell("leave", connected.user, None, 0)
 
     def join(self, connected: Connected, channel: str) -> None:
         """It wants what is sent to a channel. How many it may join is for the caller to bound."""
         if channel in connected.channels or self.clients.get(connected.client_id) is not connected:
             return
         connected.channels = (*connected.channels, channel)
-        self.channels.setdefault(channel, {})[connected] = None
+        members = self.channels.setdefault(channel, {})
+        members[connected] = None
+        self._changed(connected)
+        if self._listened(channel) and self._alone(connected, channel):
+            self._tell("join", connected.user, channel, len({each.user for each in members}))
 
     def part(self, connected: Connected, channel: str) -> None:
         """The opposite of ``join``; without one it does nothing."""
@@ -102,12 +130,39 @@ class Presence:
             return
         connected.channels = tuple(name for name in connected.channels if name != channel)
         self._drop(connected, channel)
+        self._changed(connected)
 
     def _drop(self, connected: Connected, channel: str) -> None:
         members = self.channels[channel]
         del members[connected]
         if not members:
             del self.channels[channel]
+        if self._listened(channel) and self._alone(connected, channel):
+            self._tell("leave", connected.user, channel, len({each.user for each in members}))
+
+    def _changed(self, connected: Connected) -> None:
+        if self.cluster is not None:
+            self.cluster.touch(connected.client_id)
+
+    def _listened(self, channel: str) -> bool:
+        """Whether it falls to this node to tell who is on the channel, and anybody wants to know."""
+        return self.cluster is None and PRESENCE + channel in self.channels
+
+    def _alone(self, connected: Connected, channel: str) -> bool:
+        """Whether its user has no other connection on the channel."""
+        return not any(
+            channel in other.channels for other in self.users.get(connected.user, ()) if other is not connected
+        )
+
+    def _tell(self, kind: Literal["join", "leave"], user: str, channel: str | None, count: int) -> None:
+        event = PresenceEvent(kind, user, channel, count)
+        # Over several nodes Redis decides who was the first or the last, see redis_presence.
+        if self.on_event is None or self.cluster is not None or event.listeners not in self.channels:
+            return
+        try:
+            self.on_event(event, None)
+        except Exception:
+            _log.exception("a presence event could not be published")  # nobody's coming or going must fail of it
 
     # Who is there
 
@@ -130,19 +185,22 @@ class Presence:
 
     async def count(self, target: Target) -> int:
         """How many live connections, on all nodes, a notification to ``target`` reaches: each counts once."""
-        return len(self.here(target))
+        return len(self.here(target)) if self.cluster is None else await self.cluster.count(target)
 
     async def find(self, client_id: str) -> ClientInfo | None:
         """One live connection, wherever it is."""
         connected = self.clients.get(client_id)
-        return None if connected is None else info_of(connected)
+        if connected is not None:
+            return self.info_of(connected)
+        return None if self.cluster is None else await self.cluster.find(client_id)
 
     async def of_user(self, user: str) -> list[ClientInfo]:
         """A user's live connections on all nodes."""
-        return [info_of(connected) for connected in self.users.get(user, ())]
+        others = [] if self.cluster is None else await self.cluster.of_user(user)
+        return [self.info_of(connected) for connected in self.users.get(user, ())] + others
 
     async def everyone(self, limit: int, after: str | None = None) -> tuple[list[ClientInfo], str | None]:
-        """The live connections of all nodes in the order of their ids, some at a time.
+        """The live connections of all nodes, some at a time, each once if it stays that long.
 
         Args:
             limit: how many at most.
@@ -151,37 +209,52 @@ class Presence:
         Returns:
             The next ones, and where to go on, None at the end.
         """
+        page = None if self.cluster is None else await self.cluster.everyone(limit, after)
+        if page is not None:
+            return page
         found: Iterable[str] = self.clients if after is None else (name for name in self.clients if name > after)
         names = nsmallest(limit + 1, found)
-        return [info_of(self.clients[name]) for name in names[:limit]], names[limit - 1] if len(names) > limit else None
+        infos = [self.info_of(self.clients[name]) for name in names[:limit]]
+        return infos, names[limit - 1] if len(names) > limit else None
+
+    def info_of(self, connected: Connected) -> ClientInfo:
+        """What is told of a connection of this node."""
+        return ClientInfo(
+            connected.client_id,
+            connected.user,
+            connected.username,
+            connected.transport,
+            connected.address,
+            connected.since_ms,
+            connected.takes_notices,
+            tuple(connected.channels),
+            "" if self.cluster is None else self.cluster.node_id,
+        )
 
     # Sending away
 
     async def disconnect_client(self, client_id: str) -> bool:
         """End a connection, wherever it is; whether there was one."""
-        connected = self.clients.get(client_id)
-        if connected is not None:
-            connected.disconnect()
-        return connected is not None
+        if self.disconnect_here("client", client_id):
+            return True
+        if self.cluster is None:
+            return False
+        found = await self.cluster.find(client_id)
+        return found is not None and await self.cluster.disconnect("client", client_id, {found.node}) > 0
 
     async def disconnect_user(self, user: str) -> int:
         """End all of a user's connections, on all nodes; how many there were."""
-        its = list(self.users.get(user, ()))
+        count = self.disconnect_here("user", user)
+        if self.cluster is not None:
+            nodes = {info.node for info in await self.cluster.of_user(user)}
+            count += await self.cluster.disconnect("user", user, nodes)
+        return count
+
+    def disconnect_here(self, kind: Literal["client", "user"], name: str) -> int:
+        """End the connections of this node alone that a client id or user names; how many there were."""
+        its = [self.clients[name]] if kind == "client" and name in self.clients else []
+        if kind == "user":
+            its = list(self.users.get(name, ()))
         for connected in its:
             connected.disconnect()
         return len(its)
-
-
-def info_of(connected: Connected, node: str = "") -> ClientInfo:
-    """What is told of a connection."""
-    return ClientInfo(
-        connected.client_id,
-        connected.user,
-        connected.username,
-        connected.transport,
-        connected.address,
-        connected.since_ms,
-        connected.takes_notices,
-        tuple(connected.channels),
-        node,
-    )

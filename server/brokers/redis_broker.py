@@ -30,7 +30,9 @@ from server.brokers.redis_client import (
 )
 from server.brokers.redis_follower import Follower
 from server.brokers.redis_keys import BEGIN, LEASES, META, SCHEMA, SHARDS, TICK, WHERE, cursor_key, stored_of
+from server.brokers.redis_presence import CONTROL
 from server.brokers.redis_publisher import Publisher
+from server.cluster import Cluster
 from server.history import History
 from server.jobs import Jobs
 
@@ -59,6 +61,9 @@ class RedisBroker:
         watched: the channels that readers are on just now: their part of the log goes on being followed.
         options: how patient the client is.
         clock: unix time in seconds.
+
+    Attributes:
+        cluster: shares the connections, and is run along with this; set before ``start``.
     """
 
     def __init__(
@@ -88,10 +93,12 @@ class RedisBroker:
             on_new_epoch=self._new_epoch,
             on_shown=lambda shard: self._publisher.answers.on_shown(shard),
             watched=watched,
+            on_other=self._take_other,
         )
         self._publisher = Publisher(
             jobs, history, self.follower, clock=lambda: self._clock(), on_lease=self._expect_lease
         )
+        self.cluster: Cluster | None = None
         self._client: Client | None = None
         self._next_tick = 0.0
         self._up_since = 0.0
@@ -134,6 +141,8 @@ class RedisBroker:
             on_subscribed=lambda channels: self.follower.wake(),
             on_lost=lambda channels: self._publisher.answers.release_all(),
         )
+        if self.cluster is not None:
+            self.cluster.begin(self._client)
 
     async def run(self) -> None:
         """Be connected, until cancelled; then finish what is under way, if Redis lets it."""
@@ -145,6 +154,8 @@ class RedisBroker:
             finally:
                 with trio.move_on_after(_FINISH_S, shield=True):
                     await self._publisher.answers.wait_idle()
+                    if self.cluster is not None:
+                        await self.cluster.finish()
                 services.cancel()
 
     async def _serve(self, scope: trio.CancelScope) -> None:
@@ -155,6 +166,8 @@ class RedisBroker:
                 nursery.start_soon(self.follower.run)
                 nursery.start_soon(self._publisher.run)
                 nursery.start_soon(self._tick_for_ever)
+                if self.cluster is not None:
+                    nursery.start_soon(self.cluster.run)
                 while True:
                     await trio.sleep(_PATIENCE_STEP_S)
                     self._publisher.give_up(trio.current_time())
@@ -211,6 +224,12 @@ class RedisBroker:
         self._up_since = trio.current_time()
         self.follower.wake()
         self._publisher.wake()
+        if self.cluster is not None:
+            self.cluster.went_up()
+
+    def _take_other(self, channel: bytes, data: bytes) -> None:
+        if channel == CONTROL and self.cluster is not None:
+            self.cluster.take(data)
 
     # Leases
 

@@ -76,6 +76,7 @@ class Follower:
         on_new_epoch: called with the new epoch when the log began anew and everything has been loaded again.
         on_shown: called with a shard after messages of it were shown, or when none will be any more.
         watched: the channels that readers are on just now.
+        on_other: called with channel and payload of a message that is not of the log.
 
     Attributes:
         client: set before ``run``.
@@ -96,6 +97,7 @@ class Follower:
         on_new_epoch: Callable[[str], object],
         on_shown: Callable[[int], object],
         watched: Callable[[], Iterable[str]],
+        on_other: Callable[[bytes, bytes], object] = lambda channel, data: None,
     ) -> None:
         self._jobs = jobs
         self._history = history
@@ -103,6 +105,7 @@ class Follower:
         self._on_new_epoch = on_new_epoch
         self._on_shown = on_shown
         self._watched = watched
+        self._on_other = on_other
         self.followed: frozenset[int] = frozenset()
         self.seen = [0] * SHARDS
         self.revs: dict[str, str] = {}
@@ -185,7 +188,11 @@ class Follower:
 
     def take(self, channel: bytes, data: bytes) -> None:
         """A message came: show it if it is the next one. Called in log order; the hot path."""
-        shard = SHARD_OF_CHANNEL[channel]
+        try:
+            shard = SHARD_OF_CHANNEL[channel]
+        except KeyError:
+            self._on_other(channel, data)
+            return
         if self._buffer is not None:
             if len(self._buffer) < _MAX_BUFFERED:
                 self._buffer.append((shard, data))
