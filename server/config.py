@@ -285,5 +285,5 @@ class Config(Struct, frozen=True, kw_only=True):
 
 def without_password(text: str) -> str:
     """A URL as it may be shown: a password in it, should one be there, is nobody's business."""
-    text = re.sub(r"://[^/@]*@", "://(hidden)@", text)
-    return re.sub(r"(sentinel_password=)[^&]*", r"\1(hidden)", text)
+    text = re.sub(r"://.*@", "://(hidden)@", text)
+    return re.sub(r"(sentinel_password=).*", r"\1(hidden)", text)

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -36,6 +36,8 @@ from server.cluster import Cluster
 from server.history import History
 from server.jobs import Jobs
 
+# What a user in Redis has to be given.
+NEEDED: Final = "+@all -@dangerous +info ~{statuswire}:* &{statuswire}:*"
 # How often a node looks for leases that ran out, and whether it missed anything.
 TICK_S: Final = 1.0
 # Leases that run out are looked at this much later at most: not all nodes at once, so that most find it done.
@@ -120,12 +122,22 @@ class RedisBroker:
 
     async def start(self) -> None:
         """Check that Redis can be used, and see where its log stands. Raises StoreError with what to do."""
+        problem: RedisError | RedisClientError | None = None
+        begin: Any = None
         try:
             url = parse_redis_url(self._url)
             async with open_client(url, options=self._options) as client:
-                begin = await client.call_script(BEGIN, [META], [new_epoch(), SCHEMA, SHARDS])
-        except (RedisStartError, RedisClientError, RedisError) as error:
+                try:
+                    begin = await client.call_script(BEGIN, [META], [new_epoch(), SCHEMA, SHARDS])
+                except (RedisError, RedisClientError) as error:  # beyond the client's nursery it would be a group
+                    problem = error
+        except RedisStartError as error:
             raise StoreError(f"store.url: {error}") from error
+        if problem is not None:
+            hint = ""
+            if isinstance(problem, RedisError) and (problem.code == "NOPERM" or "ACL" in problem.message):
+                hint = f"; its user needs: ACL SETUSER {url.username or 'default'} {NEEDED}"
+            raise StoreError(f"store.url: {url} does not take the first command ({problem}){hint}")
         epoch, offset, _, schema, shards = begin
         if int(schema) != SCHEMA or int(shards) != SHARDS:
             raise StoreError(

@@ -21,6 +21,7 @@ _SCHEMES: Final[dict[str, tuple[Topology, bool]]] = {
 }
 _TLS_PARAMETERS: Final = ("ca", "cert", "key", "verify_host")
 _SENTINEL_PARAMETERS: Final = ("sentinel_username", "sentinel_password")
+_ENCODING: Final = "user and password must be percent-encoded (%40 for @, %2F for /, %3F for ?, %23 for #)"
 
 
 class Address(NamedTuple):
@@ -100,11 +101,14 @@ def parse_redis_url(text: str) -> RedisUrl:
     """
     try:
         parts = urlsplit(text)
-    except ValueError as error:
-        raise RedisStartError(f"The Redis URL cannot be read: {error}.") from None
+    except ValueError:  # whose words quote parts of the password
+        raise RedisStartError(f"The Redis URL cannot be read: {_ENCODING}.") from None
     if parts.scheme not in _SCHEMES:
         raise RedisStartError(f"A Redis URL begins with one of {', '.join(_SCHEMES)}, followed by ://.")
     topology, tls = _SCHEMES[parts.scheme]
+    if "@" in parts.path + parts.query + parts.fragment or parts.fragment:
+        # Cut within a password; what is said about the pieces would quote it.
+        raise RedisStartError(f"The Redis URL has an @ or a # after its host: {_ENCODING}.")
     credentials, _, hosts = parts.netloc.rpartition("@")
     username, colon, password = credentials.partition(":")
     addresses = tuple(_address(host, 26379 if topology == "sentinel" else 6379) for host in hosts.split(","))
