@@ -9,15 +9,19 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from server.brokers.base import StoreError
 from server.config import Config, ConfigError
+from server.ids import new_id
 from server.listener import ListenError, accept_forever, close_listener, describe, open_tcp, open_unix
 from server.logs import log_event
 from server.node import LOG, Node
+
+if TYPE_CHECKING:
+    from server.callbacks import Callbacks
 
 # After the drain: for requests that were being answered, say a batch that is still committing.
 FINISH_S: Final = 5.0
@@ -52,6 +56,7 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
         except (StoreError, ConfigError) as error:
             raise StartError(str(error)) from error
         node.hub.flushed = node.history.last
+        node.callbacks = _callbacks(node)
         try:
             async with trio.open_nursery() as services:
                 services.start_soon(node.broker.run)
@@ -60,6 +65,8 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
                 services.start_soon(_housekeeping, node)
                 if node.authenticator.hook is not None:
                     services.start_soon(node.authenticator.hook.run)
+                if node.callbacks is not None:
+                    services.start_soon(node.callbacks.run)
                 async with trio.open_nursery() as connections:
                     for listener in listeners:
                         # In the nursery of what it accepts: both end together, none is accepted into a closed one.
@@ -131,6 +138,22 @@ def _reload(node: Node, reload: Callable[[], Config]) -> None:
         log_event(LOG, logging.ERROR, "reload_failed", reason=str(error))
     else:
         log_event(LOG, logging.INFO, "reloaded")
+
+
+def _callbacks(node: Node) -> Callbacks | None:
+    if not node.config.callbacks:
+        return None
+    # Imported here: who tells nobody does without.
+    from server.callbacks import LEASE_S, Callbacks, Source
+
+    lease = None
+    if node.shared is not None:
+        from server.brokers.redis_keys import CALLBACKS
+        from server.brokers.redis_lease import Lease
+
+        lease = Lease(node.shared.client, CALLBACKS, new_id(), LEASE_S)
+    source = Source(node.broker, node.history, node.jobs, node.seen)
+    return Callbacks(node.config.callbacks, source, lease)
 
 
 def _listen(config: Config) -> list[socket.socket]:

@@ -189,8 +189,13 @@ class History:
 
     def everything(self, after: int) -> list[Update]:
         """All kept updates with an offset above ``after``, oldest first."""
-        start = max(self._head, len(self._entries) - max(0, self.last - after))
-        return [update for update in self._entries[start:] if update is not None]
+        return self.between(after, self.last)
+
+    def between(self, after: int, upto: int) -> list[Update]:
+        """The kept updates with an offset above ``after`` and not above ``upto``, oldest first."""
+        base = self.last + 1 - len(self._entries)
+        entries = self._entries[max(self._head, after + 1 - base) : max(0, upto + 1 - base)]
+        return [update for update in entries if update is not None]
 
     def offset_at(self, unix_ms: int) -> int:
         """The offset just before the first kept entry accepted at or after that time; ``last`` if there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -13,6 +13,7 @@ import trio
 
 from protocol.errors import ApiError
 from protocol.update import Job, Update
+from protocol.watch import EVERYTHING
 from server.auth import Authenticator
 from server.brokers.base import Broker
 from server.brokers.memory import MemoryBroker
@@ -27,10 +28,12 @@ from server.limits import Limits, parse_proxies
 from server.logs import log_event
 from server.origins import parse_origins
 from server.presence import Presence
+from server.seen import Seen
 from server.wheel import Wheel
 
 if TYPE_CHECKING:
     from server.brokers.redis_broker import RedisBroker
+    from server.callbacks import Callbacks
     from server.cluster import Cluster
 
 LOG: Final = logging.getLogger("statuswire")
@@ -67,6 +70,8 @@ class Node:
         started: when, in unix seconds.
         shared: the broker again, if other nodes use its store too.
         cluster: what this node and those others know of each other.
+        seen: which users were there lately.
+        callbacks: tells the application of jobs that end; None if nobody wants that.
         draining: set from SIGTERM on.
     """
 
@@ -100,7 +105,7 @@ class Node:
                 self.history,
                 self.deliver,
                 on_new_epoch=self.log_lost,
-                watched=lambda: self.hub.channels,
+                watched=self.watched,
             )
             self.broker = self.shared
             self.cluster = self.presence.cluster = self.shared.cluster = Cluster(self.presence, group=group)
@@ -110,6 +115,9 @@ class Node:
             )
         self.authenticator = Authenticator(config.auth)
         self.cursors = Cursors()
+        unseen = any(callback.unseen_after for callback in config.callbacks.values())
+        self.seen = Seen(self.presence, self.shared, wanted=unseen)
+        self.callbacks: Callbacks | None = None
         self.streams: dict[Stream, None] = {}
         self.polls: dict[trio.Event, None] = {}
         self.connections = 0
@@ -143,11 +151,21 @@ class Node:
             self.jobs.show(update, job)
             self.history.append(update)
             self.hub.deliver(update)
+            if update.ended and self.callbacks is not None:
+                self.callbacks.wake()
         self.counters.shown += len(kept)
+
+    def watched(self) -> Iterable[str]:
+        """The channels that somebody here reads."""
+        if self.callbacks is not None and self.callbacks.active:
+            return (EVERYTHING,)
+        return self.hub.channels
 
     def log_lost(self, epoch: str) -> None:
         """The broker began a new epoch: tell every reader."""
         log_event(LOG, logging.WARNING, "log_lost", epoch=epoch)
+        if self.callbacks is not None:
+            self.callbacks.wake()
         self.counters.logs_lost += 1
         self.hub.log_lost()
 

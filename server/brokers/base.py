@@ -208,5 +208,11 @@ class Broker(Protocol):
             ApiError: 503 ``store_unavailable``: it is not, and cannot be just now.
         """
 
+    async def load_mark(self, name: str) -> str | None:
+        """What ``save_mark`` kept under this name. Raises ApiError 503 ``store_unavailable``."""
+
+    async def save_mark(self, name: str, text: str) -> None:
+        """Keep a short text, in place of what was kept under this name. Raises ApiError 503 ``store_unavailable``."""
+
     async def close(self) -> None:
         """Keep what still waits, release the store. Later submissions are refused with 503."""

@@ -28,8 +28,8 @@ from server.brokers.redis_client import (
     open_client,
     parse_redis_url,
 )
-from server.brokers.redis_follower import Follower
-from server.brokers.redis_keys import BEGIN, LEASES, META, SCHEMA, SHARDS, TICK, WHERE, cursor_key, stored_of
+from server.brokers.redis_follower import Follower, unavailable
+from server.brokers.redis_keys import BEGIN, LEASES, META, SCHEMA, SHARDS, TICK, WHERE, cursor_key, mark_key, stored_of
 from server.brokers.redis_presence import CONTROL
 from server.brokers.redis_publisher import Publisher
 from server.cluster import Cluster
@@ -111,6 +111,12 @@ class RedisBroker:
     def epoch(self) -> str:
         """Names this incarnation of the log."""
         return self._history.epoch
+
+    @property
+    def client(self) -> Client:
+        """For other commands of this node; there from ``start`` on."""
+        assert self._client is not None
+        return self._client
 
     @property
     def available(self) -> str | None:
@@ -212,6 +218,22 @@ class RedisBroker:
         if self._client is not None:
             with suppress(RedisClientError):
                 self._client.send("SET", cursor_key(client), cursor, "EX", int(seconds))
+
+    async def load_mark(self, name: str) -> str | None:
+        """See ``base.Broker``."""
+        text = await self._ask("GET", mark_key(name))
+        return None if text is None else text.decode()
+
+    async def save_mark(self, name: str, text: str) -> None:
+        """See ``base.Broker``."""
+        await self._ask("SET", mark_key(name), text)
+
+    async def _ask(self, *command: bytes | str) -> bytes | None:
+        try:
+            text: bytes | None = await self.client.call(*command)
+            return text
+        except (RedisClientError, RedisError) as error:
+            raise unavailable(f"Redis is away: {error}") from error
 
     async def close(self) -> None:
         """Refuse what comes later, and what could not be finished."""

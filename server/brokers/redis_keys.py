@@ -33,6 +33,7 @@ SHARDS: Final = 16
 KEY_MS: Final = 600_000  # promised are five minutes; the rest covers slow retries
 
 PREFIX: Final = "{statuswire}:"
+CALLBACKS: Final = f"{PREFIX}callbacks".encode()  # the node whose turn it is to tell
 META: Final = f"{PREFIX}meta".encode()
 WHERE: Final = f"{PREFIX}where".encode()
 LEASES: Final = f"{PREFIX}leases".encode()
@@ -54,6 +55,11 @@ def shard_of(user_id: str) -> int:
 def idempotency_key(digest: bytes) -> bytes:
     """Where the first answer under an idempotency key is."""
     return f"{PREFIX}key:{digest.hex()}".encode()
+
+
+def mark_key(name: str) -> bytes:
+    """Where a reader of the whole log keeps how far it has come."""
+    return f"{PREFIX}mark:{name}".encode()
 
 
 def cursor_key(client: str) -> bytes:

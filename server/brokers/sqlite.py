@@ -62,6 +62,7 @@ class SqliteBroker(LocalBroker):
         loaded = await trio.to_thread.run_sync(self._open_and_load)
         self._open = True
         self._adopt(loaded)
+        self._marks = await trio.to_thread.run_sync(self._file.marks)
         while self._count > self._jobs.max_jobs:  # the bound may have been lowered since
             oldest = self._jobs.take_oldest_ended()
             if oldest is None:
@@ -92,6 +93,18 @@ class SqliteBroker(LocalBroker):
                 await self._probe()
             else:
                 self._housekeep()
+
+    async def save_mark(self, name: str, text: str) -> None:
+        """See ``base.Broker``."""
+        async with self._writing:
+            if not self._open:
+                raise ApiError(503, "store_unavailable", "the store is closed")
+            with trio.CancelScope(shield=True):
+                try:
+                    await trio.to_thread.run_sync(self._file.save_mark, name, text)
+                except sqlite3.Error as error:
+                    raise ApiError(503, "store_unavailable", f"the store is away ({error})") from error
+        self._marks[name] = text
 
     async def close(self) -> None:
         """Refuse what comes later, commit what waits, release the file."""

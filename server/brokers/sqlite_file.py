@@ -235,6 +235,15 @@ class SqliteFile:
             self._roll_back()
             raise
 
+    def marks(self) -> dict[str, str]:
+        """Every short text that was kept, by name."""
+        rows = self._db.execute("SELECT name, value FROM meta WHERE name LIKE 'mark:%'")
+        return {name.removeprefix("mark:"): value for name, value in rows}
+
+    def save_mark(self, name: str, text: str) -> None:
+        """Keep a short text under a name."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"mark:{name}", text))
+
     def probe(self) -> None:
         """Find out whether a commit works: one that needs some room. Raises sqlite3.Error."""
         try:

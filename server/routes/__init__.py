@@ -122,7 +122,10 @@ async def _route(exchange: Exchange) -> Response | Stream | None:
             raise unauthorized()
         if route.capability and not exchange.identity.can(route.capability):
             raise ApiError(403, "forbidden", f"this needs the capability {route.capability!r}")
-    return await route.handler(exchange)
+    response = await route.handler(exchange)
+    if exchange.identity is not None and method == "GET":
+        node.seen.note(exchange.identity.user)  # now, not before: a poll may have waited for what it shows
+    return response
 
 
 def _find(exchange: Exchange) -> tuple[str, Mapping[str, Route]]:

@@ -128,6 +128,8 @@ class LiveReader(PushReader):
         """Leave no trace. Synchronous, so cancellation cannot skip it."""
         self.finish("closed")
         self.node.presence.leave(self)
+        if self.identity is not None:
+            self.node.seen.note(self.identity.user)
         self._beat_timer.cancel()
         if self._expiry_timer is not None:
             self._expiry_timer.cancel()
