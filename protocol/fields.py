@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
@@ -161,6 +161,25 @@ def decode_fields(data: bytes | bytearray | memoryview | Raw | Mapping[str, obje
     return fields
 
 
+_Checked = TypeVar("_Checked", bound=msgspec.Struct)
+
+
+def decode_checked(
+    data: bytes, decoder: msgspec.json.Decoder[_Checked], known: Iterable[str], inside: Iterable[str] = ()
+) -> _Checked:
+    """Read JSON text as another struct, with refusals in the same words as those of ``decode_fields``.
+
+    Args:
+        known: the names of its fields, for hints; ``inside``: those of structs in it.
+    """
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise _explain(error, known, inside) from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise malformed_json(str(error)) from None
+
+
 def malformed_json(detail: str) -> ApiError:
     """400: this is no JSON (RFC 8259), or none that we take."""
     return ApiError(400, "malformed_json", f"the body is not well-formed JSON: {detail}")
@@ -218,12 +237,14 @@ def _depth_exceeds(value: object, limit: int) -> bool:
     return True
 
 
-def _explain(error: msgspec.ValidationError) -> ApiError:
+def _explain(
+    error: msgspec.ValidationError, known: Iterable[str] = FIELD_NAMES, inside: Iterable[str] = STEP_NAMES
+) -> ApiError:
     """Say in the words of the contract which field is wrong and why."""
     text = str(error)
     unknown = _UNKNOWN.fullmatch(text)
     if unknown:
-        return _unknown_field(unknown[1], unknown[2])
+        return _unknown_field(unknown[1], unknown[2], known if unknown[2] is None else inside)
     found = _AT_FIELD.fullmatch(text)
     if not found:
         if text.startswith("Expected `object`"):
@@ -243,8 +264,7 @@ def _explain(error: msgspec.ValidationError) -> ApiError:
     return invalid_field(field, reason[:1].lower() + reason[1:])
 
 
-def _unknown_field(name: str, inside: str | None) -> ApiError:
-    known: Iterable[str] = FIELD_NAMES if inside is None else STEP_NAMES
+def _unknown_field(name: str, inside: str | None, known: Iterable[str]) -> ApiError:
     shown = name if len(name) <= 64 else name[:64] + "…"
     field = shown if inside is None else f"{inside}.{shown}"
     if inside is None and name in SERVER_FIELDS:

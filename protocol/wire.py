@@ -1,7 +1,8 @@
 """One update as bytes on each transport, encoded at most once per wire form.
 
-A ``WireForm`` is what two readers must share to be sent the same bytes: the framing and the record fields
-asked for. The hub keeps one encoding per form and flush, so the cost of a reader is one ``send``.
+A ``WireForm`` is what two readers must share to be sent the same bytes: the framing, the record fields asked for, and
+the view, with the kind of job that it shows. The hub keeps one encoding per form and flush, so the cost of a reader is
+one ``send``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from protocol.frames import deflated_text_frame, text_frame
 from protocol.http1 import encode_chunk
 from protocol.sse import encode_event, encode_update
 from protocol.update import Update
+from protocol.view import Message, View
+from protocol.views.jobs import VIEW as JOBS
 
 # Below this a compressed frame saves less than one packet and costs some 15 µs; above it a record has text
 # or results worth compressing. One Ethernet segment less headers is the natural line.
@@ -35,25 +38,36 @@ class Framing(Enum):
 
 
 class WireForm:
-    """Framing plus field selection. Compare by identity: ``wire_form`` interns them.
+    """Framing, field selection and view. Compare by identity: ``wire_form`` interns them.
 
     Attributes:
         framing: how messages are framed.
-        fields: record fields to send besides jobId, status and version; None for all.
+        fields: record fields to send besides jobId, status and version; None for all. Only for views that send records.
+        view: the words.
+        kind: jobs of other kinds do not exist in it: their updates come to nothing. "" for none such.
     """
 
-    __slots__ = ("fields", "framing")
+    __slots__ = ("fields", "framing", "kind", "view")
 
-    def __init__(self, framing: Framing, fields: frozenset[str] | None) -> None:
+    def __init__(self, framing: Framing, fields: frozenset[str] | None, view: View = JOBS, kind: str = "") -> None:
         self.framing = framing
         self.fields = fields
+        self.view = view
+        self.kind = kind
 
     def updates(self, updates: Sequence[Update], epoch: str) -> bytes:
         """Frame several updates, each with its own position, to be sent in one go."""
         cursors = [f"{epoch}:{update.offset}" for update in updates]
+        framing = self.framing
+        if self.view.render is not None:
+            framed = [
+                framed
+                for update, cursor in zip(updates, cursors, strict=True)
+                for framed in self._rendered(update, cursor)
+            ]
+            return self._joined(framed)
         fields = self.fields
         messages = [update_message(update, at, fields) for update, at in zip(updates, cursors, strict=True)]
-        framing = self.framing
         if framing is Framing.WEBSOCKET:
             return b"".join([text_frame(message) for message in messages])
         if framing is Framing.WEBSOCKET_DEFLATE:
@@ -65,10 +79,14 @@ class WireForm:
 
     def update(self, update: Update, cursor: str) -> bytes:
         """Frame one update under a cursor that is not its own position (held-back delivery)."""
+        if self.view.render is not None:
+            return self._joined(self._rendered(update, cursor))
         return self.message(update_message(update, cursor, self.fields), cursor)
 
-    def message(self, message: bytes, cursor: str | None = None, retry_ms: int | None = None) -> bytes:
-        """Frame any one message (JSON text). ``cursor`` and ``retry_ms`` only show on event streams."""
+    def message(
+        self, message: bytes, cursor: str | None = None, retry_ms: int | None = None, event: str | None = None
+    ) -> bytes:
+        """Frame any one message (JSON text). ``cursor``, ``retry_ms`` and ``event`` only show on event streams."""
         framing = self.framing
         if framing is Framing.WEBSOCKET:
             return text_frame(message)
@@ -76,17 +94,51 @@ class WireForm:
             return _deflated(message)
         if framing is Framing.JSON:
             return message
-        event = encode_event(message, id=cursor, retry_ms=retry_ms)
-        return encode_chunk(event) if framing is Framing.SSE_CHUNKED else event
+        text = encode_event(message, id=cursor, event=event, retry_ms=retry_ms)
+        return encode_chunk(text) if framing is Framing.SSE_CHUNKED else text
+
+    def _rendered(self, update: Update, cursor: str) -> list[bytes]:
+        """The view's messages for one update, framed but not put into chunks."""
+        render = self.view.render
+        if render is None or (self.kind and update.kind != self.kind):
+            return []
+        *before, last = render(update)
+        framed = []
+        if before:
+            # Whoever got only these must get all of them again.
+            epoch, _, offset = cursor.rpartition(":")
+            behind = f"{epoch}:{min(int(offset), update.offset - 1)}"
+            framed = [self._unchunked(message, behind) for message in before]
+        framed.append(self._unchunked(last, cursor))
+        return framed
+
+    def _unchunked(self, message: Message, cursor: str) -> bytes:
+        if self.framing is Framing.WEBSOCKET:
+            return text_frame(message.text)
+        if self.framing is Framing.WEBSOCKET_DEFLATE:
+            return _deflated(message.text)
+        if self.framing is Framing.JSON:
+            return message.text
+        if message.event is None:
+            return encode_update(cursor.encode(), message.text)
+        return encode_event(message.text, id=cursor, event=message.event)
+
+    def _joined(self, framed: Sequence[bytes]) -> bytes:
+        if not framed:
+            return b""
+        if self.framing is Framing.JSON:
+            return b",".join(framed)
+        joined = b"".join(framed)
+        return encode_chunk(joined) if self.framing is Framing.SSE_CHUNKED else joined
 
 
 @lru_cache(maxsize=4096)
-def wire_form(framing: Framing, fields: frozenset[str] | None = None) -> WireForm:
-    """The one ``WireForm`` of this framing and these fields, so that forms compare by identity.
+def wire_form(framing: Framing, fields: frozenset[str] | None = None, view: View = JOBS, kind: str = "") -> WireForm:
+    """The one ``WireForm`` of these four, so that forms compare by identity.
 
-    The cache is bounded: should more than 4,096 field selections be in use, some are merely encoded twice.
+    The cache is bounded: should more than 4,096 be in use, some are merely encoded twice.
     """
-    return WireForm(framing, fields)
+    return WireForm(framing, fields, view, kind)
 
 
 def update_message(update: Update, cursor: str, fields: frozenset[str] | None = None) -> bytes:

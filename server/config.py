@@ -207,6 +207,18 @@ class Log(Struct, frozen=True, kw_only=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class Views(Struct, frozen=True, kw_only=True):
+    """Table ``[views]``: the event streams of tasks, reports and other views of jobs.
+
+    Attributes:
+        progress_interval: seconds between two looks at the progress of a job: of the updates in between only the newest
+            is sent. A change of status, and above all an end, is sent at once. 0 sends every update.
+    """
+
+    # Browsers draw sixty times a second at most, but then every reader has updates of its own encoded for it.
+    progress_interval: SecondsOrZero = 0.0
+
+
 class Debug(Struct, frozen=True, kw_only=True):
     """Table ``[debug]``.
 
@@ -277,6 +289,7 @@ class Config(Struct, frozen=True, kw_only=True):
     history: History = field(default_factory=History)
     limits: Limits = field(default_factory=Limits)
     store: Store = field(default_factory=Store)
+    views: Views = field(default_factory=Views)
     log: Log = field(default_factory=Log)
     debug: Debug = field(default_factory=Debug)
     webhooks: dict[str, Webhook] = field(default_factory=dict)

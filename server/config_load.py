@@ -33,6 +33,7 @@ from server.config import (
     Log,
     Server,
     Store,
+    Views,
     Webhook,
     is_loopback,
     without_password,
@@ -80,6 +81,7 @@ _TABLES: dict[str, type[Struct]] = {
     "history": History,
     "limits": Limits,
     "store": Store,
+    "views": Views,
     "log": Log,
     "debug": Debug,
 }

@@ -94,19 +94,20 @@ def _channel_jobs(jobs: Jobs, name: str) -> Iterable[Job]:
     return [job] if job is not None and (not owner or job.latest.user_id == owner[0]) else []
 
 
-def over(jobs: Jobs, history: History, name: str) -> bool:
-    """Whether the job of this channel has ended, or has gone as far as the log remembers."""
+def over(jobs: Jobs, history: History, name: str, kind: str = "") -> bool:
+    """Whether the job of this channel has ended, or has gone as far as the log remembers; never, if it is not of
+    this kind."""
     _, job_id, *owner = name.split("/")
     job = jobs.get(job_id)
     if job is not None and (not owner or job.latest.user_id == owner[0]):
-        return job.latest.ended
+        return job.latest.ended and kind in ("", job.latest.kind)
     last = history.last_of_job(job_id, *owner)
-    return last is not None and last.ended
+    return last is not None and last.ended and kind in ("", last.kind)
 
 
-def live(jobs: Jobs, name: str) -> bool:
-    """Whether the job of this channel exists and has not ended."""
-    return any(not job.latest.ended for job in _channel_jobs(jobs, name))
+def live(jobs: Jobs, name: str, kind: str = "") -> bool:
+    """Whether the job of this channel exists and has not ended; one of another kind never ends."""
+    return any(not job.latest.ended or kind not in ("", job.latest.kind) for job in _channel_jobs(jobs, name))
 
 
 class Start(NamedTuple):

@@ -41,6 +41,7 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
             ``"may"``: an unknown job is created if ``userId`` is given, else 404; ``"never"``: 404.
         sub: who publishes; idempotency keys are scoped to it.
         key: idempotency key from the header, or None to take ``fields.event_id``.
+        view: name of the view in whose words it came, if that has a say in what the update comes to.
     """
 
     job_id: str | None
@@ -48,6 +49,7 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
     create: Literal["must", "may", "never"]
     sub: str
     key: str | None = None
+    view: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, gc=False):

@@ -10,9 +10,10 @@ from msgspec import UNSET
 
 from protocol import job as rules
 from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
-from protocol.fields import check_id, is_id
+from protocol.fields import Fields, check_id, is_id
 from protocol.rollup import climb
 from protocol.update import Job, Parts, Update
+from protocol.views import all_views
 from server.brokers.base import Publish
 
 
@@ -63,12 +64,19 @@ def owned(job: Job, owner: str) -> Job:
     return job
 
 
+def settled(operation: Publish, before: Job | None) -> Fields:
+    """What is published comes to this, given the state it meets; ``View.settle`` says what is raised."""
+    if operation.view is None or (before is not None and operation.create == "must"):
+        return operation.fields
+    return all_views()[operation.view].settle(before, operation.fields)
+
+
 def create(operation: Publish, job_id: str, get: Callable[[str], Job | None], *, offset: int, now_ms: int) -> Job:
     """The first state of a new job; see ``protocol.job.create`` and ``owner_of`` for what is raised."""
     user_id = owner_of(operation, job_id)
-    parent_id = operation.fields.parent_id
-    parent = get(parent_id) if parent_id is not UNSET else None
-    return rules.create(operation.fields, job_id=job_id, user_id=user_id, parent=parent, offset=offset, now_ms=now_ms)
+    fields = settled(operation, None)
+    parent = get(fields.parent_id) if fields.parent_id is not UNSET else None
+    return rules.create(fields, job_id=job_id, user_id=user_id, parent=parent, offset=offset, now_ms=now_ms)
 
 
 def ancestors_of(before: Job | None, after: Job | None, get: Callable[[str], Job | None], update: Update) -> list[Job]:

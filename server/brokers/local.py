@@ -39,6 +39,7 @@ from server.brokers.deciding import (
     key_reused,
     new_target,
     owned,
+    settled,
     too_many_jobs,
 )
 from server.brokers.keys import Kept, Keys, digest_of, fingerprint_of
@@ -209,6 +210,7 @@ class LocalBroker(ABC):
         before = self._get(job_id)
         offset = self._offset + 1
         if before is not None:
+            fields = settled(operation, before)
             if rules.is_repeat(before, fields):
                 return self._unchanged(before)
             if operation.create == "must":

@@ -14,7 +14,7 @@ from protocol import job as rules
 from protocol.errors import job_not_found
 from protocol.update import Job, Update
 from server.brokers.base import Cancel, Claim, Delete, Expire, Operation, Publish
-from server.brokers.deciding import ancestors_of, create, identify, job_exists, new_target, owned
+from server.brokers.deciding import ancestors_of, create, identify, job_exists, new_target, owned, settled
 from server.brokers.keys import digest_of, fingerprint_of
 from server.brokers.redis_calls import Call, Change
 from server.brokers.redis_keys import shard_of
@@ -85,10 +85,11 @@ class Decider:
         before = get(job_id)
         after: Job | None = None
         match operation:
-            case Publish(fields=fields):
+            case Publish():
                 if before is None:
                     after = create(operation, job_id, partial(self._read_parent, call), offset=offset, now_ms=now_ms)
                 else:
+                    fields = settled(operation, before)
                     if rules.is_repeat(before, fields):
                         return False
                     if operation.create == "must":

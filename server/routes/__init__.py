@@ -6,12 +6,16 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple
 
 from protocol.errors import ApiError
+from protocol.view import View
+from protocol.views import all_views
+from protocol.views.jobs import VIEW as JOBS
 from server.answers import Response, error_answer
 from server.auth import unauthorized
 from server.connection import Disconnected, Exchange
 from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
 from server.routes import health, jobs, operations, page
+from server.routes.views import handlers_of
 from server.transports.longpoll import poll
 from server.transports.sse import stream, try_later
 from server.transports.websocket import echo_socket, jobs_socket
@@ -27,16 +31,21 @@ class Route(NamedTuple):
         capability: what the caller must be allowed, "" if being known is enough.
         public: nobody is asked who they are.
         always: answered while draining and over connection limits, too.
+        view: in whose words.
+        head: HEAD is answered like GET, without the body; streams and polls are no resource that it could describe.
     """
 
     handler: Handler
     capability: str = ""
     public: bool = False
     always: bool = False
+    view: View = JOBS
+    head: bool = True
 
 
-# A segment in braces matches any one segment that is not empty; a literal one is preferred.
-ROUTES: Final[dict[str, Mapping[str, Route]]] = {
+# A segment in braces matches any one segment that is not empty; a literal one is preferred. The paths of the views
+# are added below.
+ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/": {"GET": Route(page.index, public=True)},
     "/page.js": {"GET": Route(page.script, public=True)},
     "/page.css": {"GET": Route(page.style, public=True)},
@@ -45,19 +54,18 @@ ROUTES: Final[dict[str, Mapping[str, Route]]] = {
     "/metrics": {"GET": Route(operations.metrics, "ops", always=True)},
     "/api/v2/stats": {"GET": Route(operations.stats, "ops")},
     "/api/v2/jobs": {"GET": Route(jobs.list_jobs), "POST": Route(jobs.create, "publish")},
-    "/api/v2/jobs/poll": {"GET": Route(poll)},
-    "/api/v2/jobs/stream": {"GET": Route(stream)},
+    "/api/v2/jobs/poll": {"GET": Route(poll, head=False)},
+    "/api/v2/jobs/stream": {"GET": Route(stream, head=False)},
     "/api/v2/jobs/{jobId}": {"GET": Route(jobs.show), "DELETE": Route(jobs.delete, "publish")},
     "/api/v2/jobs/{jobId}/updates": {"POST": Route(jobs.update, "publish")},
     "/api/v2/jobs/{jobId}/history": {"GET": Route(jobs.history)},
     "/api/v2/jobs/{jobId}/cancel": {"POST": Route(jobs.cancel)},
     "/api/v2/updates": {"POST": Route(jobs.publish_batch, "publish")},
-    "/ws/jobs": {"GET": Route(jobs_socket, public=True)},  # says who it is after the handshake, if not in it
+    # Says who it is after the handshake, if not in it.
+    "/ws/jobs": {"GET": Route(jobs_socket, public=True, head=False)},
 }
-# Streams and polls are no resource that HEAD could describe.
-_NO_HEAD: Final = frozenset({"/api/v2/jobs/poll", "/api/v2/jobs/stream", "/ws/jobs", "/ws/echo"})
 _ALWAYS: Final = frozenset(path for path, methods in ROUTES.items() if any(route.always for route in methods.values()))
-_ECHO: Final = {"GET": Route(echo_socket, public=True)}
+_ECHO: Final = {"GET": Route(echo_socket, public=True, head=False)}
 
 
 async def answer(exchange: Exchange) -> Stream | None:
@@ -76,7 +84,7 @@ async def answer(exchange: Exchange) -> Stream | None:
         if error.status in (429, 503) and request.method == "GET" and request.accepts_event_stream:
             exchange.log(error.status, "try_later")
             connection.take_over()
-            await try_later(exchange, error)
+            await try_later(exchange, error, *_worded(exchange))
             return None
         code = error.code
         response = error_answer(error, exchange.request_id)
@@ -108,12 +116,13 @@ async def _route(exchange: Exchange) -> Response | Stream | None:
     path, methods = _find(exchange)
     exchange.route = ("OPTIONS" if request.method == "OPTIONS" else "", path)
     if request.method == "OPTIONS":
-        allow = ("Allow", ", ".join(_methods(path, methods)))
-        return Response(204, [allow, *preflight_headers(request, _methods(path, methods))])
-    method = "GET" if request.method == "HEAD" and path not in _NO_HEAD else request.method
-    route = methods.get(method)
+        allow = ("Allow", ", ".join(_methods(methods)))
+        return Response(204, [allow, *preflight_headers(request, _methods(methods))])
+    route = methods.get(request.method)
+    if route is None and request.method in _methods(methods):  # HEAD, where GET says what to answer
+        route = methods["GET"]
     if route is None:
-        allowed = ", ".join(_methods(path, methods))
+        allowed = ", ".join(_methods(methods))
         raise ApiError(405, "method_not_allowed", f"{request.path} takes {allowed}", headers=(("Allow", allowed),))
     exchange.route = (request.method, path)
     if not route.public:
@@ -150,6 +159,8 @@ def _find(exchange: Exchange) -> tuple[str, Mapping[str, Route]]:
     segments = path.split("/")
     for template, names in _TEMPLATES.get(len(segments), ()):
         if all(segment if name else part == segment for (part, name), segment in zip(names, segments, strict=True)):
+            if names[2][1] and segments[2] in _TAKEN:
+                continue
             exchange.params = {
                 name: segment for (_, name), segment in zip(names, segments, strict=True) if name is not None
             }
@@ -157,21 +168,53 @@ def _find(exchange: Exchange) -> tuple[str, Mapping[str, Route]]:
     raise _not_found(path)
 
 
+def _worded(exchange: Exchange) -> tuple[View, str | None]:
+    """The view that a request asked for, and the job in its words, however far the request came."""
+    try:
+        _, methods = _find(exchange)
+    except ApiError:
+        return JOBS, None
+    route = methods.get("GET")
+    view = JOBS if route is None else route.view
+    return view, exchange.params.get(view.variable)
+
+
+def add_view(view: View) -> None:
+    """Answer a view's calls.
+
+    Raises:
+        ValueError: one of them is another's already.
+    """
+    for call, handler, handled in handlers_of(view):
+        methods = ROUTES.setdefault(call.path, {})
+        if call.method in methods:
+            raise ValueError(f"view {view.name!r}: {call.method} {call.path} is taken")
+        head = call.does != "stream"
+        methods[call.method] = Route(handler, handled.capability, handled.public, view=view, head=head)
+
+
 def _templates() -> dict[int, list[tuple[str, list[tuple[str, str | None]]]]]:
-    """The paths with variable segments by their number of segments; each segment as (text, name or None)."""
+    """The paths with variable segments by their number of segments; each segment as (text, name or None).
+
+    In the order in which they are tried: where two begin alike, the one whose next segment is literal comes first.
+    """
     templates: dict[int, list[tuple[str, list[tuple[str, str | None]]]]] = {}
-    for path in ROUTES:
+    for path in sorted(ROUTES, key=lambda path: [part.startswith("{") for part in path.split("/")]):
         if "{" in path:
             parts = [(part, part[1:-1] if part.startswith("{") else None) for part in path.split("/")]
             templates.setdefault(len(parts), []).append((path, parts))
     return templates
 
 
+for _view in all_views().values():
+    add_view(_view)
 _TEMPLATES: Final = _templates()
+# What has paths of its own below /api is no app: ``/api/v2/progress/x`` is nothing, and will stay free.
+_TAKEN: Final = frozenset(path.split("/")[2] for path in ROUTES if path.startswith("/api/") and path[5] != "{")
 
 
-def _methods(path: str, methods: Mapping[str, Route]) -> list[str]:
-    head = ["HEAD"] if "GET" in methods and path not in _NO_HEAD else []
+def _methods(methods: Mapping[str, Route]) -> list[str]:
+    head = ["HEAD"] if "GET" in methods and "HEAD" not in methods and methods["GET"].head else []
     return [*methods, *head, "OPTIONS"]
 
 

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from hashlib import blake2b, sha256
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import trio
 
 from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
-from protocol.fields import MAX_UPDATE, Fields, decode_fields, is_id
+from protocol.fields import MAX_UPDATE, is_id
 from protocol.update import STATUS_UPDATE, STATUSES, TYPE_OF_STATUS, Job
 from protocol.watch import EVERYTHING, parse_fields, parse_filter, user_channel
 from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
-from server.brokers.base import Accepted, Cancel, Claim, Delete, Operation, Publish
+from server.brokers.base import Cancel, Claim, Delete, Publish
 from server.connection import Exchange
 from server.publishing import Batch, summary
 from server.reading import channel_of_job
+from server.routes.intake import (
+    JSON_TYPES,
+    check_body,
+    decide,
+    idempotency_key,
+    outcome,
+    position,
+    read_body,
+    read_fields,
+    unsupported,
+)
 
 MAX_BATCH: Final = 8 * 1024 * 1024
 # 84 bytes each then; what is refused costs us some 500 bytes of answer, and must not be many times the batch.
@@ -26,10 +37,8 @@ MAX_UPDATES: Final = 100_000
 PORTION: Final = 200
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
-MAX_KEY: Final = 255
 
 _T = TypeVar("_T")
-_JSON_TYPES: Final = frozenset({"", "application/json"})
 _NDJSON_TYPES: Final = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
 
 
@@ -38,18 +47,17 @@ _NDJSON_TYPES: Final = frozenset({"application/x-ndjson", "application/ndjson", 
 
 async def create(exchange: Exchange) -> Response:
     """``POST /api/v2/jobs``: 201 with the record, 200 with the same job for a repeat, 409 for a taken id."""
-    fields = await _read_fields(exchange)
-    operation = Publish(None, fields, "must", exchange.caller.user, _idempotency_key(exchange))
-    accepted = await _decide(exchange, operation)
+    fields = await read_fields(exchange)
+    operation = Publish(None, fields, "must", exchange.caller.user, idempotency_key(exchange))
+    accepted = await decide(exchange, operation)
     job = accepted.job
-    position = f"{exchange.node.broker.epoch}:{accepted.offset}"
     if accepted.duplicate:
         shown = None if job is None else msgspec.Raw(_readable(exchange, job))
-        answer = {"job": shown, "id": position, "version": accepted.version, "duplicate": True}
+        answer = {"job": shown, "id": position(exchange, accepted), "version": accepted.version, "duplicate": True}
         return json_answer(200, answer)
     assert job is not None
     base = exchange.node.config.server.base_path
-    answer = {"job": msgspec.Raw(job.latest.body), "id": position}
+    answer = {"job": msgspec.Raw(job.latest.body), "id": position(exchange, accepted)}
     return json_answer(201, answer, ("Location", f"{base}/api/v2/jobs/{job.latest.job_id}"))
 
 
@@ -64,30 +72,22 @@ def _readable(exchange: Exchange, job: Job) -> bytes:
 async def update(exchange: Exchange) -> Response:
     """``POST /api/v2/jobs/{jobId}/updates``: one update."""
     job_id = _job_id(exchange)
-    fields = await _read_fields(exchange)
+    fields = await read_fields(exchange)
     if fields.job_id is not msgspec.UNSET and fields.job_id != job_id:
         raise invalid_field("jobId", f"{fields.job_id!r} is not the job of the path, {job_id!r}")
-    accepted = await _decide(exchange, Publish(job_id, fields, "may", exchange.caller.user, _idempotency_key(exchange)))
-    answer: dict[str, Any] = {
-        "id": f"{exchange.node.broker.epoch}:{accepted.offset}",
-        "version": accepted.version,
-    }
-    if accepted.duplicate:
-        answer["duplicate"] = True
-    if accepted.cancel_requested:
-        answer["cancelRequested"] = True
-    return json_answer(200, answer)
+    accepted = await decide(exchange, Publish(job_id, fields, "may", exchange.caller.user, idempotency_key(exchange)))
+    return json_answer(200, outcome(exchange, accepted))
 
 
 async def publish_batch(exchange: Exchange) -> Response:
     """``POST /api/v2/updates``: a JSON array, or NDJSON taken in as it comes."""
     content_type = exchange.request.content_type
-    key = _idempotency_key(exchange)
+    key = idempotency_key(exchange)
     batches: list[Batch] = []
     if content_type in _NDJSON_TYPES:
         await _publish_lines(exchange, batches, key)
-    elif content_type in _JSON_TYPES:
-        body = await _read_body(exchange, MAX_BATCH)
+    elif content_type in JSON_TYPES:
+        body = await read_body(exchange, MAX_BATCH)
         try:
             items = msgspec.json.decode(body, type=list[msgspec.Raw])
         except msgspec.ValidationError:
@@ -107,7 +107,7 @@ async def publish_batch(exchange: Exchange) -> Response:
         for start in range(0, len(items), PORTION):
             await _publish_portion(exchange, batches, [bytes(item) for item in items[start : start + PORTION]], key)
     else:
-        raise _unsupported(content_type, "application/json or application/x-ndjson")
+        raise unsupported(content_type, "application/json or application/x-ndjson")
     for batch in batches:
         await batch.submission.wait_kept()
     return json_answer(200, summary(batches, exchange.node))
@@ -115,7 +115,7 @@ async def publish_batch(exchange: Exchange) -> Response:
 
 async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | None) -> None:
     """Take NDJSON in line by line while it comes: a worker may keep one such request open for long."""
-    _check_body(exchange)
+    check_body(exchange)
     connection = exchange.connection
     connection.http.limit_body(MAX_BATCH)
     rest = b""
@@ -164,7 +164,7 @@ async def _publish_portion(exchange: Exchange, batches: list[Batch], items: list
 
 async def delete(exchange: Exchange) -> Response:
     """``DELETE /api/v2/jobs/{jobId}``: 204."""
-    await _decide(exchange, Delete(_job_id(exchange)))
+    await decide(exchange, Delete(_job_id(exchange)))
     return Response(204)
 
 
@@ -175,76 +175,14 @@ async def cancel(exchange: Exchange) -> Response:
     caller = exchange.caller
     if job.latest.user_id != caller.user and not caller.admin:
         raise ApiError(403, "forbidden", "only the job's owner or an admin may cancel it")
-    accepted = await _decide(exchange, Cancel(job.latest.job_id, job.latest.user_id))
+    accepted = await decide(exchange, Cancel(job.latest.job_id, job.latest.user_id))
     assert accepted.job is not None
     return json_answer(202, {"job": msgspec.Raw(accepted.job.latest.body)})
-
-
-async def _decide(exchange: Exchange, operation: Operation) -> Accepted:
-    """Submit one operation and wait until it is kept.
-
-    Raises:
-        ApiError: why it was refused, 429 over the caller's rate, 503 if the store lost it.
-    """
-    node = exchange.node
-    node.limits.check_publish(exchange.caller.user, trio.current_time())
-    await node.hub.wait_room()
-    submission = node.broker.submit([operation])
-    # First, because a refusal too can rest on something that is not kept yet.
-    await submission.wait_kept()
-    result = submission.results[0]
-    if isinstance(result, ApiError):
-        node.counters.publishes("http", 0, 0, 1)
-        raise result
-    node.counters.publishes("http", int(not result.duplicate), int(result.duplicate), 0)
-    return result
-
-
-async def _read_fields(exchange: Exchange) -> Fields:
-    if exchange.request.content_type not in _JSON_TYPES:
-        raise _unsupported(exchange.request.content_type, "application/json")
-    body = await _read_body(exchange, MAX_UPDATE)
-    try:
-        return decode_fields(body)
-    except ApiError:
-        exchange.node.counters.publishes("http", 0, 0, 1)
-        raise
-
-
-async def _read_body(exchange: Exchange, limit: int) -> bytes:
-    _check_body(exchange)
-    return await exchange.connection.read_body(limit)
-
-
-def _check_body(exchange: Exchange) -> None:
-    """Before a body that must be there is read.
-
-    Raises:
-        ApiError: 411 if nothing is said of one (RFC 9110 section 15.5.12), 415 if it is compressed (15.5.16).
-    """
-    headers = exchange.request.headers
-    if "content-length" not in headers and "transfer-encoding" not in headers:
-        raise ApiError(411, "length_required", "a body is needed here, with Content-Length or in chunks")
-    coding = headers.get("content-encoding", "identity")
-    if coding.lower() != "identity":
-        message = f"the body must come as it is, without Content-Encoding {coding[:100]!r}"
-        raise ApiError(415, "unsupported_media_type", message, headers=(("Accept-Encoding", "identity"),))
 
 
 def _check_count(count: int) -> None:
     if count > MAX_UPDATES:
         raise ApiError(413, "payload_too_large", f"a batch may have {MAX_UPDATES} updates: send it in parts")
-
-
-def _idempotency_key(exchange: Exchange) -> str | None:
-    key = exchange.request.header("idempotency-key")
-    if key is not None and not (0 < len(key) <= MAX_KEY and key.isascii()):
-        raise ApiError(400, "invalid_header", f"Idempotency-Key must be 1 to {MAX_KEY} ASCII characters")
-    return key
-
-
-def _unsupported(content_type: str, wanted: str) -> ApiError:
-    return ApiError(415, "unsupported_media_type", f"the Content-Type must be {wanted}, not {content_type[:100]!r}")
 
 
 # Reading

@@ -11,9 +11,7 @@ from typing import ClassVar, Final
 
 import trio
 
-from protocol.messages import server_message
 from protocol.presence import Transport
-from protocol.update import format_time
 from protocol.wire import WireForm
 from server.auth import Identity
 from server.node import Node
@@ -160,7 +158,7 @@ class LiveReader(PushReader):
             self.finish("stale")
             return
         if self.caught_up:  # else more than a heartbeat is on its way
-            self.heartbeat(server_message("heartbeat", timestamp=format_time(int(time.time() * 1000))))
+            self.heartbeat()
 
     def drain(self, delay_ms: int) -> None:
         """The server goes away: end, and have the client come back after ``delay_ms``. Must not wait."""
@@ -170,6 +168,6 @@ class LiveReader(PushReader):
         """Whether the peer has given a sign of life that ``heard_at`` does not show yet."""
         return False
 
-    def heartbeat(self, message: bytes) -> None:
+    def heartbeat(self) -> None:
         """Send a heartbeat. Must not wait."""
         raise AssertionError("a transport must say how it beats")

@@ -8,15 +8,17 @@ from typing import Final
 
 from protocol.errors import ApiError
 from protocol.http1 import LAST_CHUNK
-from protocol.messages import server_message, snapshot_parts, whole
+from protocol.messages import snapshot_parts, whole
 from protocol.update import Job, format_time
-from protocol.watch import Watch, parse_watch, wants_all
+from protocol.view import View, control
+from protocol.views.jobs import VIEW as JOBS
+from protocol.watch import ANY, Watch, parse_watch, wants_all
 from protocol.wire import Framing, WireForm, select_fields, wire_form
 from server.answers import Response
 from server.connection import Exchange
 from server.hub import Want
 from server.ids import new_id
-from server.node import Stream
+from server.node import Node, Stream
 from server.reading import Start, channels_for, live, missed_updates, over, snapshot, start_from
 from server.socketio import all_acknowledged, receive, send_all
 from server.transports.live import DISCONNECTED, LiveReader
@@ -37,37 +39,56 @@ GOODBYE_S: Final = 5.0
 
 async def stream(exchange: Exchange) -> Response | Stream:
     """``GET /api/v2/jobs/stream``: begins the stream."""
+    watch = parse_watch(exchange.request.query)
+    names = channels_for(exchange.caller, watch, all_jobs=wants_all(exchange.request.query))
+    return await begin_stream(exchange, watch, names, JOBS)
+
+
+async def begin_stream(
+    exchange: Exchange, watch: Watch, names: list[str], view: View, kind: str = "", min_interval_s: float = 0.0
+) -> Response | Stream:
+    """Begin a stream of what is watched, or answer 204 if nothing of it is left to be told.
+
+    Args:
+        names: the channels of ``watch``, in its order.
+        view: how it is worded.
+        kind: jobs of other kinds do not exist in the view; "" for any.
+        min_interval_s: at most one update per job in so many seconds, the newest; 0 for all of them.
+    """
     node, request, identity = exchange.node, exchange.request, exchange.caller
-    watch = parse_watch(request.query)
-    names = channels_for(identity, watch, all_jobs=wants_all(request.query))
     cursor = request.header("last-event-id") or request.query.get("last_seen")
     await node.broker.follow(names, cursor)
     begin = start_from(node.history, cursor)
-    if watch.job_ids is not None and begin.after is not None and _nothing_left(exchange, watch, names, begin.after):
+    if watch.job_ids is not None and begin.after is not None and _nothing_left(node, watch, names, kind, begin.after):
         return Response(204)  # the one answer after which EventSource stays away
     connection = exchange.connection
     client_id = new_id()
     await node.presence.admit(client_id, identity.user)
+    begin = start_from(node.history, cursor)  # the log may have moved on meanwhile
     head = connection.http.start_stream(200, [*exchange.headers(), *HEADERS], close=True)
-    framing = Framing.SSE_CHUNKED if connection.http.chunked else Framing.SSE
-    reader = EventStream(exchange, watch, names, wire_form(framing, watch.fields), client_id)
+    form = wire_form(_framing(exchange), watch.fields, view, kind)
+    reader = EventStream(exchange, watch, names, form, client_id)
+    reader.min_interval_s = min_interval_s
     reader.enter(identity)
-    connected = server_message(
-        "connected",
-        clientId=client_id,
-        userId=identity.user,
-        heartbeat=whole(node.config.server.heartbeat),
-        timestamp=format_time(int(time.time() * 1000)),
-    )
-    reader.begin(head, connected, begin)
+    reader.begin(head, begin)
     return reader
 
 
-def _nothing_left(exchange: Exchange, watch: Watch, names: list[str], after: int) -> bool:
-    node = exchange.node
-    return all(over(node.jobs, node.history, name) for name in names) and not missed_updates(
+def _framing(exchange: Exchange) -> Framing:
+    return Framing.SSE_CHUNKED if exchange.connection.http.chunked else Framing.SSE
+
+
+def _nothing_left(node: Node, watch: Watch, names: list[str], kind: str, after: int) -> bool:
+    return all(over(node.jobs, node.history, name, kind) for name in names) and not missed_updates(
         node.history, ((name, watch.filter) for name in names), after
     )
+
+
+def say(form: WireForm, name: str, cursor: str | None = None, retry_ms: int | None = None, **facts: object) -> bytes:
+    """One of the server's own messages, framed, with the time; b"" if the view has no such message."""
+    now_ms = int(time.time() * 1000)
+    message = control(form.view, name, {"now": now_ms if form.view.unix_ms else format_time(now_ms), **facts})
+    return b"" if message is None else form.message(message.text, cursor, retry_ms, message.event)
 
 
 class EventStream(LiveReader):
@@ -92,16 +113,20 @@ class EventStream(LiveReader):
         self._names = names
         self._drain_delay_ms = 0
 
-    def begin(self, head: bytes, connected: bytes, start: Start) -> None:
+    def begin(self, head: bytes, start: Start) -> None:
         """Register and queue the beginning, in one step: nothing can fall between snapshot and tail."""
         node, watch = self.node, self._watch
-        node.hub.attach(self, [(name, Want(watch.filter, self.form)) for name in self._names])
+        # Of another kind: that is settled by the form, so that all updates may take the direct way.
+        wanted = ANY if self.form.kind else watch.filter
+        node.hub.attach(self, [(name, Want(wanted, self.form)) for name in self._names])
         self.settle()
         self.offset = node.history.last
         if watch.job_ids is not None:
             self.open_jobs = self._still_open()
         node.counters.begin(resumed=start.after is not None, lost=start.lost)
-        first = head + self.form.message(connected, start.given, RETRY_MS)
+        heartbeat = whole(node.config.server.heartbeat)
+        connected = self._say("connected", start.given, RETRY_MS, userId=self.user, heartbeat=heartbeat)
+        first = head + connected
         if start.lost:
             self.post(first + self._reset(start.given), self._snapshot())
         elif start.after is None:
@@ -116,25 +141,29 @@ class EventStream(LiveReader):
             )
             self.post(first, pieces)
 
+    def _say(self, name: str, cursor: str | None, retry_ms: int | None = None, **facts: object) -> bytes:
+        view = self.form.view
+        if view.render is not None and self._watch.job_ids is not None:
+            facts["id"] = view.id_of(self._watch.job_ids[0])
+        return say(self.form, name, cursor, retry_ms, clientId=self.client_id, **facts)
+
     def _still_open(self) -> set[str]:
         assert self._watch.job_ids is not None
         node = self.node
         return {
             job_id
             for job_id, name in zip(self._watch.job_ids, self._names, strict=True)
-            if not over(node.jobs, node.history, name)
+            if not over(node.jobs, node.history, name, self.form.kind)
         }
 
     def reopened(self) -> set[str]:
-        """A higher attempt may have reopened jobs that had ended on this stream."""
+        """A higher attempt may have reopened jobs that had ended on this stream; those of another kind never were."""
         assert self._watch.job_ids is not None
         named = zip(self._watch.job_ids, self._names, strict=True)
-        return {job_id for job_id, name in named if live(self.node.jobs, name)}
+        return {job_id for job_id, name in named if live(self.node.jobs, name, self.form.kind)}
 
     def _reset(self, cursor: str | None) -> bytes:
-        return self.form.message(
-            server_message("reset", reason="the log no longer reaches back to your cursor"), cursor
-        )
+        return self._say("reset", cursor, message="the log no longer reaches back to your cursor")
 
     def _snapshot(self) -> Iterator[bytes]:
         """Snapshot events as of now; the jobs are picked at once, the text is made as the socket takes it."""
@@ -142,6 +171,9 @@ class EventStream(LiveReader):
         return self._snapshot_events(jobs, f"{self.node.history.epoch}:{self.node.history.last}")
 
     def _snapshot_events(self, jobs: list[Job], cursor: str) -> Iterator[bytes]:
+        if self.form.view.render is not None:
+            yield from (self.form.update(job.latest, cursor) for job in jobs)
+            return
         fields = self._watch.fields
         records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
         for message, is_last in snapshot_parts(records, "jobs", b'{"type":"snapshot"}', b"{}"):
@@ -151,7 +183,10 @@ class EventStream(LiveReader):
         """Tell the client with the reset that its cursor is void, and begin anew."""
         if self._watch.job_ids is not None:
             self.open_jobs = self._still_open()
-        self.post(self._reset(None), self._snapshot())
+        lost = self._reset(None)
+        if self.form.view.render is not None and not snapshot(self.node.jobs, self._names, self._watch.filter):
+            lost = self._say("error", None, code="lost", message="the store has lost what was known of it")
+        self.post(lost, self._snapshot())
 
     async def serve(self) -> None:
         """Read until the client closes; what it says meanwhile means nothing."""
@@ -163,9 +198,9 @@ class EventStream(LiveReader):
         """An event stream has no answers; that its kernel acknowledged everything has to do."""
         return self.caught_up and all_acknowledged(self.sock)
 
-    def heartbeat(self, message: bytes) -> None:
+    def heartbeat(self) -> None:
         """With the reader's cursor, so that a quiet reader's cursor moves with the log."""
-        self.post(self.form.message(message, self.cursor()))
+        self.post(self._say("heartbeat", self.cursor()))
 
     def drain(self, delay_ms: int) -> None:
         """The server goes away: end, and have the client come back after ``delay_ms``."""
@@ -174,27 +209,34 @@ class EventStream(LiveReader):
 
     async def goodbye(self) -> None:
         """Say why the stream ends, if the client can still hear it, and end it."""
-        last = b""
-        if self.ended == "expired":
-            error = server_message("error", code="token_expired", message="the token has expired")
-            last = self.form.message(error, self.final_cursor)
-        elif self.ended == "disconnected":
-            error = server_message("error", code="disconnected", message=DISCONNECTED)
-            last = self.form.message(error, self.final_cursor)
-        elif self.ended == "drain":
-            error = server_message("error", code="try_later", message="this server is going away; reconnect")
-            last = self.form.message(error, self.final_cursor, self._drain_delay_ms)
-        elif self.ended != "finished":
+        if self.ended == "finished":
+            last = b""
+        elif self.ended in _REASONS:
+            code, message = _REASONS[self.ended]
+            delay_ms = self._drain_delay_ms if self.ended == "drain" else None
+            last = self._say("error", self.final_cursor, delay_ms, code=code, message=message)
+        else:
             return  # gone, stalled, or too far behind: nothing more would arrive
         await self.say_last(last + (LAST_CHUNK if self.form.framing is Framing.SSE_CHUNKED else b""), GOODBYE_S)
 
 
-async def try_later(exchange: Exchange, error: ApiError) -> None:
-    """Turn an ``EventSource`` away for now: it would never come back after a 429 or 503, but obeys ``retry:``."""
+# Ends of which the client is told: code and message of the error.
+_REASONS: Final = {
+    "expired": ("token_expired", "the token has expired"),
+    "disconnected": ("disconnected", DISCONNECTED),
+    "drain": ("try_later", "this server is going away; reconnect"),
+}
+
+
+async def try_later(exchange: Exchange, error: ApiError, view: View, view_id: str | None = None) -> None:
+    """Turn an ``EventSource`` away for now: it would never come back after a 429 or 503, but obeys ``retry:``.
+
+    Args:
+        view_id: the job that it asked for, in the view's words.
+    """
     connection = exchange.connection
     head = connection.http.start_stream(200, [*exchange.headers(), *HEADERS], close=True)
-    framing = Framing.SSE_CHUNKED if connection.http.chunked else Framing.SSE
     delay_ms = max(exchange.node.retry_delay_ms(), 1000 * (error.retry_after or 0))
-    message = server_message("error", code="try_later", message=error.message)
-    event = wire_form(framing).message(message, None, delay_ms)
+    form = wire_form(_framing(exchange), None, view)
+    event = say(form, "error", None, delay_ms, id=view_id, code="try_later", message=error.message)
     await send_all(connection.sock, head + event + connection.http.end_stream())

@@ -459,12 +459,13 @@ class Session(LiveReader):
 
     # Timers and the log
 
-    def heartbeat(self, message: bytes) -> None:
+    def heartbeat(self) -> None:
         """A message for the page and a ping for its browser: only the latter is answered by itself."""
         self._incoming.release()
         if self.identity is not None:
-            cursor = b',"id":"%b"}' % self.cursor().encode()
-            self.post(self.form.message(message[:-1] + cursor) + ping_frame())
+            now = format_time(int(time.time() * 1000))
+            message = server_message("heartbeat", timestamp=now, id=self.cursor())
+            self.post(self.form.message(message) + ping_frame())
 
     def on_log_lost(self) -> None:
         """The log began anew: void what the client has and send everything it watches again."""
