@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from protocol.errors import ApiError
+from protocol.views import all_views
 from server.config import ConfigError, is_loopback
 
 if TYPE_CHECKING:
@@ -21,7 +22,12 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 # Compared without case; browsers always send request headers of a preflight in lower case.
 ALLOWED_HEADERS = "authorization, content-type, idempotency-key, last-event-id, if-none-match"
-EXPOSED_HEADERS = "etag, retry-after, x-request-id, x-job-status, x-job-progress, x-job-version, location"
+EXPOSED_HEADERS = ", ".join(
+    (
+        *("etag", "retry-after", "x-request-id", "x-job-status", "x-job-progress", "x-job-version", "location"),
+        *(name.lower() for view in all_views().values() for name in view.headers),
+    )
+)
 PREFLIGHT_SECONDS = 600
 
 # Origins that stand for pages nobody can name: any page, and any sandboxed frame or local file. See ``allowed_as``.

@@ -105,9 +105,9 @@ def over(jobs: Jobs, history: History, name: str, kind: str = "") -> bool:
     return last is not None and last.ended and kind in ("", last.kind)
 
 
-def live(jobs: Jobs, name: str, kind: str = "") -> bool:
-    """Whether the job of this channel exists and has not ended; one of another kind never ends."""
-    return any(not job.latest.ended or kind not in ("", job.latest.kind) for job in _channel_jobs(jobs, name))
+def live(jobs: Jobs, name: str) -> bool:
+    """Whether the job of this channel exists and has not ended."""
+    return any(not job.latest.ended for job in _channel_jobs(jobs, name))
 
 
 class Start(NamedTuple):

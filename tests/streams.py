@@ -295,6 +295,7 @@ class SseEvent(NamedTuple):
     data: Any
     id: str | None
     retry: int | None
+    name: str | None = None
 
     @property
     def type(self) -> str:
@@ -380,9 +381,9 @@ def parse_events(text: bytes) -> list[SseEvent]:
             assert colon, line
             assert name not in fields, block
             fields[name] = value
-        assert list(fields) == [name for name in ("retry", "id", "data") if name in fields], block
-        retry = fields.get("retry")
-        events.append(SseEvent(json.loads(fields["data"]), fields.get("id"), None if retry is None else int(retry)))
+        assert list(fields) == [name for name in ("retry", "id", "event", "data") if name in fields], block
+        retry = None if "retry" not in fields else int(fields["retry"])
+        events.append(SseEvent(json.loads(fields["data"]), fields.get("id"), retry, fields.get("event")))
     return events
 
 
@@ -394,9 +395,18 @@ async def event_stream(
     receive_buffer: int | None = None,
     **query: object,
 ) -> AsyncIterator[Stream]:
-    """Open an event stream; ``query`` without its Nones."""
+    """Open an event stream of jobs; ``query`` without its Nones."""
     pairs = {name: value for name, value in query.items() if value is not None}
     target = f"/api/v2/jobs/stream?{urlencode(pairs, safe=',:')}"
+    async with stream_at(where, target, headers=headers, receive_buffer=receive_buffer) as stream:
+        yield stream
+
+
+@asynccontextmanager
+async def stream_at(
+    where: Address, target: str, *, headers: Headers = (), receive_buffer: int | None = None
+) -> AsyncIterator[Stream]:
+    """Open the event stream of any path."""
     async with connect(where, receive_buffer) as http:
         await http.send(request_bytes("GET", target, headers=headers))
         status, answer = await http.head()

@@ -158,14 +158,17 @@ def _find(exchange: Exchange) -> tuple[str, Mapping[str, Route]]:
         return path, _ECHO
     segments = path.split("/")
     for template, names in _TEMPLATES.get(len(segments), ()):
-        if all(segment if name else part == segment for (part, name), segment in zip(names, segments, strict=True)):
-            if names[2][1] and segments[2] in _TAKEN:
-                continue
+        if all(map(_fits, names, segments)) and not (names[2][1] and segments[2] in _TAKEN):
             exchange.params = {
                 name: segment for (_, name), segment in zip(names, segments, strict=True) if name is not None
             }
             return template, ROUTES[template]
     raise _not_found(path)
+
+
+def _fits(part: tuple[str, str | None], segment: str) -> bool:
+    text, name = part
+    return text == segment if name is None else segment not in ("", ".", "..")
 
 
 def _worded(exchange: Exchange) -> tuple[View, str | None]:

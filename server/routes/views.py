@@ -20,6 +20,7 @@ from server.connection import Exchange
 from server.node import Stream
 from server.reading import channel_of_job
 from server.routes import intake
+from server.stats import stats
 from server.transports.sse import begin_stream
 
 Handler = Callable[[Exchange], Awaitable[Response | Stream | None]]
@@ -95,7 +96,11 @@ async def register(view: View, call: Call, exchange: Exchange) -> Response:
 async def health(view: View, call: Call, exchange: Exchange) -> Response:
     """Whether the server works; how its connections are, for those who may know."""
     node = exchange.node
-    return json_answer(200, {"status": "healthy" if node.broker.available is None else "unhealthy"})
+    answer: dict[str, object] = {"status": "healthy" if node.broker.available is None else "unhealthy"}
+    identity = await node.authenticator.identify(exchange.request)
+    if identity is not None and identity.can("ops"):
+        answer |= await stats(node)
+    return json_answer(200, answer)
 
 
 async def _publish(

@@ -157,10 +157,12 @@ class EventStream(LiveReader):
         }
 
     def reopened(self) -> set[str]:
-        """A higher attempt may have reopened jobs that had ended on this stream; those of another kind never were."""
+        """A higher attempt may have reopened jobs that had ended on this stream; those of another kind never did."""
         assert self._watch.job_ids is not None
+        if self.form.kind:
+            return self._still_open()
         named = zip(self._watch.job_ids, self._names, strict=True)
-        return {job_id for job_id, name in named if live(self.node.jobs, name, self.form.kind)}
+        return {job_id for job_id, name in named if live(self.node.jobs, name)}
 
     def _reset(self, cursor: str | None) -> bytes:
         return self._say("reset", cursor, message="the log no longer reaches back to your cursor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
@@ -19,22 +19,8 @@ from protocol.update import ENDED
 from server.brokers.base import Accepted, Cancel, Claim, Delete, Expire, Operation, Publish, Submission
 from server.brokers.local import LocalBroker
 from tests.contract.harness import Rig, fields, publish, running
-from tests.redis_servers import RedisServer, running_server
 
 STORES = ["memory", "sqlite", "redis"]
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with running_server(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def redis_url(redis_server: RedisServer) -> str:
-    with redis_server.oracle() as oracle:
-        oracle.flushall()
-    return redis_server.url
 
 
 @pytest.fixture(params=STORES)
