@@ -132,7 +132,7 @@ async def _route(exchange: Exchange) -> Response | Stream | None:
         if route.capability and not exchange.identity.can(route.capability):
             raise ApiError(403, "forbidden", f"this needs the capability {route.capability!r}")
     response = await route.handler(exchange)
-    if exchange.identity is not None and method == "GET":
+    if exchange.identity is not None and request.method in ("GET", "HEAD"):
         node.seen.note(exchange.identity.user)  # now, not before: a poll may have waited for what it shows
     return response
 
