@@ -57,12 +57,19 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
             raise StartError(str(error)) from error
         node.hub.flushed = node.history.last
         node.callbacks = _callbacks(node)
+        if node.shared is not None:
+            # Imported here, as the Redis broker is.
+            from server.ingest.service import Ingest
+
+            node.ingest = Ingest(node)
         try:
             async with trio.open_nursery() as services:
                 services.start_soon(node.broker.run)
                 services.start_soon(node.hub.run)
                 services.start_soon(node.wheel.run)
                 services.start_soon(_housekeeping, node)
+                if node.ingest is not None:
+                    services.start_soon(node.ingest.run)
                 if node.authenticator.hook is not None:
                     services.start_soon(node.authenticator.hook.run)
                 if node.callbacks is not None:

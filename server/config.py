@@ -195,6 +195,20 @@ class Store(Struct, frozen=True, kw_only=True):
         return without_password(self.url)
 
 
+class Ingest(Struct, frozen=True, kw_only=True):
+    """Table ``[ingest]``: taking updates in from the Redis that is the store; without one it means nothing.
+
+    Attributes:
+        channels: take in what is published to the pub/sub channels ``job_status_updates``, ``job_progress_updates`` and
+            ``job_completion_updates``.
+        stream: take in what is added to the stream ``statuswire:ingest``.
+    """
+
+    # Whoever can write to that Redis could write the store itself, so nothing is opened to anybody.
+    channels: bool = True
+    stream: bool = True
+
+
 class Log(Struct, frozen=True, kw_only=True):
     """Table ``[log]``.
 
@@ -290,6 +304,7 @@ class Config(Struct, frozen=True, kw_only=True):
     limits: Limits = field(default_factory=Limits)
     store: Store = field(default_factory=Store)
     views: Views = field(default_factory=Views)
+    ingest: Ingest = field(default_factory=Ingest)
     log: Log = field(default_factory=Log)
     debug: Debug = field(default_factory=Debug)
     webhooks: dict[str, Webhook] = field(default_factory=dict)

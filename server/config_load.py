@@ -29,6 +29,7 @@ from server.config import (
     Cors,
     Debug,
     History,
+    Ingest,
     Limits,
     Log,
     Server,
@@ -82,6 +83,7 @@ _TABLES: dict[str, type[Struct]] = {
     "limits": Limits,
     "store": Store,
     "views": Views,
+    "ingest": Ingest,
     "log": Log,
     "debug": Debug,
 }

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from server.brokers.redis_broker import RedisBroker
     from server.callbacks import Callbacks
     from server.cluster import Cluster
+    from server.ingest.service import Ingest
 
 LOG: Final = logging.getLogger("statuswire")
 
@@ -72,6 +73,7 @@ class Node:
         cluster: what this node and those others know of each other.
         seen: which users were there lately.
         callbacks: tells the application of jobs that end; None if nobody wants that.
+        ingest: what takes updates in from Redis, None without that.
         draining: set from SIGTERM on.
     """
 
@@ -92,6 +94,7 @@ class Node:
         self.broker: Broker
         self.shared: RedisBroker | None = None
         self.cluster: Cluster | None = None
+        self.ingest: Ingest | None = None
         if config.store.kind == "memory":
             self.broker = MemoryBroker(self.jobs, self.history, self.deliver, self.wheel)
         elif config.store.kind == "redis":
@@ -210,6 +213,8 @@ class Node:
     def start_drain(self) -> None:
         """From now on only health is answered; polls that wait are answered now."""
         self.draining = True
+        if self.ingest is not None:
+            self.ingest.stop()
         for wake in self.polls:
             wake.set()
 
