@@ -119,20 +119,21 @@ class RedisChannels:
     Args:
         node: with a Redis store that was started.
         name: this node's.
-        window_s: see ``WINDOW_S``.
+        url: for a connection of its own.
 
     Attributes:
+        window_ms: see ``WINDOW_S``; the same on all nodes.
         counters: what came of it here. Only the node that takes a message up counts it.
         done: set when everything was finished after ``stop``.
     """
 
-    def __init__(self, node: Node, name: str, url: RedisUrl, *, window_s: float = WINDOW_S) -> None:
+    def __init__(self, node: Node, name: str, url: RedisUrl) -> None:
         assert node.shared is not None
         self.counters = Counters()
         self.done = trio.Event()
         self._node = node
         self._name = name
-        self._window_ms = round(window_s * 1000)
+        self.window_ms = round(WINDOW_S * 1000)
         self._client = node.shared.client
         self._lease = Lease(self._client, LEASE_KEY, name, LEASE_S)
         self._spent = Spent(self._client, _SPENT_S)
@@ -382,7 +383,7 @@ class RedisChannels:
                 unnamed.append(heard)
         if not unnamed:
             return batch
-        arguments = (self._window_ms, round(LATE_S * 1000), *(heard.at_ms for heard in unnamed))
+        arguments = (self.window_ms, round(LATE_S * 1000), *(heard.at_ms for heard in unnamed))
         try:
             names = await self._client.call_script(_NAME, keys, arguments)
         except (RedisClientError, RedisError):

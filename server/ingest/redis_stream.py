@@ -48,7 +48,7 @@ _BLOCK_BRIEFLY_MS: Final = 100
 # Entries that wait for what will pass; while there are so many, no more are read.
 _MAX_POSTPONED: Final = 5000
 _AGAIN_S: Final = 0.25
-_TROUBLE_S: Final = 1.0
+_TROUBLE_S: Final = 0.5
 # An entry that was handed out and never heard of again: its reader's, or one that a human has taken.
 _STRAY_MS: Final = 30_000
 _STRAY_EVERY_S: Final = 10.0
@@ -258,8 +258,9 @@ class RedisStream:
                 dead.append(_Dead(entry_id, b"".join(values), "redelivered", message))
             elif not values:
                 known = ", ".join(name.decode(errors="replace")[:64] for name in pairs[: 2 * 8 : 2])
-                message = f"there is no field data in it, only {known}"
-                dead.append(_Dead(entry_id, b"", "no_data", message))
+                self.counters.received += 1
+                error = ApiError(422, "no_data", f"there is no field data in it, only {known}")
+                dead.append(self._refuse(entry_id, b"", error))
             else:
                 for value in values:
                     dead += self._open(entry, value)

@@ -1,8 +1,9 @@
-"""Updates that workers publish to Redis itself: each is accepted once, whichever nodes there are and whatever befalls them."""
+"""Updates that workers publish to Redis itself: each is accepted once, whatever befalls nodes and Redis."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -12,11 +13,10 @@ import pytest
 import redis as redis_py
 import trio
 
-from server.brokers.redis_client import parse_redis_url
 from server.ingest.redis_channels import CHANNELS, RedisChannels
-from server.ingest.redis_stream import DEAD, GROUP, STREAM
+from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM, RedisStream
 from tests.redis_servers import RedisServer, eventually, running_server
-from tests.support import InProcess, server
+from tests.support import InProcess, server, spawned
 
 LONG_S = 60.0
 
@@ -41,16 +41,22 @@ async def nodes(url: str, count: int = 2, **tables: Any) -> AsyncIterator[list[I
         for _ in range(count):
             running.append(await stack.enter_async_context(server(store={"url": url}, **tables)))
             await running[-1].node.broker.follow(["*"])
-        await eventually(lambda: all(each.node.ingest.channels.listening for each in running), within=LONG_S)
-        await eventually(lambda: any(each.node.ingest.channels.takes for each in running), within=LONG_S)
+        await eventually(lambda: all(channels_of(each).listening for each in running), within=LONG_S)
+        await eventually(lambda: any(channels_of(each).takes for each in running), within=LONG_S)
+        await eventually(lambda: any(stream_of(each).takes for each in running), within=LONG_S)
         yield running
 
 
 def channels_of(at: InProcess) -> RedisChannels:
-    ingest = at.node.ingest
-    assert ingest is not None
-    assert ingest.channels is not None
-    return ingest.channels
+    assert at.node.ingest is not None
+    assert at.node.ingest.channels is not None
+    return at.node.ingest.channels
+
+
+def stream_of(at: InProcess) -> RedisStream:
+    assert at.node.ingest is not None
+    assert at.node.ingest.stream is not None
+    return at.node.ingest.stream
 
 
 def version(at: InProcess, job_id: str) -> int:
@@ -67,17 +73,25 @@ def record(at: InProcess, job_id: str) -> dict[str, Any]:
     return body
 
 
+def steps(at: InProcess, job_id: str) -> list[str]:
+    """The messages of a job's updates in the order of the log."""
+    return [json.loads(update.body)["message"] for update in at.node.history.of_job(job_id, 0)]
+
+
 def text(**fields: object) -> str:
     return json.dumps(fields)
+
+
+# Channels
 
 
 @pytest.mark.parametrize("count", [1, 3])
 async def test_each_message_is_accepted_once(redis: RedisServer, oracle: redis_py.Redis, count: int) -> None:
     async with nodes(redis.url, count) as running:
         for number in range(60):
-            channel = CHANNELS[number % 2]
             more = {"eventId": f"e{number}"} if number % 3 else {}
-            oracle.publish(channel, text(jobId="a", userId="u", progress=number, message=f"step {number}", **more))
+            update = text(jobId="a", userId="u", progress=number, message=f"step {number}", **more)
+            oracle.publish(CHANNELS[number % 2], update)
         oracle.publish("job_completion_updates", text(jobId="a", result={"rows": 3}))
         await eventually(lambda: all(version(each, "a") == 61 for each in running), within=LONG_S)
         ended = record(running[0], "a")
@@ -86,20 +100,319 @@ async def test_each_message_is_accepted_once(redis: RedisServer, oracle: redis_p
         oracle.publish("job_status_updates", text(jobId="b", userId="u"))
         await eventually(lambda: version(running[0], "b") == 1)
         assert version(running[0], "a") == 61
-        counted = [each.node.ingest.counters.channels for each in running]
-        assert sum(each.accepted for each in counted) == 62
+        counted = [channels_of(each).counters for each in running]
+        await eventually(lambda: sum(each.accepted for each in counted) == 62)
         assert sum(each.received for each in counted) == 62
 
 
+async def test_a_message_like_that_of_an_existing_publisher(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    async with nodes(redis.url, 1) as (one,):
+        update = (
+            '{"jobId":"job_123","userId":"user_789","status":"processing","progress":45,"currentOperation":"Processing '
+            'page 120/300","timestamp":"2025-01-31T12:00:00Z","workerId":"worker_3"}'
+        )
+        assert oracle.publish("job_progress_updates", update) == 1
+        await eventually(lambda: version(one, "job_123") == 1)
+        shown = record(one, "job_123")
+        assert (shown["progress"], shown["workerId"], shown["timestamp"]) == (
+            45,
+            "worker_3",
+            "2025-01-31T12:00:00.000Z",
+        )
+        # What this server has no field for, or a time that it cannot read, does not cost the update.
+        odd = {"type": "job", "timestamp": "2025-01-31 12:00:00", "steps": {"done": 1, "left": 2}, "queue": {"a": [1]}}
+        oracle.publish("job_progress_updates", text(jobId="job_123", progress=50, **odd))
+        await eventually(lambda: version(one, "job_123") == 2)
+        assert record(one, "job_123")["steps"] == {"done": 1}
+        assert channels_of(one).counters.trimmed == 1
+        oracle.publish("job_completion_updates", text(jobId="job_123", error="disk full"))
+        await eventually(lambda: version(one, "job_123") == 3)
+        assert record(one, "job_123")["status"] == "failed"
+
+
+async def test_bad_messages_are_counted_and_harm_nobody(
+    redis: RedisServer, oracle: redis_py.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with nodes(redis.url) as running:
+        bad = [
+            b"",
+            b"nonsense",
+            b'\xff{"jobId":"a"}',
+            b"[]",
+            b"[" * 5000,
+            b"{" * 5000,
+            b'{"x":' + b"[" * 5000,
+            b"{}",
+            text(jobId="nobody's", userId="u").encode(),
+            text(jobId="unknown", progress=1).encode(),
+            text(jobId="a", userId="u", message="secret " * 50_000).encode(),
+            text(jobId="a", userId="u", progress=101, extra=1).encode(),
+        ]
+        for message in bad:
+            oracle.publish("job_status_updates", message)
+        oracle.publish("job_status_updates", text(jobId="good", userId="u"))
+        await eventually(lambda: version(running[1], "good") == 1)
+        counted = [channels_of(each).counters for each in running]
+        await eventually(lambda: sum(each.rejected for each in counted) == len(bad))
+        assert sum(each.accepted for each in counted) == 1
+    refused = [line for line in caplog.messages if line == "ingest_refused"]
+    assert len(refused) == 1  # not one for each
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.slow
+async def test_equal_messages_within_the_window_count_as_one(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    async with nodes(redis.url) as running:
+        for each in running:
+            channels_of(each).window_ms = 700
+        update = text(jobId="a", userId="u", progress=1)
+        for channel in (*CHANNELS[:2], CHANNELS[0]):
+            oracle.publish(channel, update)
+        await eventually(lambda: sum(channels_of(each).counters.duplicates for each in running) == 2)
+        assert version(running[0], "a") == 1
+        await trio.sleep(1.2)  # Redis' clock is the real one
+        oracle.publish(CHANNELS[0], update)
+        await eventually(lambda: version(running[0], "a") == 2)
+        # What the completion channel adds to equal bytes makes another update of them.
+        oracle.publish("job_completion_updates", update)
+        await eventually(lambda: record(running[0], "a")["status"] == "completed")
+        # An event id holds for longer.
+        named = text(jobId="b", userId="u", eventId="e")
+        oracle.publish(CHANNELS[0], named)
+        await eventually(lambda: version(running[0], "b") == 1)
+        await trio.sleep(1.2)
+        duplicates = sum(channels_of(each).counters.duplicates for each in running)
+        oracle.publish(CHANNELS[1], named)
+        await eventually(lambda: sum(channels_of(each).counters.duplicates for each in running) == duplicates + 1)
+        assert version(running[0], "b") == 1
+
+
+@pytest.mark.slow
+async def test_who_takes_up_may_lose_its_ears(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    """What one node missed while its subscription was away, another one has heard."""
+    async with nodes(redis.url, 3) as running:
+        for number in range(1, 301):
+            oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message=f"step {number}"))
+            if number in (50, 150):
+                holder = next(each for each in running if channels_of(each).takes)
+                channels_of(holder)._listener.drop("for a test")
+            await trio.sleep(0.002)
+        await eventually(lambda: version(running[0], "a") >= 300, within=LONG_S)
+        assert Counter(steps(running[0], "a")) == Counter(f"step {number}" for number in range(1, 301))
+
+
+@pytest.mark.slow
+async def test_a_killed_node_takes_nothing_with_it(redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path) -> None:
+    async with spawned(tmp_path, store={"url": redis.url}) as victim:
+        await eventually(lambda: oracle.get("{statuswire}:ingest:channels"), within=LONG_S)
+        async with server(store={"url": redis.url}) as two, server(store={"url": redis.url}) as three:
+            await two.node.broker.follow(["*"])
+            await eventually(lambda: channels_of(two).listening and channels_of(three).listening, within=LONG_S)
+            assert not channels_of(two).takes
+            for number in range(1, 601):
+                oracle.publish(CHANNELS[number % 2], text(jobId=f"j{number % 5}", userId="u", message=f"step {number}"))
+                if number == 300:
+                    await eventually(lambda: sum(version(two, f"j{job}") for job in range(5)) > 100, within=LONG_S)
+                    victim.process.kill()
+                if number % 20 == 0:
+                    await trio.sleep(0.01)
+            await eventually(lambda: sum(version(two, f"j{job}") for job in range(5)) >= 600, within=LONG_S)
+            told = Counter(step for job in range(5) for step in steps(two, f"j{job}"))
+            assert told == Counter(f"step {number}" for number in range(1, 601))
+            for job in range(5):
+                numbers = [int(step.split()[1]) for step in steps(two, f"j{job}")]
+                assert numbers == sorted(numbers)
+
+
+@pytest.mark.slow
+async def test_a_node_that_was_frozen_accepts_nothing_twice(
+    redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path
+) -> None:
+    async with spawned(tmp_path, store={"url": redis.url}) as frozen:
+        await eventually(lambda: oracle.get("{statuswire}:ingest:channels"), within=LONG_S)
+        async with nodes_beside(redis.url) as two:
+            frozen.signal(19)
+            for number in range(1, 101):
+                oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message=f"step {number}"))
+            await eventually(lambda: version(two, "a") == 100, within=LONG_S)
+            await trio.sleep(7)  # longer than the window
+            frozen.signal(18)
+            oracle.publish(CHANNELS[0], text(jobId="a", message="last"))
+            await eventually(lambda: version(two, "a") == 101, within=LONG_S)
+            await trio.sleep(3)
+            assert version(two, "a") == 101
+
+
+@asynccontextmanager
+async def nodes_beside(url: str) -> AsyncIterator[InProcess]:
+    """One more node, that hears everything but may have to wait for its turn."""
+    async with server(store={"url": url}) as one:
+        await one.node.broker.follow(["*"])
+        await eventually(lambda: channels_of(one).listening, within=LONG_S)
+        yield one
+
+
+# The stream
+
+
 async def test_stream(redis: RedisServer, oracle: redis_py.Redis) -> None:
-    oracle.xadd(STREAM, {"data": text(jobId="early", userId="u")})
+    oracle.xadd(STREAM, {"data": text(jobId="early", userId="u")})  # waits for the first node
     async with nodes(redis.url) as running:
         await eventually(lambda: version(running[0], "early") == 1, within=LONG_S)
         for number in range(1, 51):
-            oracle.xadd(STREAM, {"data": text(jobId="a", userId="u", progress=number)})
-        oracle.xadd(STREAM, {"data": f"[{text(jobId='a', status='completed')}, {text(jobId='b', userId='u')}]"})
+            oracle.xadd(STREAM, {"data": text(jobId="a", userId="u", message=f"step {number}")})
+        oracle.xadd(STREAM, {"data": f"[{text(jobId='a', message='last')}, {text(jobId='b', userId='u')}]"})
         await eventually(lambda: all(version(each, "a") == 51 for each in running), within=LONG_S)
+        assert steps(running[0], "a") == [*(f"step {number}" for number in range(1, 51)), "last"]
         await eventually(lambda: version(running[1], "b") == 1)
         await eventually(lambda: oracle.xlen(STREAM) == 0)
         assert oracle.xpending(STREAM, GROUP)["pending"] == 0
         assert oracle.xlen(DEAD) == 0
+        await eventually(lambda: sum(stream_of(each).counters.accepted for each in running) == 53)
+
+
+async def test_poison_is_set_aside(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    async with nodes(redis.url, 1) as (one,):
+        entries = [
+            oracle.xadd(STREAM, fields)
+            for fields in (
+                {"data": "nonsense"},
+                {"data": text(jobId="a", userId="u")},
+                {"data": f"[{text(jobId='b', userId='u')}, 7, {text(jobId='b', progress=-1)}]"},
+                {"data": "[1,"},
+                {"update": text(jobId="c", userId="u")},
+                {"data": text(jobId="unknown", progress=1)},
+                {"data": text(jobId="a", progress=1, unknown=2)},
+            )
+        ]
+        await eventually(lambda: oracle.xlen(DEAD) == 6)
+        await eventually(lambda: version(one, "a") == 2)
+        assert version(one, "b") == 1
+        dead = [fields for _, fields in oracle.xrange(DEAD)]
+        assert [(fields[b"entry"], fields[b"code"]) for fields in dead if fields[b"code"] != b"job_not_found"] == [
+            (entries[0], b"malformed_json"),
+            (entries[2], b"invalid_update"),
+            (entries[2], b"invalid_field"),
+            (entries[3], b"malformed_json"),
+            (entries[4], b"no_data"),
+        ]
+        assert dead[0][b"data"] == b"nonsense"
+        (late,) = (fields for fields in dead if fields[b"code"] == b"job_not_found")
+        assert (late[b"entry"], late[b"data"]) == (entries[5], text(jobId="unknown", progress=1).encode())
+        assert b"unknown" in late[b"message"]
+        await eventually(lambda: oracle.xlen(STREAM) == 0)
+        counters = stream_of(one).counters
+        assert (counters.received, counters.accepted, counters.dead, counters.trimmed) == (9, 3, 6, 1)
+
+
+@pytest.mark.slow
+async def test_what_dead_consumers_left_is_taken_over(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    oracle.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    ids = [oracle.xadd(STREAM, {"data": text(jobId="a", userId="u", message=f"step {n}")}) for n in range(6)]
+    oracle.xreadgroup(GROUP, "dead", {STREAM: ">"}, count=4)
+    oracle.xclaim(STREAM, GROUP, "dead", 0, ids[:1], retrycount=MAX_DELIVERIES)  # killed all who took it
+    oracle.xclaim(STREAM, GROUP, "dead", 0, ids[1:2], retrycount=MAX_DELIVERIES - 2)
+    oracle.xdel(STREAM, ids[2])
+    async with nodes(redis.url, 1) as (one,):
+        await eventually(lambda: version(one, "a") == 4, within=LONG_S)
+        assert steps(one, "a") == ["step 1", "step 3", "step 4", "step 5"]
+        ((_, dead),) = oracle.xrange(DEAD)
+        assert (dead[b"entry"], dead[b"code"]) == (ids[0], b"redelivered")
+        await eventually(lambda: oracle.xlen(STREAM) == 0)
+        assert oracle.xpending(STREAM, GROUP)["pending"] == 0
+        assert len(oracle.xinfo_consumers(STREAM, GROUP)) == 1
+
+
+@pytest.mark.slow
+async def test_an_entry_that_was_accepted_but_not_acknowledged_counts_once(
+    redis: RedisServer, oracle: redis_py.Redis
+) -> None:
+    async with nodes(redis.url, 1) as (one,):
+        for _ in range(2):
+            oracle.xadd(STREAM, {"data": text(jobId="a", userId="u")}, id="5-1")
+            await eventually(lambda: oracle.xlen(STREAM) == 0)
+            oracle.delete(STREAM)  # it comes again as it was
+        await eventually(lambda: stream_of(one).counters.duplicates == 1)
+        assert version(one, "a") == 1
+        # The channels' event ids are the same ones.
+        for _ in range(2):
+            oracle.xadd(STREAM, {"data": text(jobId="b", userId="u", eventId="e")})
+        oracle.publish(CHANNELS[0], text(jobId="b", userId="u", eventId="e"))
+        await eventually(
+            lambda: stream_of(one).counters.duplicates + channels_of(one).counters.duplicates == 3, within=LONG_S
+        )
+        assert version(one, "b") == 1
+
+
+@pytest.mark.slow
+async def test_what_will_pass_is_waited_for(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    """Entries are acknowledged after they were accepted, and those of a job stay in order."""
+    async with nodes(redis.url, 1, history={"max_jobs": 1}) as (one,):
+        oracle.xadd(STREAM, {"data": text(jobId="a", userId="u")})
+        oracle.xadd(STREAM, {"data": text(jobId="b", userId="u", message="first")})
+        oracle.xadd(STREAM, {"data": text(jobId="b", message="second")})
+        await eventually(lambda: version(one, "a") == 1)
+        oracle.xadd(STREAM, {"data": text(jobId="b", message="third")})
+        await eventually(lambda: oracle.xpending(STREAM, GROUP)["pending"] == 3)
+        assert oracle.xlen(STREAM) == 3
+        oracle.xadd(STREAM, {"data": text(jobId="a", status="completed")})  # makes room
+        await eventually(lambda: version(one, "b") == 3, within=LONG_S)
+        assert steps(one, "b") == ["first", "second", "third"]
+        await eventually(lambda: oracle.xlen(STREAM) == 0)
+        assert oracle.xlen(DEAD) == 0
+
+
+@pytest.mark.slow
+async def test_other_groups_keep_their_entries(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    oracle.xgroup_create(STREAM, "others", "0", mkstream=True)
+    async with nodes(redis.url, 1) as (one,):
+        oracle.xadd(STREAM, {"data": text(jobId="a", userId="u")})
+        await eventually(lambda: version(one, "a") == 1)
+        await eventually(lambda: oracle.xpending(STREAM, GROUP)["pending"] == 0)
+        assert oracle.xlen(STREAM) == 1
+
+
+@pytest.mark.slow
+async def test_a_stream_that_is_lost_or_something_else(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    oracle.set(STREAM, "no stream")
+    async with nodes(redis.url, 1) as (one,):
+        oracle.publish(CHANNELS[0], text(jobId="a", userId="u"))
+        await eventually(lambda: version(one, "a") == 1)  # the channels do not mind
+        oracle.delete(STREAM)
+        oracle.xadd(STREAM, {"data": text(jobId="b", userId="u")})
+        await eventually(lambda: version(one, "b") == 1, within=LONG_S)
+        oracle.flushall()
+        oracle.xadd(STREAM, {"data": text(jobId="c", userId="u")})
+        await eventually(lambda: version(one, "c") == 1, within=LONG_S)
+        await eventually(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+
+
+@pytest.mark.slow
+async def test_sources_can_be_off(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    async with server(store={"url": redis.url}, ingest={"channels": False}) as one:
+        await one.node.broker.follow(["*"])
+        oracle.publish(CHANNELS[0], text(jobId="a", userId="u"))
+        oracle.xadd(STREAM, {"data": text(jobId="b", userId="u")})
+        await eventually(lambda: version(one, "b") == 1, within=LONG_S)
+        assert version(one, "a") == 0
+        assert oracle.pubsub_numsub(*CHANNELS) == [(channel, 0) for channel in CHANNELS]
+
+
+@pytest.mark.slow
+async def test_a_drain_finishes_what_was_taken(redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path) -> None:
+    async with spawned(tmp_path, store={"url": redis.url}) as going:
+        await eventually(lambda: oracle.get("{statuswire}:ingest:stream"), within=LONG_S)
+        total = 2000
+        for number in range(total):
+            oracle.xadd(STREAM, {"data": text(jobId=f"j{number % 7}", userId="u", message=f"step {number}")})
+            if number == total // 2:
+                going.signal(15)
+        assert await going.exit_status() == 0
+        group = oracle.xinfo_groups(STREAM)[0]
+        assert (group["pending"], group["consumers"]) == (0, 0)
+        assert oracle.get("{statuswire}:ingest:stream") is None
+        assert oracle.get("{statuswire}:ingest:channels") is None
+        async with nodes(redis.url, 1) as (one,):
+            await eventually(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+            told = Counter(step for job in range(7) for step in steps(one, f"j{job}"))
+            assert told == Counter(f"step {number}" for number in range(total))
