@@ -27,9 +27,10 @@ from server.brokers.base import Accepted
 from server.brokers.keys import digest_of
 from server.brokers.redis_client import RedisClientError, RedisUrl, Script
 from server.brokers.redis_keys import PREFIX, idempotency_key
+from server.brokers.redis_lease import Lease
 from server.brokers.redis_listener import Listener
 from server.ingest.intake import AT_ONCE, Complaints, Counters, Item, postponed, publish, read_item
-from server.ingest.redis_lease import Lease, Spent
+from server.ingest.spent import Spent
 from server.node import Node
 
 STATUS: Final = b"job_status_updates"

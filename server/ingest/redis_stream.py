@@ -27,8 +27,9 @@ from server.brokers.base import Accepted
 from server.brokers.keys import digest_of
 from server.brokers.redis_client import RedisClientError, RedisUrl, Reply, Script, make_client
 from server.brokers.redis_keys import PREFIX, idempotency_key
+from server.brokers.redis_lease import Lease
 from server.ingest.intake import AT_ONCE, Complaints, Counters, Item, postponed, publish, read_item
-from server.ingest.redis_lease import Lease, Spent
+from server.ingest.spent import Spent
 from server.node import Node
 
 STREAM: Final = b"statuswire:ingest"
