@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-# The least coverage, in percent, of each of the two packages.
+# The least coverage, in percent, of each of the packages.
 COVERAGE := 90
 
 APT_GET = $$(test "$$(id -u)" = 0 || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120
@@ -32,6 +32,7 @@ test: setup-dev system  ## run every test and measure coverage
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include='protocol/*' --fail-under=$(COVERAGE)
 	$(BIN)/coverage report --include='server/*' --fail-under=$(COVERAGE)
+	$(BIN)/coverage report --include='statuswire/*' --fail-under=$(COVERAGE)
 
 test-fast: setup-dev  ## the tests that take under a minute
 	$(BIN)/pytest -q -m 'not slow' $(PYTEST_ARGS)
