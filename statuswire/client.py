@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
-from weakref import WeakSet
 
 import msgspec
 
-from statuswire import transport
+from statuswire import process
 from statuswire.errors import Rejected, Unavailable
 from statuswire.fields import MAX_UPDATE, bare, encode_update
-from statuswire.outbox import INTERVAL, Item, Outbox, Outcome, Refusal, State, sendable
+from statuswire.items import Item, Outcome, Refusal, State, sendable
+from statuswire.outbox import INTERVAL, Outbox
 from statuswire.spool import Entry, Place, Spool
 from statuswire.transport import Away, Refused, Token, Transport
 
@@ -82,7 +80,7 @@ class Client:
         self._stopping = False
         self._away_since: float | None = None
         self._spool_failed = False
-        _clients.add(self)
+        process.register(self)
 
     # What handles and functions use
 
@@ -211,7 +209,7 @@ class Client:
         except RuntimeError:  # the interpreter is ending, or there are too many threads: ends are on disk
             return
         self._thread = thread
-        _register_exit()
+        process.register_exit()
 
     def _run(self) -> None:
         while True:
@@ -423,11 +421,7 @@ class Client:
             self._spool.abandon()
 
 
-_clients: WeakSet[Client] = WeakSet()
-_forking: list[Client] = []
 _default: Client | None = None
-_default_lock = threading.RLock()
-_exit_registered_by = 0
 
 
 def configure(
@@ -436,7 +430,7 @@ def configure(
     """Make the client that is used where none is named; see ``Client`` for the arguments."""
     global _default
     client = Client(url, token, spool_dir=spool_dir, **options)
-    with _default_lock:
+    with process.opening:
         _default = client
     return client
 
@@ -444,10 +438,11 @@ def configure(
 def default_client() -> Client:
     """The client that is used where none is named, made from the environment unless ``configure`` made it."""
     global _default
-    with _default_lock:
-        if _default is None:
-            _default = Client()
-        return _default
+    if _default is None:
+        with process.opening:
+            if _default is None:
+                _default = Client()
+    return _default
 
 
 def _open_spool(directory: str | os.PathLike[str] | None, url: str) -> Spool | None:
@@ -461,50 +456,3 @@ def _open_spool(directory: str | os.PathLike[str] | None, url: str) -> Spool | N
     # What was meant for one server is not for another.
     readable = "".join(char if char.isalnum() else "-" for char in url.split("//", 1)[1])
     return Spool(Path(directory) / readable[:100])
-
-
-def _register_exit() -> None:
-    global _exit_registered_by
-    if _exit_registered_by == os.getpid():
-        return
-    _exit_registered_by = os.getpid()
-    util = sys.modules.get("multiprocessing.util")
-    process = sys.modules.get("multiprocessing.process")
-    if util is not None and process is not None and process.parent_process() is not None:
-        # Children of multiprocessing leave by os._exit, which does not call what atexit knows.
-        util.Finalize(None, _at_exit, exitpriority=0)
-    else:
-        atexit.register(_at_exit)
-
-
-def _at_exit() -> None:
-    for client in list(_clients):
-        client.at_exit()
-
-
-def _before_fork() -> None:
-    transport.opening.acquire()
-    _default_lock.acquire()
-    _forking[:] = list(_clients)
-    for client in _forking:
-        client.before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    for client in _forking:
-        client.after_fork_in_parent()
-    _forking.clear()
-    _default_lock.release()
-    transport.opening.release()
-
-
-def _after_fork_in_child() -> None:
-    global _default_lock
-    for client in _forking:
-        client.after_fork_in_child()
-    _forking.clear()
-    _default_lock = threading.RLock()
-    transport.opening = threading.RLock()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from statuswire.fields import stamped
+from statuswire.items import Answer, Item, Notice, Outcome, Refusal, State
 from statuswire.spool import Place
 
 INTERVAL: Final = 0.2  # seconds between two sendings of mere progress; a person sees no more than five steps a second
@@ -23,8 +23,6 @@ MAX_NOTICES: Final = 1_000
 BASE_DELAY: Final = 0.25
 MAX_DELAY: Final = 30.0
 MAX_ASKED_DELAY: Final = 300.0  # of Retry-After
-# The server remembers keys for five minutes at least. An end that is sent later says instead what it is newer than.
-KEY_LIFE_US: Final = 4 * 60 * 1_000_000
 
 # Refusals of single updates that pass by themselves.
 PASSING: Final = frozenset(
@@ -42,138 +40,6 @@ PASSING: Final = frozenset(
 UNFIT: Final = frozenset(("invalid_field", "unknown_field", "invalid_update", "malformed_json", "payload_too_large"))
 # After these a job of ours is no longer ours to report on.
 OVER: Final = frozenset(("job_ended", "job_not_found", "stale_attempt", "owner_fixed", "parent_fixed"))
-
-
-class Refusal(NamedTuple):
-    """Why one update was not taken."""
-
-    code: str
-    message: str
-
-
-class Answer(NamedTuple):
-    """What the server said to a batch.
-
-    Attributes:
-        rejected: refusals by index.
-        duplicates: how many were known already.
-        cancels: ids of jobs that somebody wants cancelled.
-    """
-
-    rejected: Mapping[int, Refusal]
-    duplicates: int
-    cancels: Iterable[str]
-
-
-class State:
-    """What this process knows of one attempt of a job.
-
-    Attributes:
-        identity: fields that create the job; with every update until one was accepted. Not for longer, so that a job
-            that was deleted is not made again.
-        ordered: whether its news carries ``seq``. That of handles does: what is sent late then cannot undo what is
-            newer. Single updates come from anywhere, by clocks that may differ.
-        renew_s: seconds after which its lease is renewed, None for never.
-        heard: when the server last took something, monotonic seconds.
-        holders: open handles.
-    """
-
-    __slots__ = (
-        "accepted",
-        "cancel_requested",
-        "heard",
-        "holders",
-        "identity",
-        "job_id",
-        "key",
-        "ordered",
-        "refused",
-        "renew_s",
-        "ttl",
-    )
-
-    def __init__(self, job_id: str, attempt: int | None, identity: dict[str, Any], now: float, ordered: bool) -> None:
-        self.job_id = job_id
-        self.key = (job_id, attempt)
-        self.identity = identity
-        self.accepted = False
-        self.cancel_requested = False
-        self.refused: Refusal | None = None
-        self.ordered = ordered
-        self.ttl: float | None = None
-        self.renew_s: float | None = None
-        self.heard = now
-        self.holders = 0
-
-
-class Item:
-    """One update on its way.
-
-    Attributes:
-        fields: of news, in the words of the wire protocol.
-        body: of an end, unless ``place`` says where it is kept.
-        event_id: of an end.
-        at_us: of an end, when it was said; its place among other updates, too.
-    """
-
-    __slots__ = (
-        "at_us",
-        "bared",
-        "body",
-        "error",
-        "event_id",
-        "fields",
-        "place",
-        "seq",
-        "settled",
-        "state",
-        "ticket",
-        "tries",
-    )
-
-    def __init__(self, ticket: int, state: State, fields: dict[str, Any]) -> None:
-        self.ticket = ticket
-        self.state = state
-        self.fields = fields
-        self.event_id = ""
-        self.at_us = 0
-        self.body: bytes | None = None
-        self.place: Place | None = None
-        self.seq = 0
-        self.tries = 0
-        self.bared = False
-        self.settled = False
-        self.error: Refusal | None = None
-
-    @property
-    def is_end(self) -> bool:
-        """Whether it must arrive."""
-        return bool(self.event_id)
-
-
-class Notice:
-    """One notification on its way."""
-
-    __slots__ = ("body", "key", "ticket")
-
-    def __init__(self, ticket: int, key: str, body: bytes) -> None:
-        self.ticket = ticket
-        self.key = key
-        self.body = body
-
-
-class Outcome(NamedTuple):
-    """What an answer settled.
-
-    Attributes:
-        done: items that need no more care.
-        refused: those among them that were not taken, with the reason.
-        unfit: ends to be sent again with nothing but the status.
-    """
-
-    done: list[Item]
-    refused: list[tuple[Item, Refusal]]
-    unfit: list[tuple[Item, Refusal]]
 
 
 class Outbox:
@@ -497,14 +363,3 @@ class Outbox:
         self._failures += 1
         self._retry_at = now + wait + min(retry_after or 0.0, MAX_ASKED_DELAY)
         self._urgent = True
-
-
-def sendable(item: Item, body: bytes, now_us: int) -> bytes:
-    """An update's body as it is sent: marked, so that it counts once."""
-    if not item.is_end:
-        return stamped(body, seq=item.seq) if item.seq else body
-    event_id = f"{item.event_id}-bare" if item.bared else item.event_id
-    if now_us - item.at_us > KEY_LIFE_US:
-        # Another attempt may have begun meanwhile, and been reported on: this end must not end that one.
-        return stamped(body, eventId=f"{event_id}-late", seq=item.at_us)
-    return stamped(body, eventId=event_id)

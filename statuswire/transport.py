@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
-from types import ModuleType
 from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
-from statuswire.outbox import Answer, Refusal
+from statuswire import process
+from statuswire.items import Answer, Refusal
 
 if TYPE_CHECKING:
     import httpx
@@ -120,7 +120,7 @@ class Transport:
             self._client = None
 
     def _post(self, path: str, body: bytes, key: str | None) -> bytes:
-        httpx = _import_httpx()
+        httpx = process.import_httpx()
         headers = {"Content-Type": "application/json", "User-Agent": "statuswire-worker"}
         if key is not None:
             headers["Idempotency-Key"] = key
@@ -145,24 +145,13 @@ class Transport:
         raise Away(reason, _retry_after(response.headers.get("retry-after", "")))
 
     def _open(self) -> httpx.Client:
-        httpx = _import_httpx()
-        with self._lock, opening:
+        httpx = process.import_httpx()
+        with self._lock, process.opening:
             if self._client is None:
                 timeout = httpx.Timeout(self._timeout, connect=min(CONNECT_S, self._timeout))
                 # A proxy of the environment cannot reach our own loopback.
                 self._client = httpx.Client(timeout=timeout, trust_env=not _is_loopback(self._host))
             return self._client
-
-
-# Held while modules are imported in the background: a fork in the middle of that would leave the child half of them.
-opening = threading.RLock()
-
-
-def _import_httpx() -> ModuleType:
-    """The module; that takes 100 ms, which only a worker that reports something pays, and in the background."""
-    with opening:
-        import httpx
-    return httpx
 
 
 # Connections of parent processes, held so that they are not closed here.

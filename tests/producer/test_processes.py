@@ -242,11 +242,3 @@ async def test_a_disk_that_is_full_is_no_reason_to_fail(tmp_path: Path, caplog: 
         await settled(client)
         assert (await record(at, "b"))["status"] == "completed"
     assert [one.levelname for one in caplog.records].count("ERROR") == 1
-
-
-async def test_it_starts_without_what_it_does_not_need(tmp_path: Path) -> None:
-    script = (
-        "print([name for name in ('httpx', 'trio', 'anyio', 'asyncio', 'server', 'protocol') if name in sys.modules])"
-    )
-    assert await run(script, NOWHERE, tmp_path) == "[]\n"
-    assert sys.version_info >= (3, 11)

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROTOCOL = sorted((ROOT / "protocol").glob("**/*.py"))
 SERVER = sorted((ROOT / "server").glob("**/*.py"))
+WORKERS = sorted((ROOT / "statuswire").glob("**/*.py"))
 OUTSIDE = frozenset({"asyncio", "os", "random", "secrets", "select", "selectors", "signal", "socket", "ssl", "time"})
 ALLOWED = frozenset({"h11", "hiredis", "msgspec", "protocol", "wsproto"})
 CLOCKS = frozenset({"now", "today", "utcnow", "time", "monotonic", "perf_counter"})
@@ -31,6 +32,7 @@ def imported(path: Path) -> Iterator[str]:
 def test_there_is_something_to_look_at() -> None:
     assert len(PROTOCOL) > 10
     assert len(SERVER) > 20
+    assert len(WORKERS) > 5
     assert "protocol.errors" in set(imported(ROOT / "protocol" / "watch.py"))
 
 
@@ -53,6 +55,26 @@ def test_protocol_is_given_the_time(path: Path) -> None:
 @pytest.mark.parametrize("path", SERVER, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_server_imports_neither_tests_nor_tools_nor_benchmarks(path: Path) -> None:
     assert not {module.partition(".")[0] for module in imported(path)} & {"tests", "tools", "perf", "asyncio"}
+
+
+@pytest.mark.parametrize("path", WORKERS, ids=lambda path: path.name)
+def test_the_package_for_workers_stands_alone(path: Path) -> None:
+    allowed = {"httpx", "msgspec", "statuswire"} | ({"anyio"} if path.name == "aio.py" else set())
+    for module in imported(path):
+        top = module.partition(".")[0]
+        assert top in allowed or top in sys.stdlib_module_names, module
+
+
+def test_a_server_does_not_import_the_package_for_workers() -> None:
+    for path in [*PROTOCOL, *SERVER]:
+        assert "statuswire" not in {module.partition(".")[0] for module in imported(path)}, path
+
+
+def test_a_worker_starts_without_what_it_may_never_need() -> None:
+    heavy = {"anyio", "asyncio", "httpx", "protocol", "server", "trio"}
+    program = f"import sys, statuswire; print(*{heavy!r} & sys.modules.keys())"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.split() == []
 
 
 def test_a_server_starts_without_what_it_may_never_need() -> None:
