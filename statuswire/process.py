@@ -32,6 +32,8 @@ def import_httpx() -> ModuleType:
     """The module; that takes 100 ms, which only a worker that reports something pays, and in the background."""
     with opening:
         import httpx
+
+        "".encode("idna")  # socket would import it with the first connection, and remember it as unknown in the child
     return httpx
 
 
