@@ -35,8 +35,8 @@ LOOK_EVERY: Final = 16
 # Updates joined into one send hold at most about this much text, so that one flush of large records cannot
 # make one giant buffer per wire form.
 JOIN_BYTES: Final = 1024 * 1024
-# Encodings of merged batches that are kept for the next reader with the same batch. Readers that all watch
-# different things have no use for each other's.
+# Encodings that are kept for the next reader with the same batch. Readers that all watch different things have no use
+# for each other's.
 SHARED_BYTES: Final = 4 * 1024 * 1024
 # Publishers wait while more than this is pending: what the node cannot send, it must not take in.
 PENDING_BYTES: Final = 8 * 1024 * 1024
@@ -118,6 +118,9 @@ class Hub:
         self._dirty: list[Channel] = []
         self._pending_bytes = 0
         self._flushing = False
+        # What was encoded in this flush, by form and offsets.
+        self._wires: dict[tuple[WireForm, int | tuple[int, ...]], bytes] = {}
+        self._wires_bytes = 0
         self._wake = trio.Event()
         self._room = trio.Event()
         self._room.set()
@@ -214,6 +217,8 @@ class Hub:
             if self.history.epoch == epoch:  # else log_lost has said from where on it is being given
                 self.flushed = target
             self._flushing = False
+            self._wires.clear()
+            self._wires_bytes = 0
 
     async def _send(
         self,
@@ -253,7 +258,7 @@ class Hub:
                             form = reader.form
                             encoded = wires.get(form)
                             if encoded is None:
-                                encoded = wires[form] = form.updates(batch, epoch)
+                                encoded = wires[form] = self.encoded(form, batch, epoch)
                             wire, size = encoded, len(encoded)
                         # Fetched, then called: as one expression CPython 3.11 looks for a method, never learns that
                         # it is a slot, and the loop round the send costs 0.37 instead of 0.33 µs.
@@ -285,10 +290,8 @@ class Hub:
     async def _send_shared(self, shared: dict[Reader, list[list[Update]]], epoch: str, started: float) -> None:
         """Send to readers on several channels: one copy of each update, in log order.
 
-        Readers that watch the same things meet the same merged batch, so its encoding is shared by offsets.
+        Readers that watch the same things meet the same merged batch, so its encoding is shared, too.
         """
-        wires: dict[tuple[WireForm, tuple[int, ...]], bytes] = {}
-        size = 0
         for reader, parts in shared.items():
             if self.history.epoch != epoch:
                 return
@@ -302,16 +305,7 @@ class Hub:
                     if not reader.direct or reader.offset >= batch[0].offset or ends:
                         reader.take(batch)
                         continue
-                    key = (reader.form, tuple([update.offset for update in batch]))
-                    wire = wires.get(key)
-                    if wire is None:
-                        wire = reader.form.updates(batch, epoch)
-                        size += len(wire)
-                        if size > SHARED_BYTES:
-                            wires.clear()
-                            size = len(wire)
-                        wires[key] = wire
-                    _write(reader, wire, last)
+                    _write(reader, self.encoded(reader.form, batch, epoch), last)
                     self.counters.delivered += len(batch)
             except Exception as error:
                 _end(reader, error)
@@ -319,12 +313,29 @@ class Hub:
                 await trio.lowlevel.checkpoint()
                 started = perf_counter()
 
+    def encoded(self, form: WireForm, batch: Sequence[Update], epoch: str) -> bytes:
+        """Updates in a wire form: made once in a flush, whoever they are for and over whatever channels they go."""
+        if not self._flushing:
+            return form.updates(batch, epoch)
+        key = (form, batch[0].offset if len(batch) == 1 else tuple([update.offset for update in batch]))
+        wire = self._wires.get(key)
+        if wire is None:
+            wire = form.updates(batch, epoch)
+            self._wires_bytes += len(wire)
+            if self._wires_bytes > SHARED_BYTES:
+                self._wires.clear()
+                self._wires_bytes = len(wire)
+            self._wires[key] = wire
+        return wire
+
     def log_lost(self) -> None:
         """A new epoch began: nothing pending counts any more, every reader starts again from a snapshot."""
         for channel in self._dirty:
             channel.pending = []
         self._dirty = []
         self._pending_bytes = 0
+        self._wires.clear()
+        self._wires_bytes = 0
         self._room.set()
         self.flushed = self.history.last
         for reader in list(self.readers):

@@ -389,14 +389,25 @@ class PushReader(Reader):
         assert self.held is not None
         epoch = self.hub.history.epoch
         parts: list[bytes] = []
+        group: list[Update] = []
+        group_form: WireForm | None = None
         for key in keys:
             update = self.held.pop(key)
             self.held_bytes -= len(update.body)
             form = self._form_for(update)
             if form is None:  # unsubscribed while it was held
                 continue
-            parts.append(form.update(update, self.cursor() if self.min_interval_s else f"{epoch}:{update.offset}"))
-        self.hub.counters.delivered += len(parts)
+            self.hub.counters.delivered += 1
+            if self.min_interval_s:
+                parts.append(form.update(update, self.cursor()))
+                continue
+            if group_form is not None and form is not group_form:
+                parts.append(self.hub.encoded(group_form, group, epoch))
+                group = []
+            group_form = form
+            group.append(update)
+        if group_form is not None:
+            parts.append(self.hub.encoded(group_form, group, epoch))
         return b"".join(parts)
 
     def _release_spaced(self) -> bytes:

@@ -322,7 +322,7 @@ class Spawned(Address):
 
 @asynccontextmanager
 async def spawned(
-    directory: Path, *, descriptors: int | None = None, **tables: Mapping[str, object]
+    directory: Path, *, descriptors: int | None = None, sources: Path = ROOT, **tables: Mapping[str, object]
 ) -> AsyncIterator[Spawned]:
     """Run ``statuswire serve`` in ``directory``, configured by a TOML file there; stop it at the end if need be.
 
@@ -330,10 +330,11 @@ async def spawned(
 
     Args:
         descriptors: most open files of the process (``RLIMIT_NOFILE``).
+        sources: where its packages are.
     """
     write_config(directory, tables)
     log_file = directory / "server.log"
-    process, start_line = await trio.to_thread.run_sync(start, directory, descriptors)
+    process, start_line = await trio.to_thread.run_sync(start, directory, descriptors, sources)
     try:
         match = re.search(r"http://[^ ]*:(\d+)", start_line)
         unix = tables.get("server", {}).get("unix_socket")
@@ -362,7 +363,7 @@ def write_config(directory: Path, tables: Mapping[str, Mapping[str, object]]) ->
     (directory / "statuswire.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def command(directory: Path, descriptors: int | None = None) -> subprocess.Popen[bytes]:
+def command(directory: Path, descriptors: int | None = None, sources: Path = ROOT) -> subprocess.Popen[bytes]:
     """Start the server process; its stderr goes to ``server.log``."""
     limit = "" if descriptors is None else f"ulimit -n {descriptors}; "
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STATUSWIRE_")}
@@ -370,15 +371,15 @@ def command(directory: Path, descriptors: int | None = None) -> subprocess.Popen
         return subprocess.Popen(
             ["sh", "-c", f'{limit}exec "$0" -m server serve', sys.executable],
             cwd=directory,
-            env=environment | {"PYTHONPATH": str(ROOT)},
+            env=environment | {"PYTHONPATH": str(sources)},
             stdout=subprocess.PIPE,
             stderr=log,
         )
 
 
-def start(directory: Path, descriptors: int | None = None) -> tuple[subprocess.Popen[bytes], str]:
+def start(directory: Path, descriptors: int | None = None, sources: Path = ROOT) -> tuple[subprocess.Popen[bytes], str]:
     """Start the server and wait for the line that says where it listens."""
-    process = command(directory, descriptors)
+    process = command(directory, descriptors, sources)
     assert process.stdout is not None
     line = process.stdout.readline().decode()
     if not line:

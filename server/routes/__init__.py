@@ -158,7 +158,7 @@ def _find(exchange: Exchange) -> tuple[str, Mapping[str, Route]]:
         return path, _ECHO
     segments = path.split("/")
     for template, names in _TEMPLATES.get(len(segments), ()):
-        if all(map(_fits, names, segments)) and not (names[2][1] and segments[2] in _TAKEN):
+        if all(map(_fits, names, segments)) and not (template.startswith("/api/{") and segments[2] in _TAKEN):
             exchange.params = {
                 name: segment for (_, name), segment in zip(names, segments, strict=True) if name is not None
             }
