@@ -42,6 +42,8 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
         sub: who publishes; idempotency keys are scoped to it.
         key: idempotency key from the header, or None to take ``fields.event_id``.
         view: name of the view in whose words it came, if that has a say in what the update comes to.
+        new_id: the id of a job that is created without one; "" makes one up.
+        lasting: it may come again hours later, so its key is to be remembered for longer than others.
     """
 
     job_id: str | None
@@ -50,6 +52,8 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
     sub: str
     key: str | None = None
     view: str | None = None
+    new_id: str = ""
+    lasting: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, gc=False):
@@ -105,6 +109,8 @@ class Accepted(msgspec.Struct, frozen=True, gc=False):
         duplicate: it changed nothing, because it (or a later ``seq``) was accepted before.
         cancel_requested: the job is asked to stop; workers learn it from the answer to any update.
         job: the job's state after it; None once deleted (also for a duplicate whose job is gone by now).
+        spooled: "", or the id of the job that it is for: the store is away, and it waits on this machine's disk for its
+            return. Then nothing else is known: ``offset`` and ``version`` are 0, ``job`` is None.
     """
 
     offset: int
@@ -112,6 +118,7 @@ class Accepted(msgspec.Struct, frozen=True, gc=False):
     duplicate: bool
     cancel_requested: bool
     job: Job | None
+    spooled: str = ""
 
 
 Result = Accepted | ApiError

@@ -39,7 +39,7 @@ def new_target(operation: Publish) -> str:
     """An id for a job without one. Raises ApiError 422 unless one is to be created."""
     if operation.create != "must":
         raise invalid_field("jobId", "is required")
-    return f"job_{secrets.token_hex(10)}"
+    return operation.new_id or f"job_{secrets.token_hex(10)}"
 
 
 def owner_of(operation: Publish, job_id: str) -> str:

@@ -216,7 +216,7 @@ class SqliteFile:
             db.execute("BEGIN IMMEDIATE")
             self._insert("INSERT INTO log VALUES", 10, [_log_row(update) for update, _ in group.entries])
             gone = [(job_id,) for job_id, job in group.newest.items() if job is None]
-            for rows in _chunks(gone):
+            for rows in chunks(gone):
                 places = ", ".join("?" * len(rows))
                 db.execute(f"DELETE FROM jobs WHERE job_id IN ({places})", [job_id for (job_id,) in rows])
             self._insert("REPLACE INTO jobs VALUES", 12, [_job_row(job) for job in group.newest.values() if job])
@@ -265,7 +265,7 @@ class SqliteFile:
 
     def _insert(self, head: str, columns: int, rows: Sequence[tuple[object, ...]]) -> None:
         places = f"({', '.join('?' * columns)})"
-        for chunk in _chunks(rows):
+        for chunk in chunks(rows):
             self._db.execute(f"{head} {', '.join([places] * len(chunk))}", [value for row in chunk for value in row])
 
     def _trim(self, newest: Update, added: int) -> None:
@@ -291,7 +291,8 @@ class SqliteFile:
         )
 
 
-def _chunks(rows: Sequence[tuple[object, ...]]) -> Iterator[Sequence[tuple[object, ...]]]:
+def chunks(rows: Sequence[tuple[object, ...]]) -> Iterator[Sequence[tuple[object, ...]]]:
+    """Rows in portions of a few fixed sizes, one statement each."""
     start = 0
     for size in _ROWS:
         while len(rows) - start >= size:

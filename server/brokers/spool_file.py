@@ -1,0 +1,156 @@
+"""The file of the spool: operations that were answered and are not in Redis yet, in order.
+
+Runs in worker threads, one call at a time. Nothing here knows Trio or Redis.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from server.brokers.base import StoreError
+from server.brokers.sqlite_file import chunks
+
+SCHEMA_VERSION: Final = 1
+
+_TABLES: Final = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE waiting (seq INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+)
+
+
+class Held(NamedTuple):
+    """What a file holds: how many operations, their bytes, and the highest number (0 for none)."""
+
+    count: int
+    bytes: int
+    last: int
+
+
+class SpoolFile:
+    """One database file, ours alone. Methods but ``open`` raise sqlite3.Error.
+
+    Args:
+        path: of the file; its directory must exist.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def open(self) -> Held:
+        """Open or create the file, lock it and check it.
+
+        Raises:
+            StoreError: it cannot be used; the message says what to do.
+        """
+        directory = Path(self.path).absolute().parent
+        if not directory.is_dir():
+            raise StoreError(f"store.spool_path: {self.path}: the directory {directory} does not exist; create it")
+        try:
+            # The server may be restarting: give its predecessor a moment to let go of the file.
+            self._db = sqlite3.connect(self.path, timeout=0.5, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        try:
+            return self._prepare()
+        except sqlite3.Error as error:
+            self._db.close()
+            raise self._unusable(error) from error
+        except StoreError:
+            self._db.close()
+            raise
+
+    def _prepare(self) -> Held:
+        db = self._db
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file; a long outage's room is given back
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("BEGIN EXCLUSIVE")
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
+            for statement in _TABLES:
+                db.execute(statement)
+            db.execute("INSERT INTO meta VALUES ('spool', ?)", (str(SCHEMA_VERSION),))
+        elif tables != {"meta", "waiting"}:
+            raise StoreError(f"store.spool_path: {self.path} is a database of another kind; name another file")
+        db.execute("COMMIT")
+        (found,) = db.execute("SELECT value FROM meta WHERE name = 'spool'").fetchone() or (None,)
+        if found != str(SCHEMA_VERSION):
+            raise StoreError(
+                f"store.spool_path: {self.path} has format {found}, this version reads format {SCHEMA_VERSION}; "
+                "let the version that wrote it pass on what is in it, or name another file"
+            )
+        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(f"malformed: {verdict}")
+        # FULL: what was answered is on disk.
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA journal_size_limit = 67108864")
+        count, size, last = db.execute(
+            "SELECT count(*), coalesce(sum(length(data)), 0), coalesce(max(seq), 0) FROM waiting"
+        ).fetchone()
+        return Held(count, size, last)
+
+    def _unusable(self, error: sqlite3.Error) -> StoreError:
+        text, path = str(error), self.path
+        if "locked" in text or "busy" in text:
+            return StoreError(f"store.spool_path: {path} is in use by another server; give each server a file of its own")
+        if "not a database" in text or "malformed" in text or "disk image" in text:
+            return StoreError(
+                f"store.spool_path: {path} is damaged or no database ({text}); updates that were answered with 202 may "
+                "be in it: restore what can be read with sqlite3's .recover, or move the file away to do without them"
+            )
+        if "readonly" in text or "unable to open" in text:
+            return StoreError(f"store.spool_path: {path} cannot be written ({text}); check its owner and permissions")
+        return StoreError(f"store.spool_path: {path} cannot be used ({text})")
+
+    def append(self, rows: Sequence[tuple[int, bytes]]) -> None:
+        """Keep operations under their numbers; on disk when this returns, all or none."""
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for some in chunks(rows):
+                places = ", ".join(["(?, ?)"] * len(some))
+                db.execute(f"INSERT INTO waiting VALUES {places}", [value for row in some for value in row])
+            db.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def first(self, count: int, size: int) -> list[tuple[int, bytes]]:
+        """The first operations: at most so many, and at most so many bytes, but one at least if there is any."""
+        found: list[tuple[int, bytes]] = []
+        for seq, data in self._db.execute("SELECT seq, data FROM waiting ORDER BY seq LIMIT ?", (count,)):
+            size -= len(data)
+            if found and size < 0:
+                break
+            found.append((seq, data))
+        return found
+
+    def remove(self, numbers: Sequence[int]) -> None:
+        """Forget operations."""
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for some in chunks([(number,) for number in numbers]):
+                places = ", ".join("?" * len(some))
+                db.execute(f"DELETE FROM waiting WHERE seq IN ({places})", [number for (number,) in some])
+            db.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def shrink(self) -> None:
+        """Give the room of what was removed back to the file system."""
+        self._db.execute("PRAGMA incremental_vacuum").fetchall()
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def close(self) -> None:
+        """Release the file."""
+        self._db.close()
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # some errors roll back by themselves
+            self._db.execute("ROLLBACK")
