@@ -172,10 +172,18 @@ class Store(Struct, frozen=True, kw_only=True):
     Attributes:
         url: ``memory:`` (nothing survives a restart), ``sqlite:PATH`` (relative to the working directory), or where
             Redis is: ``redis://``, ``rediss://``, ``redis+sentinel://`` or ``redis+cluster://``.
+        spool: keep what is published while Redis is away on the local disk, and pass it on later.
+        spool_path: file for it, relative to the working directory; each server needs its own.
+        spool_max_bytes: most that waits there; beyond, publishes are refused.
     """
 
     # Durable without anything to install or run.
     url: str = "sqlite:statuswire.db"
+    # Who publishes then learns that it is kept, but not what became of it: that should be somebody's decision.
+    spool: bool = False
+    spool_path: str = "statuswire.spool"
+    # Some two million updates: an hour at 500 a second.
+    spool_max_bytes: AtLeastOne = 1024 * 1024 * 1024
 
     @property
     def kind(self) -> Literal["memory", "sqlite", "redis"]:
@@ -188,6 +196,10 @@ class Store(Struct, frozen=True, kw_only=True):
     def path(self) -> str:
         """Path of the SQLite file; "" for the others."""
         return self.url.partition(":")[2] if self.kind == "sqlite" else ""
+
+    def spool_file(self, worker: int | None = None) -> str:
+        """The spool of this process: the only one, or one of several by its number."""
+        return self.spool_path if worker is None else f"{self.spool_path}.{worker}"
 
     @property
     def label(self) -> str:

@@ -310,6 +310,7 @@ def _check(config: Config, sources: Mapping[str, str]) -> None:
             f"server.workers = {server.workers} ({sources['server.workers']}): this version runs one process a "
             "server; start several servers on one Redis store instead, each with its own port, and set workers to 1"
         )
+    _check_store(config.store, sources)
     if not server.host and not server.unix_socket:
         raise ConfigError(
             f"server.host is empty ({sources['server.host']}) and there is no server.unix_socket: nothing to listen "
@@ -327,6 +328,16 @@ def _check(config: Config, sources: Mapping[str, str]) -> None:
             f"cors.origins = {sorted(anybody)[0]!r} ({sources['cors.origins']}): without auth every web page that is "
             "opened on this machine could control the jobs; list the origins, or configure auth"
         )
+
+
+def _check_store(store: Store, sources: Mapping[str, str]) -> None:
+    if store.spool and store.kind != "redis":
+        raise ConfigError(
+            f"store.spool = true ({sources['store.spool']}): the store is {store.label}, which is this machine's own; "
+            "a spool is for a store.url with redis, leave it out"
+        )
+    if store.spool and not store.spool_path:
+        raise ConfigError(f"store.spool_path is empty ({sources['store.spool_path']}): name a file for store.spool")
 
 
 def _check_auth(auth: Auth) -> None:

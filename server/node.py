@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from server.callbacks import Callbacks
     from server.cluster import Cluster
     from server.ingest.service import Ingest
+    from server.brokers.spooling import SpoolingBroker
 
 LOG: Final = logging.getLogger("statuswire")
 
@@ -69,11 +70,12 @@ class Node:
         polls: wake-ups of the polls that wait.
         counters: what has happened so far.
         started: when, in unix seconds.
-        shared: the broker again, if other nodes use its store too.
         cluster: what this node and those others know of each other.
         seen: which users were there lately.
         callbacks: tells the application of jobs that end; None if nobody wants that.
         ingest: what takes updates in from Redis, None without that.
+        shared: the broker again (without its spool), if other nodes use its store too.
+        spool: the broker again, if it keeps on disk what is published while its store is away.
         draining: set from SIGTERM on.
     """
 
@@ -95,6 +97,7 @@ class Node:
         self.shared: RedisBroker | None = None
         self.cluster: Cluster | None = None
         self.ingest: Ingest | None = None
+        self.spool: SpoolingBroker | None = None
         if config.store.kind == "memory":
             self.broker = MemoryBroker(self.jobs, self.history, self.deliver, self.wheel)
         elif config.store.kind == "redis":
@@ -112,6 +115,12 @@ class Node:
             )
             self.broker = self.shared
             self.cluster = self.presence.cluster = self.shared.cluster = Cluster(self.presence, group=group)
+            if config.store.spool:
+                from server.brokers.spooling import SpoolingBroker
+
+                self.broker = self.spool = SpoolingBroker(
+                    self.shared, config.store.spool_file(), config.store.spool_max_bytes
+                )
         else:
             self.broker = SqliteBroker(
                 config.store.path, self.jobs, self.history, self.deliver, self.wheel, on_new_epoch=self.log_lost

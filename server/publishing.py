@@ -17,6 +17,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         accepted, duplicates: how many.
+        spooled: how many of the accepted ones wait for the store's return.
         rejected: the refused ones, each with its index, in order.
         last: highest offset of what was accepted, 0 if nothing was.
         cancel_requested: jobs that are asked to stop, each once.
@@ -24,6 +25,7 @@ class Outcome(NamedTuple):
 
     accepted: int
     duplicates: int
+    spooled: int
     rejected: list[dict[str, Any]]
     last: int
     cancel_requested: list[str]
@@ -78,7 +80,7 @@ class Batch:
 
     def outcome(self) -> Outcome:
         """What became of it, counted; to be asked once, and only once ``submission`` is kept."""
-        accepted = duplicates = last = 0
+        accepted = duplicates = spooled = last = 0
         rejected = list(self._malformed)
         cancels: dict[str, None] = {}
         for index, result in zip(self._indexes, self.submission.results, strict=True):
@@ -87,6 +89,7 @@ class Batch:
                     duplicates += 1
                 else:
                     accepted += 1
+                    spooled += result.spooled != ""
                 last = max(last, result.offset)
                 if result.cancel_requested and result.job is not None:
                     cancels[result.job.latest.job_id] = None
@@ -99,11 +102,14 @@ class Batch:
             | ({} if error.field is None else {"field": error.field})
             for index, error in rejected
         ]
-        return Outcome(accepted, duplicates, refusals, last, list(cancels))
+        return Outcome(accepted, duplicates, spooled, refusals, last, list(cancels))
 
 
 def summary(batches: Sequence[Batch], node: Node) -> dict[str, Any]:
-    """``{"accepted","duplicates","rejected","id","cancelRequested"?}`` over the portions of one batch, once kept."""
+    """``{"accepted","duplicates","rejected","id","cancelRequested"?}`` over the portions of one batch, once kept.
+
+    With ``"spooled": true`` some of the accepted ones wait here for the store's return, and may be refused then.
+    """
     outcomes = [batch.outcome() for batch in batches]
     last = max((outcome.last for outcome in outcomes), default=0) or node.history.last
     answer: dict[str, Any] = {
@@ -112,6 +118,8 @@ def summary(batches: Sequence[Batch], node: Node) -> dict[str, Any]:
         "rejected": [refusal for outcome in outcomes for refusal in outcome.rejected],
         "id": f"{node.broker.epoch}:{last}",
     }
+    if any(outcome.spooled for outcome in outcomes):
+        answer["spooled"] = True
     if cancels := list(dict.fromkeys(job_id for outcome in outcomes for job_id in outcome.cancel_requested)):
         answer["cancelRequested"] = cancels
     return answer

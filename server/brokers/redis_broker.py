@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from protocol.resp import RedisError
 from protocol.update import Job, Update
 from server.brokers.base import Deliver, Expire, Operation, StoreError, Submission
 from server.brokers.local import new_epoch
+from server.brokers.redis_calls import Doubt
 from server.brokers.redis_client import (
     Client,
     NodeInfo,
@@ -29,7 +30,20 @@ from server.brokers.redis_client import (
     parse_redis_url,
 )
 from server.brokers.redis_follower import Follower, unavailable
-from server.brokers.redis_keys import BEGIN, LEASES, META, SCHEMA, SHARDS, TICK, WHERE, cursor_key, mark_key, stored_of
+from server.brokers.redis_keys import (
+    BEGIN,
+    LEASES,
+    LOGS,
+    META,
+    SCHEMA,
+    SHARDS,
+    TICK,
+    WHERE,
+    cursor_key,
+    decode_message,
+    mark_key,
+    stored_of,
+)
 from server.brokers.redis_presence import CONTROL
 from server.brokers.redis_publisher import Publisher
 from server.cluster import Cluster
@@ -43,6 +57,7 @@ TICK_S: Final = 1.0
 # Leases that run out are looked at this much later at most: not all nodes at once, so that most find it done.
 _LEASE_JITTER_S: Final = 0.05
 _LEASES_AT_ONCE: Final = 500
+_ENTRIES_AT_ONCE: Final = 500
 # How often those who wait are looked through for some that have waited too long.
 _PATIENCE_STEP_S: Final = 0.25
 # No entry is taken out of Redis sooner, however short ``history.max_age`` is.
@@ -125,6 +140,41 @@ class RedisBroker:
             return "closed"
         away = self._client.away if self._client is not None else "not connected yet"
         return away if away is not None else self._publisher.refusing
+
+    @property
+    def refusing(self) -> str | None:
+        """Why an operation would be refused now, None if it would be tried. Before the first connection it waits."""
+        away = self._client.away if self._client is not None and self._follower.arrived else None
+        return away if away is not None else self._publisher.refusing
+
+    async def wait_up(self) -> None:
+        """Return when Redis can be reached."""
+        assert self._client is not None
+        await self._client.wait_up()
+
+    async def executed(self, doubts: Collection[Doubt]) -> set[str]:
+        """The tokens of those calls that Redis has executed, as far as its logs reach back.
+
+        Raises:
+            RedisClientError, RedisError: Redis does not say.
+        """
+        assert self._client is not None
+        starts: dict[int, int] = {}
+        for doubt in doubts:
+            # Under another name the log may have gone on from an earlier place.
+            floor = doubt.floor if doubt.epoch == self.epoch else 0
+            starts[doubt.shard] = min(floor, starts.get(doubt.shard, floor))
+        found: set[str] = set()
+        for shard, floor in starts.items():
+            start = f"({floor}-0"
+            while True:
+                page = await self._client.call("XRANGE", LOGS[shard], start, "+", "COUNT", _ENTRIES_AT_ONCE)
+                for _, fields in page:
+                    found.update(write.rev for write in decode_message(fields[1]).writes)
+                if len(page) < _ENTRIES_AT_ONCE:
+                    break
+                start = "(" + page[-1][0].decode()
+        return found.intersection(doubt.rev for doubt in doubts)
 
     async def start(self) -> None:
         """Check that Redis can be used, and see where its log stands. Raises StoreError with what to do."""

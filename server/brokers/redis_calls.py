@@ -9,7 +9,7 @@ import msgspec
 
 from protocol.errors import ApiError
 from protocol.update import Job, Update
-from server.brokers.base import Claim, Operation, Result, Submission
+from server.brokers.base import Claim, Operation, Publish, Result, Submission
 from server.brokers.redis_client import Client, Reply
 from server.brokers.redis_keys import (
     CLAIM,
@@ -41,14 +41,41 @@ class Change(msgspec.Struct, gc=False):
     rev: str
 
 
-class Batch(Submission):
-    """A submission whose results come one by one."""
+class Doubt(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A call that was given up although Redis may have executed it.
 
-    __slots__ = ("left",)
+    Attributes:
+        epoch: of the log that it was meant for.
+        shard: of the log.
+        floor: an offset below any that it can have been given there.
+        rev: the token that its message carries.
+    """
+
+    epoch: str
+    shard: int
+    floor: int
+    rev: str
+
+
+class Batch(Submission):
+    """A submission whose results come one by one.
+
+    Attributes:
+        left: how many are missing.
+        doubts: of the results that say that the store is away, those that may be wrong.
+    """
+
+    __slots__ = ("doubts", "left")
 
     def __init__(self, count: int) -> None:
         super().__init__([_OPEN] * count)
         self.left = count
+        self.doubts: dict[int, Doubt] = {}
+
+    def give_up(self, call: Call) -> None:
+        """A call will not be sent again; note whether it may have been executed. Its result follows."""
+        if call.in_doubt and call.changes:
+            self.doubts[call.index] = Doubt(call.epoch, call.shard, call.floor, call.changes[0].rev)
 
     def put(self, index: int, result: Result) -> None:
         self.results[index] = result
@@ -170,6 +197,7 @@ def send(client: Client, call: Call) -> Reply:
 
 def arguments_of(call: Call, max_updates: int, max_jobs: int, publish: str) -> list[bytes | str | int | float]:
     """What the script ``redis_keys.PUBLISH`` is given for a call."""
+    lasting = isinstance(call.operation, Publish) and call.operation.lasting
     arguments: list[bytes | str | int | float] = [
         call.epoch,
         call.changes[0].update.at_ms,
@@ -177,7 +205,7 @@ def arguments_of(call: Call, max_updates: int, max_jobs: int, publish: str) -> l
         max_jobs,
         publish,
         call.shard,
-        call.fingerprint,
+        call.fingerprint + b"+" if lasting else call.fingerprint,
     ]
     for change in call.changes:
         kind: Kind = "q" if not change.entry else "s" if change.after is not None else "d"

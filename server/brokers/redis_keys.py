@@ -31,6 +31,9 @@ from server.brokers.redis_client import Script
 SCHEMA: Final = 1
 SHARDS: Final = 16
 KEY_MS: Final = 600_000  # promised are five minutes; the rest covers slow retries
+LASTING_KEY_MS: Final = (
+    86_400_000  # for what a spool passes on: its server may be killed, and be away for long, half-way
+)
 
 PREFIX: Final = "{statuswire}:"
 CALLBACKS: Final = f"{PREFIX}callbacks".encode()  # the node whose turn it is to tell
@@ -193,7 +196,8 @@ Kind = Literal["s", "q", "d"]
 
 # One call of this is one accepted update: 8 keys at most, about 25 µs of Redis' time.
 # KEYS: PUBLISH_KEYS of the shard, and the idempotency key if there is one.
-# ARGV: epoch, at_ms, max_updates, max_jobs, PUBLISH or SPUBLISH, shard, fingerprint; then for every write:
+# ARGV: epoch, at_ms, max_updates, max_jobs, PUBLISH or SPUBLISH, shard, fingerprint (with a + behind it for a key that
+#   lasts); then for every write:
 #   job id, expected rev ("" for none), new rev, kind, lease, ended, version, Write.
 # lease: milliseconds from now, "0" for none any more, "" to leave it. ended: "1", "0" or "" likewise.
 # Answers: DONE first at_ms created…; OTHER_EPOCH epoch; REPEATED value offset state; CONFLICT offset state…; FULL.
@@ -300,12 +304,14 @@ for i = 8, #ARGV, 8 do
   texts[#texts + 1] = ARGV[i + 7]
 end
 if KEYS[8] then
-  call('SET', KEYS[8], ARGV[7] .. ' ' .. ARGV[8] .. ' ' .. (offset + 1) .. ' ' .. ARGV[14], 'PX', KEY_MS)
+  local print, keep = sub(ARGV[7], 1, 32), KEY_MS
+  if #ARGV[7] > 32 then keep = LASTING end
+  call('SET', KEYS[8], print .. ' ' .. ARGV[8] .. ' ' .. (offset + 1) .. ' ' .. ARGV[14], 'PX', keep)
 end
 tell(KEYS[3], KEYS[7], '\\152' .. pack(ARGV[1], last, offset + 1, stamp, at, created) .. '\\144'
   .. string.char(144 + #texts) .. table.concat(texts), stamp)
 return answer
-""".replace("KEY_MS", str(KEY_MS))
+""".replace("KEY_MS", str(KEY_MS)).replace("LASTING", str(LASTING_KEY_MS))
 )
 
 # KEYS: meta, where, and an idempotency key if there is one. ARGV: job ids.

@@ -94,6 +94,9 @@ class Publisher:
         self._waiting = Waiting()
         self._again: list[Call] = []  # to be sent again, as they are
         self._over = ""  # an epoch that Redis says is over
+        # Jobs of which an update was given up, up to which number later ones were there by then, and until when that
+        # matters: those are given up as well, or they would come first when both are sent again.
+        self._given_up: dict[str, tuple[int, float]] = {}
         self._pump = trio.Event()
         self._nursery: trio.Nursery | None = None
 
@@ -138,6 +141,9 @@ class Publisher:
         """Decide it now, and send what follows. False if it has to wait."""
         if self.client.away is not None or self._over == self._history.epoch:
             return False
+        if self._given_up and any(call.number <= self._given_up.get(job_id, (0, 0.0))[0] for job_id in call.holds):
+            self.answers.settle(call, unavailable("an update before this one was not accepted"))
+            return True
         call.reads = {}
         call.changes = []
         call.verdict = None
@@ -223,9 +229,9 @@ class Publisher:
         if not isinstance(outcome, list):
             self._failed(call, outcome)
             return
-        self.refusing = None
         code = outcome[0]
         if code == DONE:
+            self.refusing = None
             self._done(call, outcome[1], outcome[2], outcome[3:])
         elif code == REPEATED and not call.in_doubt:
             self._states.drop(call)
@@ -350,9 +356,14 @@ class Publisher:
         self._again.append(call)  # until there is a connection again, or for the next look at those who wait
 
     def _refused(self, call: Call, error: ApiError) -> None:
+        self._give_up_behind(call)
         self._states.drop(call)
         self._land(call)
         self.answers.settle(call, error)
+
+    def _give_up_behind(self, call: Call) -> None:
+        if call.job_id in self._flying or call.job_id in self._waiting.held:
+            self._given_up[call.job_id] = next(self._numbers), trio.current_time() + 2 * PATIENCE_S
 
     def _resolve(self, call: Call, start: str, undone: Callable[[], object]) -> None:
         """Redis did not execute it just now: ``undone``. Unless it was sent before, and had been executed then."""
@@ -427,6 +438,8 @@ class Publisher:
     def give_up(self, now: float) -> None:
         """Answer those who have waited too long; called now and then."""
         self.answers.release_late(now)
+        if self._given_up:
+            self._given_up = {job_id: entry for job_id, entry in self._given_up.items() if entry[1] > now}
         if self._again:
             self._pump.set()
         late = self._waiting.take_late(now)
@@ -436,9 +449,11 @@ class Publisher:
         if stranded:
             self._again = [call for call in self._again if call.gives_up > now]
             for call in stranded:
+                call.batch.give_up(call)
                 self._states.drop(call)
                 self._land(call)
         for call in late + stranded:
+            self._give_up_behind(call)
             self.answers.settle(call, unavailable(self.client.away or "Redis did not settle it in time"))
 
     def close(self) -> None:

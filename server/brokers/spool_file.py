@@ -24,7 +24,7 @@ _TABLES: Final = (
 class Held(NamedTuple):
     """What a file holds: how many operations, their bytes, and the highest number (0 for none)."""
 
-    count: int
+    operations: int
     bytes: int
     last: int
 
@@ -96,7 +96,9 @@ class SpoolFile:
     def _unusable(self, error: sqlite3.Error) -> StoreError:
         text, path = str(error), self.path
         if "locked" in text or "busy" in text:
-            return StoreError(f"store.spool_path: {path} is in use by another server; give each server a file of its own")
+            return StoreError(
+                f"store.spool_path: {path} is in use by another server; give each server a file of its own"
+            )
         if "not a database" in text or "malformed" in text or "disk image" in text:
             return StoreError(
                 f"store.spool_path: {path} is damaged or no database ({text}); updates that were answered with 202 may "

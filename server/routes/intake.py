@@ -9,6 +9,7 @@ import trio
 
 from protocol.errors import ApiError
 from protocol.fields import MAX_UPDATE, Fields, decode_fields
+from server.answers import Response, json_answer
 from server.brokers.base import Accepted, Operation
 from server.connection import Exchange
 
@@ -34,6 +35,13 @@ async def decide(exchange: Exchange, operation: Operation) -> Accepted:
         raise result
     node.counters.publishes("http", int(not result.duplicate), int(result.duplicate), 0)
     return result
+
+
+def spooled(exchange: Exchange, accepted: Accepted) -> Response:
+    """202: it is on this server's disk; what becomes of it is seen when the store is back (RFC 9110 section 15.3.3)."""
+    base = exchange.node.config.server.base_path
+    location = ("Location", f"{base}/api/v2/jobs/{accepted.spooled}")
+    return json_answer(202, {"spooled": True, "jobId": accepted.spooled}, location)
 
 
 def outcome(exchange: Exchange, accepted: Accepted) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from server.routes.intake import (
     position,
     read_body,
     read_fields,
+    spooled,
     unsupported,
 )
 
@@ -50,6 +51,8 @@ async def create(exchange: Exchange) -> Response:
     fields = await read_fields(exchange)
     operation = Publish(None, fields, "must", exchange.caller.user, idempotency_key(exchange))
     accepted = await decide(exchange, operation)
+    if accepted.spooled:
+        return spooled(exchange, accepted)
     job = accepted.job
     if accepted.duplicate:
         shown = None if job is None else msgspec.Raw(_readable(exchange, job))
@@ -76,7 +79,7 @@ async def update(exchange: Exchange) -> Response:
     if fields.job_id is not msgspec.UNSET and fields.job_id != job_id:
         raise invalid_field("jobId", f"{fields.job_id!r} is not the job of the path, {job_id!r}")
     accepted = await decide(exchange, Publish(job_id, fields, "may", exchange.caller.user, idempotency_key(exchange)))
-    return json_answer(200, outcome(exchange, accepted))
+    return spooled(exchange, accepted) if accepted.spooled else json_answer(200, outcome(exchange, accepted))
 
 
 async def publish_batch(exchange: Exchange) -> Response:
@@ -110,7 +113,8 @@ async def publish_batch(exchange: Exchange) -> Response:
         raise unsupported(content_type, "application/json or application/x-ndjson")
     for batch in batches:
         await batch.submission.wait_kept()
-    return json_answer(200, summary(batches, exchange.node))
+    answer = summary(batches, exchange.node)
+    return json_answer(202 if "spooled" in answer else 200, answer)
 
 
 async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | None) -> None:

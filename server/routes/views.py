@@ -67,6 +67,8 @@ async def update(view: View, call: Call, exchange: Exchange) -> Response:
     """One update of a job; ``publish`` creates it, if ``userId`` is given."""
     target, operation = await _publish(view, call, exchange, "may" if call.does == "publish" else "never")
     accepted = await _decide(view, target, exchange, operation)
+    if accepted.spooled:
+        return intake.spooled(exchange, accepted)
     return json_answer(200, intake.outcome(exchange, accepted))
 
 
@@ -121,6 +123,8 @@ async def _decide(view: View, target: Target, exchange: Exchange, operation: Pub
 
 
 def _created(view: View, exchange: Exchange, accepted: Accepted, status: int) -> Response:
+    if accepted.spooled:
+        return intake.spooled(exchange, accepted)
     job = accepted.job
     shown = None
     # To publish is not to read: what was there before is shown to those who may see it.

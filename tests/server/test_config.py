@@ -512,3 +512,12 @@ def test_any_page_is_an_origin_only_with_auth(origin: str) -> None:
 
 def test_flags_name_known_keys_only() -> None:
     assert set(module.FLAGS) <= set(module._KEYS)
+
+
+def test_a_spool_is_for_redis() -> None:
+    store = load_config({"store.url": "redis://h", "store.spool": "true"}, {}, None).store
+    assert (store.spool, store.spool_file(), store.spool_file(3)) == (True, "statuswire.spool", "statuswire.spool.3")
+    with pytest.raises(ConfigError, match=r"store\.spool = true \(flag store\.spool\): the store is sqlite:a.db"):
+        load_config({"store.url": "sqlite:a.db", "store.spool": True}, {}, None)
+    with pytest.raises(ConfigError, match=r"store\.spool_path is empty"):
+        load_config({"store.url": "redis://h", "store.spool": True, "store.spool_path": ""}, {}, None)
