@@ -33,10 +33,10 @@ from server.wheel import Wheel
 
 if TYPE_CHECKING:
     from server.brokers.redis_broker import RedisBroker
+    from server.brokers.spooling import SpoolingBroker
     from server.callbacks import Callbacks
     from server.cluster import Cluster
     from server.ingest.service import Ingest
-    from server.brokers.spooling import SpoolingBroker
 
 LOG: Final = logging.getLogger("statuswire")
 

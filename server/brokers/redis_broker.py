@@ -144,7 +144,7 @@ class RedisBroker:
     @property
     def refusing(self) -> str | None:
         """Why an operation would be refused now, None if it would be tried. Before the first connection it waits."""
-        away = self._client.away if self._client is not None and self._follower.arrived else None
+        away = self._client.away if self._client is not None and self.follower.arrived else None
         return away if away is not None else self._publisher.refusing
 
     async def wait_up(self) -> None:

@@ -127,6 +127,24 @@ class SpoolingBroker:
         """None while Redis takes writes, else why it does not."""
         return self._inner.available
 
+    def figures(self) -> dict[str, int]:
+        """See ``base.Broker``."""
+        return self._inner.figures() | {
+            "spool_pending": self.pending,
+            "spool_bytes": self.bytes,
+            "spooled": self.spooled,
+            "replayed": self.replayed,
+            "replay_rejected": self.rejected,
+        }
+
+    async def load_mark(self, name: str) -> str | None:
+        """See ``base.Broker``."""
+        return await self._inner.load_mark(name)
+
+    async def save_mark(self, name: str, text: str) -> None:
+        """See ``base.Broker``."""
+        await self._inner.save_mark(name, text)
+
     async def follow(self, names: Iterable[str], cursor: str | None = None) -> None:
         """See ``base.Broker``."""
         await self._inner.follow(names, cursor)
