@@ -9,7 +9,8 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -19,12 +20,15 @@ from server.ids import new_id
 from server.listener import ListenError, accept_forever, close_listener, describe, open_tcp, open_unix
 from server.logs import log_event
 from server.node import LOG, Node
+from server.socketio import receive
 
 if TYPE_CHECKING:
     from server.callbacks import Callbacks
 
 # After the drain: for requests that were being answered, say a batch that is still committing.
 FINISH_S: Final = 5.0
+# For a first heartbeat on a Redis that was there a moment ago.
+JOIN_S: Final = 2.0
 SWEEP_EVERY_S: Final = 60.0
 # Ten thousand may come in a few seconds, and freezing late is freezing after the pause.
 FREEZE_CHECK_S: Final = 1.0
@@ -37,9 +41,29 @@ class StartError(ConfigError):
     """The server cannot start; the message says why and what to do."""
 
 
+class Worker(NamedTuple):
+    """What one of several processes has from its supervisor, see ``server.workers``.
+
+    Attributes:
+        number: from 1.
+        group: names all of them together.
+        listeners: open sockets.
+        orders: ``T`` and ``I`` for SIGTERM and SIGINT, ``Q`` to end at once, ``H`` for SIGHUP; its end is the
+            supervisor's. What is sent there is that this worker is ready.
+    """
+
+    number: int
+    group: str
+    listeners: list[socket.socket]
+    orders: socket.socket
+
+
+READY: Final = b"r"
+
+
 @asynccontextmanager
-async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
-    """Run a server within this block. Gives the node and the addresses it listens on.
+async def running(config: Config, worker: Worker | None = None) -> AsyncIterator[tuple[Node, list[str]]]:
+    """Run a server within this block, alone or as one worker. Gives the node and the addresses it listens on.
 
     Leaving the block stops at once what still runs and closes the store; ``drain`` first for a graceful stop.
 
@@ -47,11 +71,12 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
         StartError: an address or the store cannot be used.
     """
     async with AsyncExitStack() as stack:
-        listeners = _listen(config)
+        listeners = listen(config) if worker is None else worker.listeners
         for listener in listeners:
-            stack.callback(close_listener, listener)
+            # A Unix socket's path is not for a worker to remove.
+            stack.callback(close_listener if worker is None else socket.socket.close, listener)
         try:
-            node = Node(config)
+            node = Node(config, group="" if worker is None else worker.group)
             await node.broker.start()
         except (StoreError, ConfigError) as error:
             raise StartError(str(error)) from error
@@ -74,6 +99,9 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
                     services.start_soon(node.authenticator.hook.run)
                 if node.callbacks is not None:
                     services.start_soon(node.callbacks.run)
+                if node.cluster is not None:
+                    # Before the first reader comes, so that none is let in past a limit that others have used up.
+                    await node.cluster.wait_joined(JOIN_S)
                 async with trio.open_nursery() as connections:
                     for listener in listeners:
                         # In the nursery of what it accepts: both end together, none is accepted into a closed one.
@@ -86,8 +114,11 @@ async def running(config: Config) -> AsyncIterator[tuple[Node, list[str]]]:
                 await node.broker.close()
 
 
-async def serve(config: Config, reload: Callable[[], Config]) -> int:
+async def serve(config: Config, reload: Callable[[], Config], worker: Worker | None = None) -> int:
     """Serve until a signal says otherwise: SIGTERM or SIGINT drains, a second one ends at once, SIGHUP rereads.
+
+    A worker obeys its supervisor's orders likewise. A signal of its own only drains it: a terminal and some supervisors
+    send the same to every process, and that is not a second one.
 
     Returns:
         The exit status, 0.
@@ -96,30 +127,63 @@ async def serve(config: Config, reload: Callable[[], Config]) -> int:
         StartError: see ``running``.
     """
     few = _raise_descriptor_limit(config.server.max_connections)
-    async with running(config) as (node, addresses):
+    async with running(config, worker) as (node, addresses):
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            where = ", ".join(address + config.server.base_path for address in addresses)
-            print(f"statuswire listening on {where} (store {config.store.label})", flush=True)
+            if worker is None:
+                where = ", ".join(address + config.server.base_path for address in addresses)
+                print(f"statuswire listening on {where} (store {config.store.label})", flush=True)
+            else:
+                worker.orders.send(READY)
             if few is not None:
                 advice = "raise LimitNOFILE (ulimit -n), or lower server.max_connections"
                 log_event(LOG, logging.WARNING, "few_descriptors", limit=few, advice=advice)
             gc.collect()
             gc.freeze()
             async with trio.open_nursery() as nursery:
+                begin = partial(_begin_drain, node, nursery)
+                if worker is not None:
+                    nursery.start_soon(_obey, worker.orders, node, reload, begin, nursery.cancel_scope)
                 async for number in signals:
                     if number == signal.SIGHUP:
-                        _reload(node, reload)
-                    elif node.draining:
+                        if worker is None:
+                            _reload(node, reload)
+                    elif not node.draining:
+                        begin(number)
+                    elif worker is None:
                         log_event(LOG, logging.WARNING, "stopped", reason="second signal")
                         break
-                    else:
-                        # A person at the keyboard with nobody connected need not wait; a supervisor's proxies
-                        # must have the time to see that this server is going.
-                        seconds = config.server.drain if number == signal.SIGTERM or node.streams else 0.0
-                        log_event(LOG, logging.INFO, "draining", seconds=seconds)
-                        nursery.start_soon(_drain_then, node, seconds, nursery.cancel_scope)
                 nursery.cancel_scope.cancel()
     return 0
+
+
+def _begin_drain(node: Node, nursery: trio.Nursery, number: int) -> None:
+    # A person at the keyboard with nobody connected need not wait; a supervisor's proxies must have the time to see
+    # that this server is going.
+    seconds = node.config.server.drain if number == signal.SIGTERM or node.streams else 0.0
+    log_event(LOG, logging.INFO, "draining", seconds=seconds)
+    nursery.start_soon(_drain_then, node, seconds, nursery.cancel_scope)
+
+
+async def _obey(
+    orders: socket.socket,
+    node: Node,
+    reload: Callable[[], Config],
+    begin: Callable[[int], None],
+    scope: trio.CancelScope,
+) -> None:
+    """Do what the supervisor says. Without one, this worker must not go on alone."""
+    while data := await receive(orders):
+        for order in data.decode():
+            if order == "H":
+                _reload(node, reload)
+            elif order == "Q":
+                log_event(LOG, logging.WARNING, "stopped", reason="second signal")
+                scope.cancel()
+            elif not node.draining:
+                begin(signal.SIGINT if order == "I" else signal.SIGTERM)
+    if not node.draining:
+        log_event(LOG, logging.ERROR, "supervisor_lost")
+        begin(signal.SIGTERM)
 
 
 async def drain(node: Node, seconds: float) -> None:
@@ -163,7 +227,8 @@ def _callbacks(node: Node) -> Callbacks | None:
     return Callbacks(node.config.callbacks, source, lease)
 
 
-def _listen(config: Config) -> list[socket.socket]:
+def listen(config: Config) -> list[socket.socket]:
+    """Open what the configuration says. Raises StartError."""
     listeners: list[socket.socket] = []
     try:
         if config.server.tcp:

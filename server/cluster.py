@@ -140,6 +140,7 @@ class Cluster:
         self._beaten = self._steady_since = -math.inf  # the last heartbeat, and the first of those without a gap
         self._places: dict[str, float] = {}
         self._questions: dict[str, _Question] = {}
+        self._entered = trio.Event()
         self._wake = trio.Event()
         self._hurry = trio.Event()
         self._scope = trio.CancelScope()
@@ -176,6 +177,11 @@ class Cluster:
     def joined(self) -> bool:
         """Whether this node has its lease and all its entries in Redis, as far as it can know."""
         return self._ours and not self._stale and self._client is not None and self._client.away is None
+
+    async def wait_joined(self, patience_s: float) -> None:
+        """Return when this node is one of the others for the first time, or after so long."""
+        with trio.move_on_after(patience_s):
+            await self._entered.wait()
 
     # What has changed
 
@@ -259,6 +265,7 @@ class Cluster:
         self._beaten = now
         if not known or self._stale:
             await self._compare()
+            self._entered.set()
         if events:
             await self._publish_events()
         # Where this node could not renew its lease, others could not either: each gets the length of a lease anew.

@@ -305,10 +305,10 @@ def _check(config: Config, sources: Mapping[str, str]) -> None:
     _check_auth(config.auth)
     _check_hooks(config)
     server = config.server
-    if server.workers > 1:
+    if server.workers > 1 and config.store.kind != "redis":
         raise ConfigError(
-            f"server.workers = {server.workers} ({sources['server.workers']}): this version runs one process a "
-            "server; start several servers on one Redis store instead, each with its own port, and set workers to 1"
+            f"server.workers = {server.workers} ({sources['server.workers']}): several workers need a Redis store, and "
+            f"store.url is {config.store.label}; set it to redis://…, or workers to 1"
         )
     _check_store(config.store, sources)
     if not server.host and not server.unix_socket:

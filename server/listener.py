@@ -68,6 +68,33 @@ def open_tcp(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+def share(listener: socket.socket) -> socket.socket:
+    """Another listener on the same address, for another process: the kernel spreads what comes over all of them.
+
+    A Unix socket cannot be shared like that: it is given as it is.
+
+    Raises:
+        ListenError: the system does not let us.
+    """
+    if listener.family == socket.AF_UNIX:
+        return listener
+    sock = socket.socket(listener.family, listener.type, listener.proto)
+    try:
+        # Only now, so that the first was refused where somebody else listened. From here on our own user may join in.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if listener.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(listener.getsockname())
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"cannot share {describe(listener)} among several workers: {error.strerror}") from error
+    return sock
+
+
 def open_unix(path: str) -> socket.socket:
     """Listen on a Unix socket; one left behind by a dead server is replaced.
 

@@ -6,12 +6,14 @@ terminal or hide text, and both strike out access tokens wherever they stand.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import re
 import sys
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TextIO
 
 import msgspec
@@ -36,12 +38,19 @@ _TOKENS = re.compile(
 _HIDDEN = "***"
 
 
-def configure(log: Log, stream: TextIO | None = None) -> None:
+def configure(log: Log, stream: TextIO | None = None, *, worker: int | None = None, lock: int | None = None) -> None:
     """Send all logging to ``stream`` (stderr by default) as ``log`` says; calling it again changes both.
 
     Warnings are logged too. Handlers that others have put on the root logger stay.
+
+    Args:
+        worker: a number that every line is to have as its field ``worker``.
+        lock: a file that is locked (``lockf``) while a line is written, so that those of several processes stay whole.
     """
-    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
+    out = sys.stderr if stream is None else stream
+    handler = logging.StreamHandler(out) if lock is None else _SharedHandler(out, lock)
+    if worker is not None:
+        handler.addFilter(partial(_number, worker))
     handler.setFormatter(JsonFormatter() if log.format == "json" else PlainFormatter())
     handler.set_name(__name__)
     root = logging.getLogger()
@@ -50,6 +59,28 @@ def configure(log: Log, stream: TextIO | None = None) -> None:
     root.addHandler(handler)
     root.setLevel(_LEVELS[log.level])
     logging.captureWarnings(True)
+
+
+class _SharedHandler(logging.StreamHandler[TextIO]):
+    """Writes to what other processes write to as well."""
+
+    def __init__(self, stream: TextIO, lock: int) -> None:
+        super().__init__(stream)
+        self._lock = lock
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A long line is several writes, and a pipe takes no more than 4 KiB as one.
+        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        try:
+            super().emit(record)
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
+
+def _number(worker: int, record: logging.LogRecord) -> bool:
+    fields = getattr(record, "fields", None)
+    record.fields = {**(fields if isinstance(fields, Mapping) else {}), "worker": worker}
+    return True
 
 
 def log_event(

@@ -27,4 +27,9 @@ def run(arguments: Namespace) -> int:
 
     config = load()
     logs.configure(config.log)
+    if config.server.workers > 1:
+        # Imported here: it is for those who ask for it.
+        from server.workers import supervise
+
+        return supervise(config, load)
     return trio.run(serve, config, load)

@@ -133,7 +133,7 @@ def test_config_option_wins_over_the_file_in_the_directory(tmp_path: Path, capsy
         (["--config", "missing.toml"], "cannot read the configuration file 'missing.toml'"),
         (["--host", "0.0.0.0"], "without auth everyone is an admin"),
         (["--jwt-key", "short"], "auth.jwt_key has 5 bytes"),
-        (["--workers", "3"], "one process a server"),
+        (["--workers", "3"], "several workers need a Redis store"),
         (["--store", "redis://h/x"], "number of a database"),
         (["--log-level", "loud"], "expected one of debug"),
     ],

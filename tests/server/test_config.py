@@ -336,7 +336,6 @@ def test_bad_value_from_environment_and_file(tmp_path: Path) -> None:
         ({"auth.hook_url": "http://app:x/who"}, "auth.hook_url"),
         ({"server.tls_cert": "c.pem"}, "does not support TLS"),
         ({"server.tls_key": "k.pem"}, "does not support TLS"),
-        ({"server.workers": "4"}, "server.workers = 4 (flag --workers): this version runs one process a server"),
     ],
 )
 def test_what_this_version_does_not_offer(flags: dict[str, object], words: str) -> None:
@@ -344,6 +343,15 @@ def test_what_this_version_does_not_offer(flags: dict[str, object], words: str) 
     assert words in message
     assert "unknown" not in message
     assert "pw" not in message
+
+
+def test_several_workers_need_a_store_that_they_share() -> None:
+    message = refused({"server.workers": "4"})
+    assert message.startswith("server.workers = 4 (flag --workers): several workers need a Redis store")
+    assert "store.url is sqlite:statuswire.db" in message
+    assert "need a Redis store" in refused({"server.workers": "2", "store.url": "memory:"})
+    config = load_config({"server.workers": "4", "store.url": "redis://h"}, {}, None)
+    assert config.server.workers == 4
 
 
 def test_an_unsupported_key_may_be_there_and_empty() -> None:
