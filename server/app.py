@@ -30,6 +30,8 @@ FINISH_S: Final = 5.0
 # For a first heartbeat on a Redis that was there a moment ago.
 JOIN_S: Final = 2.0
 SWEEP_EVERY_S: Final = 60.0
+# Live connections looked at in one go: half a millisecond's work.
+HEALTH_PORTION: Final = 256
 # Ten thousand may come in a few seconds, and freezing late is freezing after the pause.
 FREEZE_CHECK_S: Final = 1.0
 # Once this many more connections are open than at the last freeze, what they consist of is taken out of the
@@ -93,6 +95,7 @@ async def running(config: Config, worker: Worker | None = None) -> AsyncIterator
                 services.start_soon(node.hub.run)
                 services.start_soon(node.wheel.run)
                 services.start_soon(_housekeeping, node)
+                services.start_soon(_check_health, node)
                 if node.ingest is not None:
                     services.start_soon(node.ingest.run)
                 if node.authenticator.hook is not None:
@@ -254,6 +257,17 @@ def _raise_descriptor_limit(connections: int) -> int | None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
     # A little below is the usual limit, and no use to bother people with.
     return hard if hard < 0.9 * wanted else None
+
+
+async def _check_health(node: Node) -> None:
+    """Look at the live connections from time to time, and end those that are stale."""
+    while True:
+        await trio.sleep(node.config.health.check_interval)
+        for count, stream in enumerate(list(node.streams), 1):
+            if stream in node.streams:
+                stream.check_health()
+            if count % HEALTH_PORTION == 0:
+                await trio.lowlevel.checkpoint()
 
 
 async def _housekeeping(node: Node) -> None:

@@ -233,6 +233,21 @@ class Log(Struct, frozen=True, kw_only=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class Health(Struct, frozen=True, kw_only=True):
+    """Table ``[health]``: how long live connections may give no sign of life. Heartbeats ask for one.
+
+    Attributes:
+        check_interval: seconds between two looks at all of them.
+        unhealthy_after: seconds without a sign after which one counts as unhealthy; not before the next heartbeat.
+        stale_after: seconds after which it is closed; not before the fourth heartbeat.
+    """
+
+    check_interval: Seconds = 30.0
+    unhealthy_after: Seconds = 30.0
+    # Shorter than most networks' memory of a connection, longer than a lift or a tunnel.
+    stale_after: Seconds = 120.0
+
+
 class Views(Struct, frozen=True, kw_only=True):
     """Table ``[views]``: the event streams of tasks, reports and other views of jobs.
 
@@ -315,6 +330,7 @@ class Config(Struct, frozen=True, kw_only=True):
     history: History = field(default_factory=History)
     limits: Limits = field(default_factory=Limits)
     store: Store = field(default_factory=Store)
+    health: Health = field(default_factory=Health)
     views: Views = field(default_factory=Views)
     ingest: Ingest = field(default_factory=Ingest)
     log: Log = field(default_factory=Log)

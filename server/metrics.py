@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 import trio
 
+from server.config import Config
 from server.counters import DELAY_MS
 from server.transports.live import stale_after
 
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 Value: TypeAlias = float | dict[str, float]
 Sample: TypeAlias = dict[str, Value]
 
-# Without a sign of life for this long (or a slow heartbeat) a connection is unhealthy; the last one of a client that
-# does answer is as old as that, and the time its answer takes.
-UNHEALTHY_AFTER_S: Final = 30.0
+# The last sign of life of a client that does answer is as old as a heartbeat, and the time its answer takes.
 ANSWER_S: Final = 5.0
 # Not a metric: the delivery times of recent flushes, for the quantiles of ``stats``.
 RECENT: Final = "recent_delivery_seconds"
@@ -108,7 +107,7 @@ def sample(node: Node) -> Sample:
     counters, broker, now = node.counters, node.broker, trio.current_time()
     connections: dict[str, float] = {"websocket": 0, "sse": 0, "poll": len(node.polls)}
     health: dict[str, float] = {"healthy": len(node.polls), "unhealthy": 0, "stale": 0}
-    state_of = health_at(now, node.config.server.heartbeat)
+    state_of = health_at(now, node.config)
     for stream in node.streams:
         connections[stream.transport] += 1
         health[state_of(stream.heard_at)] += 1
@@ -170,10 +169,10 @@ def process_sample() -> Sample:
     }
 
 
-def health_at(now: float, heartbeat: float) -> Callable[[float], str]:
+def health_at(now: float, config: Config) -> Callable[[float], str]:
     """How to call a connection by when it was last heard: ``healthy``, ``unhealthy`` or ``stale``."""
-    unhealthy_before = now - max(UNHEALTHY_AFTER_S, heartbeat) - ANSWER_S
-    stale_before = now - stale_after(heartbeat)
+    unhealthy_before = now - max(config.health.unhealthy_after, config.server.heartbeat) - ANSWER_S
+    stale_before = now - stale_after(config)
 
     def state(heard_at: float) -> str:
         return "healthy" if heard_at >= unhealthy_before else "unhealthy" if heard_at >= stale_before else "stale"

@@ -56,6 +56,9 @@ class Stream(Protocol):
     def transport(self) -> str:
         """``websocket`` or ``sse``."""
 
+    def check_health(self) -> None:
+        """End it if there has been no sign of life for too long. Must not wait."""
+
     def drain(self, delay_ms: int) -> None:
         """End it now, asking the client to come back after ``delay_ms``. Must not wait."""
 

@@ -14,20 +14,20 @@ import trio
 from protocol.presence import Transport
 from protocol.wire import WireForm
 from server.auth import Identity
+from server.config import Config
 from server.node import Node
 from server.reader import PushReader
 from server.wheel import Timer
 
-# Without a sign of life for this long, a connection is stale and closed; with slow heartbeats, after four of them.
-STALE_AFTER_S: Final = 120.0
+# Nobody is given up for stale before this many heartbeats: signs of life are asked for that often only.
 STALE_HEARTBEATS: Final = 4
 # What a client is told whose connection was ended by ``disconnect``.
 DISCONNECTED: Final = "disconnected by the application"
 
 
-def stale_after(heartbeat: float) -> float:
-    """Seconds without a sign of life after which a connection is closed, for a heartbeat of so many seconds."""
-    return max(STALE_AFTER_S, STALE_HEARTBEATS * heartbeat)
+def stale_after(config: Config) -> float:
+    """Seconds without a sign of life after which a connection is closed."""
+    return max(config.health.stale_after, STALE_HEARTBEATS * config.server.heartbeat)
 
 
 class LiveReader(PushReader):
@@ -149,14 +149,17 @@ class LiveReader(PushReader):
         self._expiry_timer = None
         self.finish("expired")
 
-    def _beat(self) -> None:
-        interval = self.node.config.server.heartbeat
-        self._beat_timer = self.wheel.after(interval, self._beat)
+    def check_health(self) -> None:
+        """Note a sign of life if there is one; without one for too long, end it."""
         if self.alive():
             self.heard_at = trio.current_time()
-        elif trio.current_time() - self.heard_at > stale_after(interval):
+        elif trio.current_time() - self.heard_at > stale_after(self.node.config):
             self.finish("stale")
-            return
+
+    def _beat(self) -> None:
+        self._beat_timer = self.wheel.after(self.node.config.server.heartbeat, self._beat)
+        if self.alive():
+            self.heard_at = trio.current_time()
         if self.caught_up:  # else more than a heartbeat is on its way
             self.heartbeat()
 

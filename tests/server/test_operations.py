@@ -246,6 +246,16 @@ async def test_health_goes_by_the_last_sign_of_life() -> None:
         assert value(await scrape(at), "statuswire_connections_health", health="unhealthy") == 2
 
 
+async def test_patience_is_configured() -> None:
+    patience = {"check_interval": 0.05, "unhealthy_after": 60, "stale_after": 300}
+    async with server(health=patience) as at, session(at), session(at) as unlucky, session(at):
+        now = trio.current_time()
+        for stream, silent_s in zip(at.node.streams, (61, 301, 69), strict=True):
+            stream.heard_at = now - silent_s
+        assert (await unlucky.closed()).code == 1008
+        assert (await stats(at))["connectionHealth"] == {"healthy": 1, "unhealthy": 1, "stale": 0}
+
+
 async def test_a_slow_heartbeat_makes_nobody_unhealthy() -> None:
     async with server(server={"heartbeat": 90}) as at, session(at), session(at):
         now = trio.current_time()

@@ -14,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from server.app import drain
 from server.transports import live, sse
 from tests.streams import (
+    NO_PATIENCE,
     Stream,
     clean_server,
     connect,
@@ -530,9 +531,11 @@ async def test_heartbeats_carry_the_cursor_of_a_quiet_reader() -> None:
             assert (await stream.event()).type == "heartbeat"
 
 
-async def test_a_reader_that_takes_nothing_becomes_stale_and_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "STALE_AFTER_S", 0.0)
-    async with clean_server(server={"heartbeat": 0.03}) as server, event_stream(server, receive_buffer=1) as stream:
+async def test_a_reader_that_takes_nothing_becomes_stale_and_is_closed() -> None:
+    async with (
+        clean_server(server={"heartbeat": 0.03}, health=NO_PATIENCE) as server,
+        event_stream(server, receive_buffer=1) as stream,
+    ):
         await stream.events(2)
         narrow(server)
         for _ in range(40):
@@ -541,9 +544,8 @@ async def test_a_reader_that_takes_nothing_becomes_stale_and_is_closed(monkeypat
         await until(lambda: not server.node.streams)
 
 
-async def test_acknowledging_is_sign_of_life_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "STALE_AFTER_S", 0.0)
-    async with clean_server(server={"heartbeat": 0.02}) as server, event_stream(server) as stream:
+async def test_acknowledging_is_sign_of_life_enough() -> None:
+    async with clean_server(server={"heartbeat": 0.02}, health=NO_PATIENCE) as server, event_stream(server) as stream:
         await stream.events(2)
         (reader,) = server.node.streams
         begun = trio.current_time()

@@ -19,9 +19,9 @@ from wsproto.frame_protocol import FrameProtocol, Opcode
 from protocol.frames import close_frame
 from protocol.messages import ClientMessage, Get, Subscribe, Unsubscribe
 from server.app import drain
-from server.transports import live
 from server.transports import websocket as transport
 from tests.streams import (
+    NO_PATIENCE,
     WebSocket,
     clean_server,
     cursor,
@@ -1069,9 +1069,8 @@ async def test_heartbeats_carry_the_cursor_and_a_ping() -> None:
             pass
 
 
-async def test_a_client_that_answers_no_ping_is_stale_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "STALE_AFTER_S", 0.0)
-    async with clean_server(server={"heartbeat": 0.03}) as server, session(server) as ws:
+async def test_a_client_that_answers_no_ping_is_stale_and_closed() -> None:
+    async with clean_server(server={"heartbeat": 0.03}, health=NO_PATIENCE) as server, session(server) as ws:
         await ws.subscribe()
         received = b""
         with suppress(trio.BrokenResourceError):
@@ -1081,10 +1080,12 @@ async def test_a_client_that_answers_no_ping_is_stale_and_closed(monkeypatch: py
         await until(lambda: not server.node.streams)
 
 
-async def test_a_slow_reader_that_reads_is_not_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_reader_that_reads_is_not_stale() -> None:
     """It is so far behind that no ping reaches it; that it takes something is sign of life enough."""
-    monkeypatch.setattr(live, "STALE_AFTER_S", 0.0)
-    async with clean_server(server={"heartbeat": 0.05}) as server, session(server, receive_buffer=1) as ws:
+    async with (
+        clean_server(server={"heartbeat": 0.05}, health=NO_PATIENCE) as server,
+        session(server, receive_buffer=1) as ws,
+    ):
         await ws.subscribe()
         narrow(server)
         (reader,) = server.node.streams
