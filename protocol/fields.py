@@ -149,10 +149,10 @@ def decode_fields(data: bytes | bytearray | memoryview | Raw | Mapping[str, obje
         time_ms(fields.estimated_completion_time, "estimatedCompletionTime")
     payload = 0
     if fields.result is not UNSET and fields.result is not None:
-        fields.result = _encoded("result", fields.result)
+        fields.result = encoded("result", fields.result)
         payload += len(fields.result)
     if fields.metadata is not UNSET and fields.metadata is not None:
-        raw = _encoded("metadata", fields.metadata)
+        raw = encoded("metadata", fields.metadata)
         fields.metadata = raw  # type: ignore[assignment]
         payload += len(raw)
     if payload > MAX_PAYLOAD:
@@ -206,8 +206,8 @@ def _check_text(name: str, value: object) -> None:
         raise invalid_field(name, f"may have {MAX_TEXT} bytes of UTF-8, this has {len(value.encode())}")
 
 
-def _encoded(name: str, value: object) -> Raw:
-    """Check what may be any JSON, and encode it once."""
+def encoded(name: str, value: object) -> Raw:
+    """Check what may be any JSON, and encode it once. Raises ApiError 422 naming it if it is nested too deeply."""
     try:
         data = _encode(value)
     except RecursionError:

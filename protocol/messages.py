@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import msgspec
 
 from protocol.errors import ApiError, invalid_field
 from protocol.fields import is_id
+from protocol.presence import TargetKind
 from protocol.update import STATUSES
-from protocol.watch import RECORD_FIELDS, UPDATE_TYPES, Filter
+from protocol.watch import ALL_TYPES, RECORD_FIELDS, Filter
 
 Ref: TypeAlias = str | int | None
 
@@ -31,7 +32,7 @@ class _ClientMessage(msgspec.Struct, tag_field="type", forbid_unknown_fields=Tru
 class Subscribe(_ClientMessage, tag="subscribe"):
     """Watch jobs, a user's jobs, or (as admin) all; with ``last_seen`` what was missed comes first.
 
-    ``channels`` alone asks for no jobs. Nothing is sent on named channels in this version: joining them does nothing.
+    ``channels`` are joined for notifications; alone they ask for no jobs.
     """
 
     job_ids: list[str] | None = None
@@ -67,8 +68,21 @@ class PublishMessage(_ClientMessage, tag="publish"):
     updates: list[msgspec.Raw]
 
 
+class NotifyMessage(_ClientMessage, tag="notification", kw_only=True):
+    """A notification to be sent; ``protocol.notice`` checks it. HTTP takes the same, without ``type``."""
+
+    target: TargetKind
+    target_id: str | None = None
+    target_ids: list[str] | None = None
+    event: str
+    data: Any
+    metadata: dict[str, Any] | None = None
+    store: bool = False
+    event_id: str | None = None
+
+
 class Ack(_ClientMessage, tag="ack"):
-    """Everything up to this cursor has arrived."""
+    """Everything up to this cursor has arrived: stored notifications up to it need not come again."""
 
     id: str
 
@@ -83,9 +97,14 @@ class PingMessage(_ClientMessage, tag="ping"):
     """Answered by ``pong``: for clients that cannot send protocol pings, browsers above all."""
 
 
-ClientMessage: TypeAlias = Subscribe | Unsubscribe | Get | PublishMessage | Ack | AuthMessage | PingMessage
+ClientMessage: TypeAlias = (
+    Subscribe | Unsubscribe | Get | PublishMessage | NotifyMessage | Ack | AuthMessage | PingMessage
+)
 
 _DECODER: Final[msgspec.json.Decoder[ClientMessage]] = msgspec.json.Decoder(ClientMessage)
+_NOTIFY_DECODER: Final = msgspec.json.Decoder(NotifyMessage)
+_ACK_DECODER: Final = msgspec.json.Decoder(Ack)
+_Message = TypeVar("_Message")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 
 
@@ -95,8 +114,30 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
     Raises:
         ApiError: 400 ``malformed_json``, 422 ``invalid_field`` with the field's name.
     """
+    return _decode(_DECODER, text)
+
+
+def decode_notify_message(text: bytes) -> NotifyMessage:
+    """Read a notification that stands by itself, as a request's body.
+
+    Raises:
+        ApiError: as ``decode_client_message``.
+    """
+    return _decode(_NOTIFY_DECODER, text)
+
+
+def decode_ack(text: bytes) -> Ack:
+    """Read an acknowledgement that stands by itself, as a request's body.
+
+    Raises:
+        ApiError: as ``decode_client_message``.
+    """
+    return _decode(_ACK_DECODER, text)
+
+
+def _decode(decoder: msgspec.json.Decoder[_Message], text: str | bytes) -> _Message:
     try:
-        return _DECODER.decode(text)
+        return decoder.decode(text)
     except msgspec.ValidationError as error:
         complaint = str(error)
         match = _PATH.search(complaint)
@@ -134,7 +175,7 @@ def subscribe_filter(message: Subscribe) -> Filter:
     Raises:
         ApiError: 422 for an unknown type or status.
     """
-    types = _known("types", _many(message.types), UPDATE_TYPES)
+    types = _known("types", _many(message.types), ALL_TYPES)
     statuses = _known("status", _many(message.status), frozenset(STATUSES))
     kinds = _many(message.kind)
     return Filter(types, None if kinds is None else frozenset(kinds), statuses)

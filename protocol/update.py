@@ -28,6 +28,7 @@ JOB_COMPLETED: Final = "job_completed"
 JOB_FAILED: Final = "job_failed"
 JOB_CANCELLED: Final = "job_cancelled"
 JOB_DELETED: Final = "job_deleted"
+NOTIFICATION: Final = "notification"
 
 # Any status that is not named here goes out as a plain status_update.
 TYPE_OF_STATUS: Final = {COMPLETED: JOB_COMPLETED, FAILED: JOB_FAILED, CANCELLED: JOB_CANCELLED}
@@ -39,7 +40,8 @@ class Update(msgspec.Struct, gc=False, eq=False):
     Attributes:
         offset: position in the log, from 1, without gaps within an epoch.
         at_ms: when it was accepted, unix milliseconds; never lower than that of the entry before.
-        type: ``status_update``, ``job_completed``, ``job_failed``, ``job_cancelled`` or ``job_deleted``.
+        type: ``status_update``, ``job_completed``, ``job_failed``, ``job_cancelled``, ``job_deleted`` or
+            ``notification``.
         job_id: the job it belongs to.
         user_id: that job's owner.
         kind: the job's kind, or None.
@@ -49,6 +51,8 @@ class Update(msgspec.Struct, gc=False, eq=False):
             for ``job_deleted`` only ``{"jobId", "userId"}``.
         ended: a terminal status or a deletion; such an update is never conflated away.
         urgent: ended, or another status than the entry before it: never held back by a minimum interval.
+        targets: whom a notification is for (see ``protocol.notice``), None for an update of a job. A notification
+            has no job and no owner (empty texts), its event's name as ``kind``, and is ``ended`` and ``urgent``.
     """
 
     offset: int
@@ -62,6 +66,7 @@ class Update(msgspec.Struct, gc=False, eq=False):
     body: bytes
     ended: bool
     urgent: bool
+    targets: tuple[str, ...] | None = None
 
 
 class Eta(msgspec.Struct, array_like=True, gc=False, frozen=True):

@@ -15,14 +15,18 @@ import msgspec
 from protocol.errors import invalid_parameter
 from protocol.fields import is_id
 from protocol.job import Record
-from protocol.update import STATUSES, Update
+from protocol.update import NOTIFICATION, STATUSES, Update
 
 MAX_JOB_IDS = 1000
 
 RECORD_FIELDS = frozenset(field.encode_name for field in msgspec.structs.fields(Record))
 UPDATE_TYPES = frozenset({"status_update", "job_completed", "job_failed", "job_cancelled", "job_deleted"})
+# Where notifications can be asked for as well.
+ALL_TYPES = UPDATE_TYPES | {NOTIFICATION}
 
 EVERYTHING = "*"
+# All notifications, for those that pick theirs themselves: polls that wait. Other readers are found by who they are.
+NOTICES = "n"
 
 
 class Filter(NamedTuple):
@@ -75,40 +79,42 @@ def user_channel(user_id: str) -> str:
     return f"u/{user_id}"
 
 
-def channels_of(update: Update) -> tuple[str, str, str, str]:
-    """The four channels an update is offered on."""
+def channels_of(update: Update) -> tuple[str, ...]:
+    """The channels an update is offered on: four for a job's, one for a notification."""
+    if update.targets is not None:
+        return (NOTICES,)
     job = f"j/{update.job_id}"
     return EVERYTHING, f"u/{update.user_id}", job, f"{job}/{update.user_id}"
 
 
-def parse_watch(query: Mapping[str, str]) -> Watch:
-    """Read ``jobIds, userId, all, types, kind, status, fields`` of a query string.
+def parse_watch(query: Mapping[str, str], types: frozenset[str] = UPDATE_TYPES) -> Watch:
+    """Read ``jobIds, userId, all, types, kind, status, fields`` of a query string; ``types`` are those there are.
 
     Raises:
         ApiError: 400 naming the parameter.
     """
     job_ids: tuple[str, ...] | None = None
     if "jobIds" in query:
-        job_ids = tuple(dict.fromkeys(_list(query, "jobIds")))
+        job_ids = tuple(dict.fromkeys(parse_list(query, "jobIds")))
         if len(job_ids) > MAX_JOB_IDS:
             raise invalid_parameter("jobIds", f"{len(job_ids)} ids, at most {MAX_JOB_IDS} are allowed")
         for job_id in job_ids:
-            _check_id("jobIds", job_id)
+            check_parameter_id("jobIds", job_id)
     user_id = query.get("userId")
     if user_id is not None:
-        _check_id("userId", user_id)
-    return Watch(job_ids, user_id, parse_filter(query), parse_fields(query))
+        check_parameter_id("userId", user_id)
+    return Watch(job_ids, user_id, parse_filter(query, types), parse_fields(query))
 
 
-def parse_filter(query: Mapping[str, str]) -> Filter:
+def parse_filter(query: Mapping[str, str], known_types: frozenset[str] = UPDATE_TYPES) -> Filter:
     """Read ``types, kind, status``, each a comma list.
 
     Raises:
         ApiError: 400 for an unknown type or status.
     """
-    types = _words(query, "types", UPDATE_TYPES)
+    types = _words(query, "types", known_types)
     statuses = _words(query, "status", frozenset(STATUSES))
-    kinds = frozenset(_list(query, "kind")) if "kind" in query else None
+    kinds = frozenset(parse_list(query, "kind")) if "kind" in query else None
     return Filter(types, kinds, statuses)
 
 
@@ -133,7 +139,8 @@ def wants_all(query: Mapping[str, str]) -> bool:
     return value in ("1", "true")
 
 
-def _list(query: Mapping[str, str], name: str) -> list[str]:
+def parse_list(query: Mapping[str, str], name: str) -> list[str]:
+    """Read a comma list. Raises ApiError 400 if an item of it is empty."""
     values = [value.strip() for value in query[name].split(",")]
     if not all(values):
         raise invalid_parameter(name, "an item of the comma list is empty")
@@ -143,13 +150,14 @@ def _list(query: Mapping[str, str], name: str) -> list[str]:
 def _words(query: Mapping[str, str], name: str, known: frozenset[str]) -> frozenset[str] | None:
     if name not in query:
         return None
-    words = frozenset(_list(query, name))
+    words = frozenset(parse_list(query, name))
     unknown = sorted(words - known)
     if unknown:
         raise invalid_parameter(name, f"{unknown[0]!r} is not one of {', '.join(sorted(known))}")
     return words
 
 
-def _check_id(name: str, value: str) -> None:
+def check_parameter_id(name: str, value: str) -> None:
+    """Raise ApiError 400 naming the parameter unless ``value`` is an id."""
     if not is_id(value):
         raise invalid_parameter(name, f"{value!r} is not an id: 1 to 128 characters of A-Z a-z 0-9 _ . : @ -")

@@ -15,6 +15,7 @@ import msgspec
 
 from protocol.frames import deflated_text_frame, text_frame
 from protocol.http1 import encode_chunk
+from protocol.notice import event_data
 from protocol.sse import encode_event, encode_update
 from protocol.update import Update
 from protocol.view import Message, View
@@ -74,13 +75,15 @@ class WireForm:
             return b"".join([_deflated(message) for message in messages])
         if framing is Framing.JSON:
             return b",".join(messages)
-        events = b"".join(map(encode_update, [cursor.encode() for cursor in cursors], messages))
+        events = b"".join(map(_event, updates, cursors, messages))
         return encode_chunk(events) if framing is Framing.SSE_CHUNKED else events
 
     def update(self, update: Update, cursor: str) -> bytes:
         """Frame one update under a cursor that is not its own position (held-back delivery)."""
         if self.view.render is not None:
             return self._joined(self._rendered(update, cursor))
+        if update.targets is not None and self.framing in (Framing.SSE, Framing.SSE_CHUNKED):
+            return self.message(event_data(update), cursor, event=update.kind)
         return self.message(update_message(update, cursor, self.fields), cursor)
 
     def message(
@@ -143,8 +146,15 @@ def wire_form(framing: Framing, fields: frozenset[str] | None = None, view: View
 
 def update_message(update: Update, cursor: str, fields: frozenset[str] | None = None) -> bytes:
     """``{"type":…,"id":<cursor>,…record}`` as JSON text; the record's own text is reused as it is."""
-    body = update.body if fields is None else select_fields(update.body, fields)
+    body = update.body if fields is None or update.targets is not None else select_fields(update.body, fields)
     return b'{"type":"%b","id":"%b",%b' % (update.type.encode(), cursor.encode(), body[1:])
+
+
+def _event(update: Update, cursor: str, message: bytes) -> bytes:
+    """One event of a stream: a job's is unnamed, a notification's has its name."""
+    if update.targets is None:
+        return encode_update(cursor.encode(), message)
+    return encode_event(event_data(update), id=cursor, event=update.kind)
 
 
 def select_fields(body: bytes, fields: frozenset[str]) -> bytes:

@@ -90,7 +90,8 @@ class Identity:
         capabilities: those of ``publish``, ``notify`` and ``ops`` that were granted.
         jobs: delegated read, job ids or patterns such as ``export-*``.
         expires_at: unix seconds from which on the identity is void, or None.
-        channels: named channels or patterns, of the same form as ``jobs``.
+        channels: channels or patterns that may be joined, of the same form as ``jobs``, or ``*`` for any; None without
+            a word on it: ``Authenticator.default_channels`` then.
     """
 
     user: str
@@ -98,11 +99,13 @@ class Identity:
     capabilities: frozenset[str] = frozenset()
     jobs: tuple[str, ...] = ()
     expires_at: float | None = None
-    channels: tuple[str, ...] = ()
+    channels: tuple[str, ...] | None = None
     _named: Patterns = field(init=False, repr=False, compare=False)
+    _joinable: Patterns | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_named", Patterns(self.jobs) if self.jobs else _NOTHING)
+        object.__setattr__(self, "_joinable", None if self.channels is None else Patterns(self.channels))
 
     def may_read(self, job_id: str, user_id: str) -> bool:
         """Whether a job of that owner is visible: it is one's own, or delegated, or one is an admin."""
@@ -111,6 +114,10 @@ class Identity:
     def names_job(self, job_id: str) -> bool:
         """Whether the token itself delegates reading this job, whoever owns it."""
         return self._named.match(job_id)
+
+    def may_join(self, channel: str, default: Patterns) -> bool:
+        """Whether a channel may be joined; ``default`` is for identities that say nothing of channels."""
+        return self.admin or (default if self._joinable is None else self._joinable).match(channel)
 
     def can(self, capability: str) -> bool:
         return self.admin or capability in self.capabilities
@@ -125,6 +132,7 @@ class Authenticator:
 
     Attributes:
         open: no authentication is configured: everyone is the admin ``anonymous``.
+        default_channels: channels for those whose identity says nothing of any.
         hook: asks the application, if that is configured; somebody has to run it.
 
     Raises:
@@ -135,6 +143,7 @@ class Authenticator:
         """``clock`` gives unix seconds."""
         self._keys = load_keys(config)
         self.open = config.open
+        self.default_channels = Patterns(config.default_channels)
         self.hook: AuthHook | None = None
         if config.hook_url:
             from server.auth_hook import AuthHook
@@ -158,6 +167,7 @@ class Authenticator:
         if self.hook is not None:
             self.hook.reload(config)
         self._keys = keys
+        self.default_channels = Patterns(config.default_channels)
         self._verified.clear()
         self._ends.clear()
 
@@ -340,7 +350,7 @@ def _identity(claims: dict[str, Any], now: float) -> Identity:
         capabilities=CAPABILITIES.intersection(_strings(claims, "capabilities")),
         jobs=_patterns(claims, "jobs"),
         expires_at=expires_at,
-        channels=_patterns(claims, "channels"),
+        channels=_patterns(claims, "channels") if "channels" in claims else None,
     )
 
 
@@ -377,6 +387,6 @@ def patterns_of(texts: Iterable[str], name: str) -> tuple[str, ...]:
     patterns = tuple(texts)
     if len(patterns) > MAX_PATTERNS:
         raise bad_token(f"the token's {name} must be at most {MAX_PATTERNS}")
-    if not all(map(_PATTERN.fullmatch, patterns)):
+    if not all(_PATTERN.fullmatch(pattern) or (pattern == "*" and name == "channels") for pattern in patterns):
         raise bad_token(f"the token's {name} must be ids of at most 128 characters, with * anywhere but in front")
     return patterns

@@ -251,7 +251,7 @@ def _identity(answer: _Answer) -> Identity:
         capabilities=CAPABILITIES.intersection(answer.capabilities),
         jobs=patterns_of(answer.jobs, "jobs"),
         expires_at=None if expires is None else float(expires),
-        channels=patterns_of(answer.channels or [], "channels"),
+        channels=None if answer.channels is None else patterns_of(answer.channels, "channels"),
     )
 
 

@@ -81,6 +81,7 @@ class Auth(Struct, frozen=True, kw_only=True):
         hook_concurrency: requests to it that are under way at once.
         jwt_audience: required ``aud`` claim, "" for no check.
         jwt_issuer: required ``iss`` claim, "" for no check.
+        default_channels: channels, or patterns of them, that those may join whose token says nothing of ``channels``.
     """
 
     jwt_algorithm: JwtAlgorithm = ""
@@ -96,6 +97,8 @@ class Auth(Struct, frozen=True, kw_only=True):
     hook_concurrency: AtLeastOne = 32
     jwt_audience: str = ""
     jwt_issuer: str = ""
+    # A channel's name is a subject, like a topic in a room; what only some may hear takes a claim or another default.
+    default_channels: tuple[str, ...] = ("*",)
 
     @property
     def keyed(self) -> bool:

@@ -182,6 +182,13 @@ def _pem_newlines(key: str) -> str:
     return key.replace("\\n", "\n") if key.startswith("-----BEGIN") else key
 
 
+def _channels(items: tuple[str, ...]) -> tuple[str, ...]:
+    for item in items:
+        if not re.fullmatch(r"[A-Za-z0-9_.:@*-]{1,128}", item):
+            raise ValueError(f'{item!r} is not a channel or a pattern such as "team-*"')
+    return items
+
+
 RULES: dict[str, Callable[[Any], object]] = {
     "server.base_path": _base_path,
     "server.trusted_proxies": _proxies,
@@ -189,6 +196,7 @@ RULES: dict[str, Callable[[Any], object]] = {
     "store.url": _store_url,
     "auth.jwt_key": _pem_newlines,
     "auth.hook_url": _http_url,
+    "auth.default_channels": _channels,
     "callbacks.url": _http_url,
     "webhooks.event": _event,
     "webhooks.target_id": _pointer_or_id,

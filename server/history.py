@@ -187,6 +187,10 @@ class History:
         """Kept updates of a user's jobs with an offset above ``after``, oldest first."""
         return self._chain(self._newest_of_user.get(user_id, 0), self._before_of_user, after)
 
+    def notices(self, after: int) -> list[Update]:
+        """Kept notifications with an offset above ``after``, oldest first: those entries that belong to nobody."""
+        return self.of_user("", after)
+
     def everything(self, after: int) -> list[Update]:
         """All kept updates with an offset above ``after``, oldest first."""
         return self.between(after, self.last)

@@ -106,12 +106,31 @@ class Channel:
         self.pending: list[Update] = []
 
 
-class Hub:
-    """Channels, readers and the flusher of one node."""
+def _nobody(notice: Update) -> Iterable[Reader]:
+    return ()
 
-    def __init__(self, history: History, counters: Counters | None = None) -> None:
+
+class Hub:
+    """Channels, readers and the flusher of one node.
+
+    Notifications have no channel to which their readers belong: there are as many targets as connections. When one is
+    sent, ``audience`` says who is to have it, and these readers take the way of those on several channels.
+
+    Args:
+        history: the log.
+        audience: the readers here that a notification is for.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        counters: Counters | None = None,
+        audience: Callable[[Update], Iterable[Reader]] = _nobody,
+    ) -> None:
         self.history = history
         self.counters = counters or Counters()
+        self._audience = audience
+        self._notices: list[Update] = []
         self.channels: dict[str, Channel] = {}
         self.readers: dict[Reader, None] = {}
         self.flushed = history.last
@@ -168,7 +187,10 @@ class Hub:
                 self._dirty.append(channel)
             channel.pending.append(update)
             self._pending_bytes += len(update.body)
-        if self._dirty:
+        if update.targets is not None:
+            self._notices.append(update)
+            self._pending_bytes += len(update.body)
+        if self._dirty or self._notices:
             self._wake.set()
             if self._pending_bytes > PENDING_BYTES and self._room.is_set():
                 self._room = trio.Event()
@@ -187,7 +209,7 @@ class Hub:
 
     def given(self) -> int:
         """The offset up to which every reader that holds nothing back has been given everything."""
-        return self.flushed if self._dirty or self._flushing else self.history.last
+        return self.flushed if self._dirty or self._notices or self._flushing else self.history.last
 
     async def run(self) -> None:
         """The flusher: sends what is pending, for ever."""
@@ -203,14 +225,21 @@ class Hub:
                 batch, channel.pending = channel.pending, []
                 self._pending_bytes -= sum([len(update.body) for update in batch])
                 batches.append((channel, batch))
+            notices, self._notices = self._notices, []
+            self._pending_bytes -= sum([len(notice.body) for notice in notices])
             if self._pending_bytes <= PENDING_BYTES:
                 self._room.set()
             started = perf_counter()
             sent = self.counters.delivered
+            if notices:
+                started = await self._find_audience(notices, epoch, shared, started)
+            heard = list(shared)
             for channel, batch in batches:
                 for part in _split(batch):
                     started = await self._send(channel, part, epoch, shared, started)
             await self._send_shared(shared, epoch, started)
+            for reader in heard:
+                reader.multi = len(reader.wants) > 1
             if batches and self.counters.delivered > sent:
                 # One sample for each flush, of what waited longest for it: an upper bound for all the others.
                 self.counters.delays.add(batches[0][1][0].at_ms)
@@ -219,6 +248,27 @@ class Hub:
             self._flushing = False
             self._wires.clear()
             self._wires_bytes = 0
+
+    async def _find_audience(
+        self, notices: list[Update], epoch: str, shared: dict[Reader, list[list[Update]]], started: float
+    ) -> float:
+        """Give each notification to the readers that it is for. Returns when the flusher last yielded.
+
+        For this flush they count as being on several channels, so that all they get is merged in log order. Who comes
+        while this yields is behind the log's end already.
+        """
+        for notice in notices:
+            audience = tuple(self._audience(notice))
+            for start in range(0, len(audience), LOOK_EVERY):
+                for reader in audience[start : start + LOOK_EVERY]:
+                    reader.multi = True
+                    shared.setdefault(reader, [[]])[0].append(notice)
+                if perf_counter() - started > YIELD_AFTER_S:
+                    await trio.lowlevel.checkpoint()
+                    started = perf_counter()
+                    if self.history.epoch != epoch:
+                        return started
+        return started
 
     async def _send(
         self,
@@ -333,6 +383,7 @@ class Hub:
         for channel in self._dirty:
             channel.pending = []
         self._dirty = []
+        self._notices = []
         self._pending_bytes = 0
         self._wires.clear()
         self._wires_bytes = 0

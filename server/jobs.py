@@ -46,7 +46,7 @@ class Jobs:
         return self.jobs.get(job_id)
 
     def show(self, update: Update, job: Job | None) -> None:
-        """An entry was kept: ``job`` is the state after it, None after a deletion."""
+        """An entry was kept: ``job`` is the state after it, None after a deletion. Notifications are no job's."""
         if job is None:
             self.forget(update.job_id)
         else:

@@ -7,22 +7,24 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import trio
 
 from protocol.errors import ApiError
+from protocol.notice import presence_notice, target_of
+from protocol.presence import PresenceEvent
 from protocol.update import Job, Update
 from protocol.watch import EVERYTHING
 from server.auth import Authenticator
-from server.brokers.base import Broker
+from server.brokers.base import Broker, Notify, Submission
 from server.brokers.memory import MemoryBroker
 from server.brokers.sqlite import SqliteBroker
 from server.config import Config
 from server.counters import Counters
 from server.cursors import KEPT_S, Client, Cursors
 from server.history import History
-from server.hub import Hub
+from server.hub import Hub, Reader
 from server.jobs import Jobs
 from server.limits import Limits, parse_proxies
 from server.logs import log_event
@@ -87,6 +89,7 @@ class Node:
         self.wheel = Wheel()
         self.limits = Limits(config.limits)
         self.presence = Presence(self.limits)
+        self.presence.on_event = self._tell_presence
         self.jobs = Jobs(max_jobs=config.history.max_jobs)
         self.history = History(
             "",
@@ -95,7 +98,7 @@ class Node:
             max_bytes=config.history.max_bytes,
         )
         self.counters = Counters()
-        self.hub = Hub(self.history, self.counters)
+        self.hub = Hub(self.history, self.counters, self._audience)
         self.broker: Broker
         self.shared: RedisBroker | None = None
         self.cluster: Cluster | None = None
@@ -183,6 +186,14 @@ class Node:
             self.callbacks.wake()
         self.counters.logs_lost += 1
         self.hub.log_lost()
+
+    def _tell_presence(self, event: PresenceEvent, key: str | None) -> Submission:
+        """Somebody came or went, and somebody wants to know."""
+        return self.broker.submit([Notify(presence_notice(event), "", key)])
+
+    def _audience(self, notice: Update) -> Iterable[Reader]:
+        """The connections here that a notification is for: what has entered ``presence`` and takes them is a reader."""
+        return cast("Iterable[Reader]", self.presence.here(target_of(notice.targets or ())))
 
     async def recall(self, client: Client) -> str | None:
         """The cursor that was last given to a polling client, by whichever node."""

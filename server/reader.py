@@ -117,6 +117,10 @@ class PushReader(Reader):
         """Those of the named jobs that live again after all of them had ended."""
         return set()
 
+    def hears(self, notice: Update) -> bool:
+        """Whether a notification is for this reader."""
+        return False
+
     # What the hub calls
 
     def take(self, batch: Sequence[Update]) -> None:
@@ -173,7 +177,13 @@ class PushReader(Reader):
             self.log_lost()
             return
         names = self.wants.keys()
-        self.take([update for update in history.everything(after) if not names.isdisjoint(channels_of(update))])
+        self.take(
+            [
+                update
+                for update in history.everything(after)
+                if (not names.isdisjoint(channels_of(update)) if update.targets is None else self.hears(update))
+            ]
+        )
         if self.held:  # full or spaced out: what is held goes ahead of the answer that follows
             self.post(*[self._release(keys) for keys in _pieces(list(self.held))])
         self.offset = history.last
@@ -240,6 +250,8 @@ class PushReader(Reader):
 
     def _form_for(self, update: Update) -> WireForm | None:
         """The form in which this reader wants the update, None if it does not."""
+        if update.targets is not None:
+            return self.form if self.hears(update) else None
         if len(self.wants) == 1:
             (want,) = self.wants.values()
             return want.form if want.filter.passes(update) else None

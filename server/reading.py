@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 from protocol.errors import ApiError
+from protocol.notice import reaches
 from protocol.position import Position, Since, parse_cursor
 from protocol.update import Job, Update
 from protocol.watch import EVERYTHING, Filter, Watch, job_channel, user_channel
@@ -59,7 +60,7 @@ def narrowed(identity: Identity, name: str) -> str | None:
 def channel_updates(history: History, name: str, after: int) -> Sequence[Update]:
     """The kept updates of one channel after an offset, oldest first."""
     if name == EVERYTHING:
-        return history.everything(after)
+        return [update for update in history.everything(after) if update.targets is None]
     kind, rest, *owner = name.split("/")
     if kind == "u":
         return history.of_user(rest, after)
@@ -76,6 +77,11 @@ def missed_updates(history: History, wants: Iterable[tuple[str, Filter]], after:
         if wanted.passes(update)
     }
     return [found[offset] for offset in sorted(found)]
+
+
+def missed_notices(history: History, names: Set[str], after: int) -> list[Update]:
+    """The kept notifications after ``after`` for any of these targets, oldest first."""
+    return [notice for notice in history.notices(after) if reaches(notice, names)]
 
 
 def snapshot(jobs: Jobs, names: Iterable[str], wanted: Filter) -> list[Job]:
@@ -124,10 +130,14 @@ class Start(NamedTuple):
     lost: bool
 
 
+# Without a cursor.
+FRESH = Start(None, None, False)
+
+
 def start_from(history: History, cursor: str | None) -> Start:
     """Decide between snapshot, replay and reset for a reader's cursor (None or empty: it has none)."""
     if not cursor:
-        return Start(None, None, False)
+        return FRESH
     parsed = parse_cursor(cursor)
     if isinstance(parsed, Since):
         # What was trimmed is not a loss here: a time asks for what is still kept.

@@ -15,12 +15,14 @@ import trio
 
 from protocol.errors import ApiError
 from protocol.fields import Fields
+from protocol.notice import Notice
 from protocol.update import Job, Update
+from server.inbox import Inboxes
 
 _log = logging.getLogger("statuswire.broker")
 
 Deliver = Callable[[Sequence[tuple[Update, Job | None]]], object]
-"""Shows what was kept: pairs of an entry and the job after it (None once deleted), in offset order.
+"""Shows what was kept: pairs of an entry and the job after it (None once deleted, and for a notification), in order.
 
 Called synchronously on the Trio thread. It must update ``Jobs`` and ``History``, must not raise and must not submit.
 """
@@ -97,7 +99,31 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     fingerprint: bytes
 
 
-Operation = Publish | Cancel | Delete | Expire | Claim
+class Notify(msgspec.Struct, frozen=True, gc=False):
+    """Send a notification. The caller has checked who may.
+
+    Attributes:
+        notice: what and to whom.
+        sub: who sends it; idempotency keys are scoped to it.
+        key: idempotency key, or None.
+    """
+
+    notice: Notice
+    sub: str
+    key: str | None = None
+
+
+class Acknowledge(msgspec.Struct, frozen=True, gc=False):
+    """A user has everything up to an offset: what was stored for it up to there goes.
+
+    It is a duplicate if nothing was.
+    """
+
+    user: str
+    offset: int
+
+
+Operation = Publish | Cancel | Delete | Expire | Claim | Notify | Acknowledge
 
 
 class Accepted(msgspec.Struct, frozen=True, gc=False):
@@ -105,7 +131,7 @@ class Accepted(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         offset: where it stands in the log; for a duplicate, where the first one stands.
-        version: the job's version after it; for a duplicate with a key, after the first one.
+        version: the job's version after it; for a duplicate with a key, after the first one; 0 without a job.
         duplicate: it changed nothing, because it (or a later ``seq``) was accepted before.
         cancel_requested: the job is asked to stop; workers learn it from the answer to any update.
         job: the job's state after it; None once deleted (also for a duplicate whose job is gone by now).
@@ -193,6 +219,10 @@ class Broker(Protocol):
     @property
     def epoch(self) -> str:
         """Names this incarnation of the log: 12 of ``[a-z0-9]``."""
+
+    @property
+    def inboxes(self) -> Inboxes:
+        """The stored notifications that are shown; to be read only."""
 
     @property
     def available(self) -> str | None:

@@ -12,6 +12,7 @@ from msgspec import UNSET
 
 from protocol.errors import ApiError
 from protocol.fields import Fields
+from protocol.notice import Notice
 
 KEEP_MS: Final = 10 * 60_000  # promised are five minutes; the rest covers slow retries and clocks that step
 _PROMISED_MS: Final = 5 * 60_000
@@ -28,7 +29,7 @@ class Kept(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         digest: of publisher and key.
         fingerprint: of what was published.
-        job_id: the job it went to.
+        job_id: the job it went to, "" without one.
         offset: where it stands in the log.
         version: the job's version after it.
         at_ms: when, unix milliseconds.
@@ -53,6 +54,11 @@ def fingerprint_of(job_id: str | None, create: str, fields: Fields) -> bytes:
     if fields.event_id is not UNSET:
         fields = msgspec.structs.replace(fields, event_id=UNSET)
     return blake2b(f"{create} {job_id or ''}\n".encode() + _encode(fields), digest_size=16).digest()
+
+
+def fingerprint_of_notice(notice: Notice) -> bytes:
+    """The same for a notification."""
+    return blake2b(b"notification\n" + notice.signature, digest_size=16).digest()
 
 
 class Keys:

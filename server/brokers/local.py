@@ -21,11 +21,13 @@ from protocol.errors import ApiError, job_not_found
 from protocol.update import Job, Update
 from server.brokers.base import (
     Accepted,
+    Acknowledge,
     Cancel,
     Claim,
     Delete,
     Deliver,
     Expire,
+    Notify,
     Operation,
     Publish,
     Result,
@@ -42,8 +44,9 @@ from server.brokers.deciding import (
     settled,
     too_many_jobs,
 )
-from server.brokers.keys import Kept, Keys, digest_of, fingerprint_of
+from server.brokers.keys import Kept, Keys, digest_of, fingerprint_of, fingerprint_of_notice
 from server.history import History
+from server.inbox import Inboxes, Place
 from server.jobs import Jobs
 from server.leases import Leases
 from server.wheel import Wheel
@@ -63,13 +66,15 @@ def new_epoch() -> str:
 class Group:
     """What is kept together or not at all: the outcome of all submissions since the last group was taken."""
 
-    __slots__ = ("bytes", "entries", "keys", "newest", "silent", "submissions", "taken")
+    __slots__ = ("bytes", "entries", "gone", "keys", "newest", "silent", "stored", "submissions", "taken")
 
     def __init__(self) -> None:
         self.entries: list[tuple[Update, Job | None]] = []
         self.newest: dict[str, Job | None] = {}  # state of every touched job; None: gone
         self.silent: set[str] = set()  # of these, the ones whose newest state has no entry of its own
         self.keys: list[Kept] = []
+        self.stored: list[Update] = []  # of the entries, the notifications that are kept for their users
+        self.gone: list[Place] = []  # stored ones that need not be kept any more
         self.taken: list[Job] = []  # old jobs that make room for new ones
         self.submissions: list[Submission] = []
         self.bytes = 0
@@ -77,7 +82,7 @@ class Group:
     @property
     def empty(self) -> bool:
         """Nothing to write; there may be submissions that wait for earlier groups."""
-        return not self.entries and not self.newest
+        return not (self.entries or self.newest or self.gone)
 
 
 class LocalBroker(ABC):
@@ -105,6 +110,7 @@ class LocalBroker(ABC):
         self._clock = clock
         self._leases = Leases(wheel, self._lease_ended)
         self._keys = Keys()
+        self.inboxes = Inboxes()
         self._working: dict[str, Job | None] = {}
         self._group = Group()
         self._offset = 0  # highest offset given
@@ -149,7 +155,7 @@ class LocalBroker(ABC):
         entries = len(before.entries)
         results = [self._decide(operation) for operation in operations]
         submission = Submission(results)
-        if self._on_unkept or len(before.entries) > entries or before.silent:
+        if self._on_unkept or len(before.entries) > entries or before.silent or before.gone:
             before.submissions.append(submission)
             self._gathered()
         else:
@@ -192,6 +198,10 @@ class LocalBroker(ABC):
                     return self._expire(operation, now_ms)
                 case Claim():
                     return self._claim(operation, now_ms)
+                case Notify():
+                    return self._notify(operation, now_ms)
+                case Acknowledge():
+                    return self._acknowledge(operation)
         except ApiError as error:
             return error
 
@@ -267,6 +277,33 @@ class LocalBroker(ABC):
         self._group.keys.append(kept)
         return Accepted(self._offset, 0, False, False, None)
 
+    def _notify(self, operation: Notify, now_ms: int) -> Accepted:
+        notice, key = operation.notice, operation.key
+        if key is not None:
+            digest, fingerprint = digest_of(operation.sub, key), fingerprint_of_notice(notice)
+            first = self._keys.find(digest, now_ms)
+            if first is not None:
+                return self._first_answer(first, fingerprint)
+            self._keys.make_room(now_ms)
+        entry = notice.entry(self._offset + 1, now_ms)
+        self._at_ms = now_ms
+        self._add_to_log(entry, None)
+        if notice.store:
+            self._group.stored.append(entry)
+        if key is not None:
+            kept = Kept(digest, fingerprint, "", entry.offset, 0, now_ms)
+            self._keys.add(kept)
+            self._group.keys.append(kept)
+        return Accepted(entry.offset, 0, False, False, None)
+
+    def _acknowledge(self, operation: Acknowledge) -> Accepted:
+        # What is not kept yet has not been shown to anyone, so there is nothing to look for beyond what is. It goes at
+        # once: if the store then fails to let go of it, it comes once more after a restart, which does no harm.
+        places = self.inboxes.up_to(operation.user, operation.offset)
+        self.inboxes.remove(places)
+        self._group.gone += places
+        return Accepted(operation.offset, 0, not places, False, None)
+
     def _unchanged(self, job: Job) -> Accepted:
         return Accepted(job.latest.offset, job.latest.version, True, job.private.cancel_requested, job)
 
@@ -307,11 +344,15 @@ class LocalBroker(ABC):
                 self._add_silent(job.latest.job_id, job)
 
     def _add_entry(self, update: Update, job: Job | None) -> None:
+        self._add_to_log(update, job)
+        group = self._group
+        group.newest[update.job_id] = self._working[update.job_id] = job
+        group.silent.discard(update.job_id)
+
+    def _add_to_log(self, update: Update, job: Job | None) -> None:
         self._offset = update.offset
         group = self._group
         group.entries.append((update, job))
-        group.newest[update.job_id] = self._working[update.job_id] = job
-        group.silent.discard(update.job_id)
         group.bytes += len(update.body)
         self._waiting_entries += 1
         self._waiting_bytes += len(update.body)
@@ -344,6 +385,8 @@ class LocalBroker(ABC):
         self._waiting_bytes -= group.bytes
         if group.entries:
             self._kept_offset = group.entries[-1][0].offset
+            for notice in group.stored:
+                self._let_go(self.inboxes.add(notice))
             self._deliver(group.entries)
             self._leases.follow(group.entries)
         for job_id in group.silent:
@@ -380,10 +423,17 @@ class LocalBroker(ABC):
     def _lease_ended(self, job_id: str, heard: int) -> None:
         self.submit([Expire(job_id, heard)])
 
+    def _let_go(self, places: Sequence[Place]) -> None:
+        """These have left the inboxes by themselves: the store is told with the group that gathers now."""
+        if places:
+            self._group.gone += places
+            self._gathered()
+
     def _housekeep(self) -> None:
         now_ms = max(self._at_ms, int(self._clock() * 1000))
         self._history.trim(now_ms)
         self._keys.prune(now_ms)
+        self._let_go(self.inboxes.trim(now_ms))
 
     async def run(self) -> None:
         """Look after what grows old, until cancelled."""

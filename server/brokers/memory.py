@@ -19,6 +19,7 @@ class MemoryBroker(LocalBroker):
         """Begin a new log."""
         self._jobs.clear()
         self._history.restart(new_epoch())
+        self.inboxes.clear()
         self._started(at_ms=0)
         await trio.lowlevel.checkpoint()
 

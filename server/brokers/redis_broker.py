@@ -48,6 +48,7 @@ from server.brokers.redis_presence import CONTROL
 from server.brokers.redis_publisher import Publisher
 from server.cluster import Cluster
 from server.history import History
+from server.inbox import Inboxes
 from server.jobs import Jobs
 
 # What a user in Redis has to be given.
@@ -116,6 +117,7 @@ class RedisBroker:
             jobs, history, self.follower, clock=lambda: self._clock(), on_lease=self._expect_lease
         )
         self.cluster: Cluster | None = None
+        self.inboxes = Inboxes()
         self._client: Client | None = None
         self._next_tick = 0.0
         self._up_since = 0.0

@@ -11,9 +11,9 @@ from typing import Final
 from msgspec import UNSET
 
 from protocol import job as rules
-from protocol.errors import job_not_found
+from protocol.errors import ApiError, job_not_found
 from protocol.update import Job, Update
-from server.brokers.base import Cancel, Claim, Delete, Expire, Operation, Publish
+from server.brokers.base import Acknowledge, Cancel, Claim, Delete, Expire, Notify, Operation, Publish
 from server.brokers.deciding import ancestors_of, create, identify, job_exists, new_target, owned, settled
 from server.brokers.keys import digest_of, fingerprint_of
 from server.brokers.redis_calls import Call, Change
@@ -39,6 +39,8 @@ def address(call: Call) -> None:
         call.digest = digest_of(operation.sub, operation.key)
         call.fingerprint = operation.fingerprint.hex().encode()
         return
+    if isinstance(operation, Notify | Acknowledge):
+        raise ApiError(501, "not_supported", "notifications need the memory or the sqlite store in this version")
     if not isinstance(operation, Publish):
         call.job_id = operation.job_id
         call.holds = (call.job_id,)

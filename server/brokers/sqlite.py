@@ -195,6 +195,7 @@ class SqliteBroker(LocalBroker):
         for update in loaded.tail:
             self._history.append(update)
         self._keys.load(loaded.keys)
+        self._let_go(self.inboxes.load(loaded.stored))
         self._started(at_ms=loaded.at_ms)
         self._housekeep()
 

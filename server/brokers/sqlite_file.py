@@ -14,25 +14,35 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from protocol.update import ENDED, JOB_DELETED, Job, Private, Update
+from protocol.notice import notice_entry, users_of
+from protocol.update import ENDED, JOB_DELETED, NOTIFICATION, Job, Private, Update
 from server.brokers.base import StoreError
 from server.brokers.keys import KEEP_MS, Kept
 from server.brokers.local import Group
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
+_NOTICE_TABLES: Final = (
+    "CREATE TABLE notices (offset INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, event TEXT NOT NULL,"
+    " targets TEXT NOT NULL, body BLOB NOT NULL)",
+    "CREATE TABLE inbox (user_id TEXT NOT NULL, offset INTEGER NOT NULL, PRIMARY KEY (user_id, offset)) WITHOUT ROWID",
+    "CREATE INDEX inbox_offset ON inbox (offset)",
+)
 _TABLES: Final = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE log (offset INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, type TEXT NOT NULL, job_id TEXT NOT NULL,"
     " user_id TEXT NOT NULL, kind TEXT, status TEXT NOT NULL, version INTEGER NOT NULL, urgent INTEGER NOT NULL,"
-    " body BLOB NOT NULL)",
+    " body BLOB NOT NULL, targets TEXT)",
     "CREATE TABLE jobs (job_id TEXT PRIMARY KEY, created INTEGER NOT NULL, offset INTEGER NOT NULL,"
     " at_ms INTEGER NOT NULL, type TEXT NOT NULL, user_id TEXT NOT NULL, kind TEXT, status TEXT NOT NULL,"
     " version INTEGER NOT NULL, urgent INTEGER NOT NULL, body BLOB NOT NULL, private BLOB NOT NULL)",
     "CREATE TABLE keys (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, fingerprint BLOB NOT NULL,"
     " job_id TEXT NOT NULL, offset INTEGER NOT NULL, version INTEGER NOT NULL, at_ms INTEGER NOT NULL)",
     "CREATE TABLE probe (filler BLOB NOT NULL)",
+    *_NOTICE_TABLES,
 )
+# What takes a file from a format to the next one.
+_MIGRATIONS: Final = {1: ("ALTER TABLE log ADD COLUMN targets TEXT", *_NOTICE_TABLES)}
 
 # Rows of one statement. The sqlite3 module releases the GIL around every step; with executemany that is once per row,
 # and a busy main thread gives it back only after the switch interval. Measured, 1,000 rows while the main thread
@@ -48,10 +58,15 @@ _TRIM_EVERY_S: Final = 1.0
 
 _encode_private = msgspec.json.Encoder().encode
 _decode_private = msgspec.json.Decoder(Private).decode
+_decode_targets = msgspec.json.Decoder(tuple[str, ...]).decode
 
 
 class Loaded(NamedTuple):
-    """All that a file remembers. ``jobs`` by ``created``, ``tail`` and ``keys`` oldest first, ``tail`` without gaps."""
+    """All that a file remembers.
+
+    ``jobs`` by ``created``; ``tail``, ``keys`` and ``stored`` oldest first, ``tail`` without gaps. ``stored``:
+    notifications and who has not acknowledged them.
+    """
 
     epoch: str
     last: int
@@ -59,6 +74,7 @@ class Loaded(NamedTuple):
     jobs: list[Job]
     tail: list[Update]
     keys: list[Kept]
+    stored: list[tuple[Update, list[str]]]
 
 
 class SqliteFile:
@@ -118,8 +134,13 @@ class SqliteFile:
             db.execute("INSERT INTO meta VALUES ('schema', ?), ('epoch', ?)", (str(SCHEMA_VERSION), epoch))
         elif not {"meta", "log", "jobs", "keys"} <= tables:
             raise StoreError(f"store.url: {self.path} is a database of another application; name another file")
-        db.execute("COMMIT")
         found = self._meta("schema")
+        while found is not None and found.isdecimal() and int(found) in _MIGRATIONS:
+            for statement in _MIGRATIONS[int(found)]:
+                db.execute(statement)
+            db.execute("UPDATE meta SET value = ? WHERE name = 'schema'", (str(int(found) + 1),))
+            found = self._meta("schema")
+        db.execute("COMMIT")
         if found != str(SCHEMA_VERSION):
             raise StoreError(
                 f"store.url: {self.path} has format {found}, this version reads format {SCHEMA_VERSION}; "
@@ -177,7 +198,7 @@ class SqliteFile:
         tail: dict[int, Update] = {}
         previous = last - self.max_updates
         for row in db.execute(
-            "SELECT offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent FROM log"
+            "SELECT offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent, targets FROM log"
             " WHERE offset > ? ORDER BY offset",
             (previous,),
         ):
@@ -200,7 +221,18 @@ class SqliteFile:
             Kept(*row)
             for row in db.execute("SELECT digest, fingerprint, job_id, offset, version, at_ms FROM keys ORDER BY id")
         ]
-        return Loaded(epoch, last, at_ms or 0, jobs, list(tail.values()), keys)
+        return Loaded(epoch, last, at_ms or 0, jobs, list(tail.values()), keys, self._load_stored(tail))
+
+    def _load_stored(self, tail: dict[int, Update]) -> list[tuple[Update, list[str]]]:
+        stored: list[tuple[Update, list[str]]] = []
+        for offset, at_ms, event, targets, body, user_id in self._db.execute(
+            "SELECT offset, at_ms, event, targets, body, user_id FROM notices JOIN inbox USING (offset) ORDER BY offset"
+        ):
+            if not stored or stored[-1][0].offset != offset:
+                notice = tail.get(offset) or notice_entry(offset, at_ms, event, _decode_targets(targets), body)
+                stored.append((notice, []))
+            stored[-1][1].append(user_id)
+        return stored
 
     def last_offset(self) -> int:
         """Highest offset of any kept entry, 0 without one."""
@@ -214,7 +246,7 @@ class SqliteFile:
         db = self._db
         try:
             db.execute("BEGIN IMMEDIATE")
-            self._insert("INSERT INTO log VALUES", 10, [_log_row(update) for update, _ in group.entries])
+            self._insert("INSERT INTO log VALUES", 11, [_log_row(update) for update, _ in group.entries])
             gone = [(job_id,) for job_id, job in group.newest.items() if job is None]
             for rows in chunks(gone):
                 places = ", ".join("?" * len(rows))
@@ -228,6 +260,7 @@ class SqliteFile:
                     for kept in group.keys
                 ],
             )
+            self._keep_notices(group)
             if group.entries:
                 self._trim(group.entries[-1][0], len(group.entries))
             db.execute("COMMIT")
@@ -243,6 +276,28 @@ class SqliteFile:
     def save_mark(self, name: str, text: str) -> None:
         """Keep a short text under a name."""
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"mark:{name}", text))
+
+    def _keep_notices(self, group: Group) -> None:
+        """Stored notifications that came, and those that need not be kept any more."""
+        self._insert("REPLACE INTO notices VALUES", 5, [_notice_row(notice) for notice in group.stored])
+        self._insert(
+            "REPLACE INTO inbox VALUES",
+            2,
+            [(user, notice.offset) for notice in group.stored for user in users_of(notice)],
+        )
+        for rows in _chunks(group.gone):
+            places = ", ".join(["(?, ?)"] * len(rows))
+            self._db.execute(
+                f"DELETE FROM inbox WHERE (user_id, offset) IN (VALUES {places})",
+                [value for row in rows for value in row],
+            )
+        for rows in _chunks([(offset,) for offset in {place.offset for place in group.gone}]):
+            places = ", ".join("?" * len(rows))
+            self._db.execute(
+                f"DELETE FROM notices WHERE offset IN ({places})"
+                " AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.offset = notices.offset)",
+                [offset for (offset,) in rows],
+            )
 
     def probe(self) -> None:
         """Find out whether a commit works: one that needs some room. Raises sqlite3.Error."""
@@ -312,7 +367,16 @@ def _log_row(update: Update) -> tuple[object, ...]:
         update.version,
         update.urgent,
         update.body,
+        _targets_text(update),
     )
+
+
+def _notice_row(notice: Update) -> tuple[object, ...]:
+    return notice.offset, notice.at_ms, notice.kind, _targets_text(notice), notice.body
+
+
+def _targets_text(update: Update) -> str | None:
+    return None if update.targets is None else msgspec.json.encode(update.targets).decode()
 
 
 def _job_row(job: Job) -> tuple[object, ...]:
@@ -334,7 +398,9 @@ def _job_row(job: Job) -> tuple[object, ...]:
 
 
 def _update(row: Sequence[Any]) -> Update:
-    offset, at_ms, type_, job_id, user_id, kind, status, version, body, urgent = row
+    offset, at_ms, type_, job_id, user_id, kind, status, version, body, urgent, *targets = row
+    if type_ == NOTIFICATION:
+        return notice_entry(offset, at_ms, kind, _decode_targets(targets[0]), body)
     return Update(
         offset,
         at_ms,

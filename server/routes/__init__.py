@@ -14,9 +14,10 @@ from server.auth import unauthorized
 from server.connection import Disconnected, Exchange
 from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
-from server.routes import health, jobs, operations, page
+from server.routes import health, jobs, notices, operations, page
 from server.routes.views import handlers_of
 from server.transports.longpoll import poll
+from server.transports.notices import notice_stream
 from server.transports.sse import stream, try_later
 from server.transports.websocket import echo_socket, jobs_socket
 
@@ -61,6 +62,18 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v2/jobs/{jobId}/history": {"GET": Route(jobs.history)},
     "/api/v2/jobs/{jobId}/cancel": {"POST": Route(jobs.cancel)},
     "/api/v2/updates": {"POST": Route(jobs.publish_batch, "publish")},
+    "/api/sse": {"GET": Route(notice_stream, head=False)},
+    "/api/sse/message": {"POST": Route(notices.send_message, "notify")},
+    "/api/sse/ack": {"POST": Route(notices.acknowledge)},
+    "/api/sse/connections": {"GET": Route(notices.list_connections, "ops")},
+    "/api/sse/users/{userId}": {
+        "GET": Route(notices.show_user),
+        "DELETE": Route(notices.disconnect_user, "ops"),
+    },
+    "/api/sse/clients/{clientId}": {
+        "GET": Route(notices.show_client),
+        "DELETE": Route(notices.disconnect_client, "ops"),
+    },
     # Says who it is after the handshake, if not in it.
     "/ws/jobs": {"GET": Route(jobs_socket, public=True, head=False)},
 }

@@ -241,8 +241,8 @@ async def list_jobs(exchange: Exchange) -> Response:
         user_id=user_id,
         status=statuses,
         kind=wanted.kinds,
-        limit=_whole(query, "limit", DEFAULT_PAGE, 1, MAX_PAGE),
-        after=_whole(query, "after", None, 0, 2**63),
+        limit=whole_number(query, "limit", DEFAULT_PAGE, 1, MAX_PAGE),
+        after=whole_number(query, "after", None, 0, 2**63),
     )
     rest = msgspec.json.encode(
         {
@@ -283,7 +283,8 @@ async def _visible(exchange: Exchange) -> Job:
     return job
 
 
-def _whole(query: dict[str, str], name: str, default: _T, low: int, high: int) -> int | _T:
+def whole_number(query: dict[str, str], name: str, default: _T, low: int, high: int) -> int | _T:
+    """Read a whole number of a query string. Raises ApiError 400 naming the parameter."""
     text = query.get(name)
     if text is None:
         return default

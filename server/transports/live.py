@@ -11,7 +11,9 @@ from typing import ClassVar, Final
 
 import trio
 
+from protocol.notice import heard, reaches
 from protocol.presence import Transport
+from protocol.update import Update
 from protocol.wire import WireForm
 from server.auth import Identity
 from server.config import Config
@@ -97,6 +99,14 @@ class LiveReader(PushReader):
     def disconnect(self) -> None:
         """End it because the application says so. Must not wait."""
         self.finish("disconnected")
+
+    def heard(self) -> set[str]:
+        """The targets of notifications that reach it."""
+        return heard(self.client_id, self.user, self.channels)
+
+    def hears(self, notice: Update) -> bool:
+        """Whether a notification is for it."""
+        return self.takes_notices and self.identity is not None and reaches(notice, self.heard())
 
     async def run(self) -> None:
         """Serve until either side ends it. Cleans up first, synchronously; what is awaited after that is bounded."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from hashlib import blake2b
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
+from protocol.notice import heard, parse_channels, reaches
 from protocol.polling import parse_client_id, parse_timeout, poll_body
-from protocol.update import Update
-from protocol.watch import Filter, Watch, parse_watch, wants_all
+from protocol.update import NOTIFICATION, Update
+from protocol.watch import ALL_TYPES, NOTICES, Filter, Watch, parse_watch, wants_all
 from protocol.wire import Framing, WireForm, update_message, wire_form
 from server.answers import JSON, NO_STORE, Response
 from server.auth import bad_token
@@ -20,26 +21,39 @@ from server.connection import Exchange
 from server.cursors import Client
 from server.hub import Reader, Want
 from server.node import Node
-from server.reading import channels_for, missed_updates, over, snapshot, start_from
+from server.notices import check_join, owed
+from server.reading import Start, channels_for, missed_updates, over, snapshot, start_from
 
 # One answer holds at most about this much; the next poll gets the rest at once.
 ANSWER_BYTES: Final = 1024 * 1024
 
 
 class PollReader(Reader):
-    """The hub's side of a poll that waits: any wanted update wakes it; the answer is read from the log."""
+    """The hub's side of a poll that waits: any wanted update wakes it; the answer is read from the log.
 
-    __slots__ = ("wake",)
+    Attributes:
+        wake: set when there is something to answer with.
+        heard: the targets of notifications that are wanted.
+    """
 
-    def __init__(self, wake: trio.Event, form: WireForm, offset: int) -> None:
+    __slots__ = ("heard", "wake")
+
+    def __init__(self, wake: trio.Event, form: WireForm, offset: int, heard: Set[str]) -> None:
         super().__init__(form, offset, _not_written_to)
         self.wake = wake
+        self.heard = heard
 
     def take(self, batch: Sequence[Update]) -> None:
         """Wake up if any of it is wanted."""
-        fresh = [update for update in batch if update.offset > self.offset]
-        if any(want.filter.passes(update) for update in fresh for want in self.wants.values()):
-            self.wake.set()
+        for update in batch:
+            if update.offset <= self.offset:
+                continue
+            if update.targets is not None:
+                wanted = reaches(update, self.heard)
+            else:
+                wanted = any(want.filter.passes(update) for want in self.wants.values())
+            if wanted:
+                self.wake.set()
 
     def stalled(self, wire: bytes, sent: int) -> None:
         """Never called: it is not written to."""
@@ -59,14 +73,15 @@ def _not_written_to(data: bytes | memoryview) -> int:
 async def poll(exchange: Exchange) -> Response:
     """``GET /api/v2/jobs/poll``."""
     node, request, identity = exchange.node, exchange.request, exchange.caller
-    watch = parse_watch(request.query)
+    watch = parse_watch(request.query, ALL_TYPES)
+    hearing = _hearing(exchange, watch)
     names = channels_for(identity, watch, all_jobs=wants_all(request.query))
     timeout = parse_timeout(request.query)
     client_id = parse_client_id(request.query)
     cursor = request.query.get("last_seen")
     client: Client | None = None
     if client_id is not None:
-        client = Client(identity.user, client_id, _digest(names, watch.filter))
+        client = Client(identity.user, client_id, _digest([*names, *hearing.names], watch.filter))
         cursor = cursor or await node.recall(client)
     await node.broker.follow(names, cursor)
     begin = start_from(node.history, cursor)
@@ -74,15 +89,16 @@ async def poll(exchange: Exchange) -> Response:
     token_left = math.inf if identity.expires_at is None else max(0.0, identity.expires_at - time.time())
 
     wake = trio.Event()
-    reader = PollReader(wake, wire_form(Framing.JSON, watch.fields), last)
+    reader = PollReader(wake, wire_form(Framing.JSON, watch.fields), last, hearing.names)
     timed_out = False
     # Registered before the log is read, so nothing can fall between reading and waiting.
-    node.hub.attach(reader, [(name, Want(watch.filter, reader.form)) for name in names])
+    on = [*names, NOTICES] if hearing.names else names
+    node.hub.attach(reader, [(name, Want(watch.filter, reader.form)) for name in on])
     node.polls[wake] = None
     node.counters.opened["poll"] += 1
     node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
     try:
-        updates, cursor, cut = _collect(node, watch, names, begin.after)
+        updates, cursor, cut = _collect(node, watch, names, hearing, begin)
         if not updates and not begin.lost and timeout and not node.draining:
             with trio.move_on_after(min(timeout, token_left)) as patience:
                 await wake.wait()
@@ -95,7 +111,7 @@ async def poll(exchange: Exchange) -> Response:
             is_time = begin.given is None and begin.after is not None
             lost = node.history.epoch != epoch or (not is_time and after < node.history.first - 1)
             begin = begin._replace(after=None if lost else after, lost=lost)
-            updates, cursor, cut = _collect(node, watch, names, begin.after)
+            updates, cursor, cut = _collect(node, watch, names, hearing, begin)
     finally:
         node.hub.leave(reader)
         del node.polls[wake]
@@ -111,17 +127,50 @@ async def poll(exchange: Exchange) -> Response:
     return Response(200, (JSON, NO_STORE), body)
 
 
-def _collect(node: Node, watch: Watch, names: list[str], after: int | None) -> tuple[list[Update], str, bool]:
-    """What to answer with as of now, in log order, from a snapshot if ``after`` is None.
+class Hearing(NamedTuple):
+    """The notifications a poll asks for.
+
+    Attributes:
+        user: whose stored ones.
+        names: the targets, empty if it asks for none.
+    """
+
+    user: str
+    names: Set[str]
+
+
+def _hearing(exchange: Exchange, watch: Watch) -> Hearing:
+    """Notifications come with ``channels=`` (it may be empty), or if ``types`` names them.
+
+    Raises:
+        ApiError: 400 for a malformed channel, 403 for one that may not be joined.
+    """
+    channels = parse_channels(exchange.request.query)
+    user = watch.user_id or exchange.caller.user
+    if channels is None and NOTIFICATION not in (watch.filter.types or ()):
+        return Hearing(user, frozenset())
+    for channel in channels or ():
+        check_join(exchange.node, exchange.caller, channel)
+    # Not what is for a client: a poll gives itself a name, and would get what is for another's connection.
+    return Hearing(user, frozenset(heard(None, user, channels or ())))
+
+
+def _collect(
+    node: Node, watch: Watch, names: list[str], hearing: Hearing, start: Start
+) -> tuple[list[Update], str, bool]:
+    """What to answer with as of now, in log order, from a snapshot if there is no cursor to go on from.
 
     Returns:
         The updates, the cursor behind them, and whether more is left for the next answer.
     """
     epoch, last = node.history.epoch, node.history.last
-    if after is None:
+    notices = owed(node, start, hearing.user, hearing.names).notices if hearing.names else []
+    if start.after is None:
         latest = [job.latest for job in snapshot(node.jobs, names, watch.filter)]
-        return sorted(latest, key=lambda update: update.offset), f"{epoch}:{last}", False
-    missed = missed_updates(node.history, ((name, watch.filter) for name in names), after)
+        return sorted(latest + notices, key=lambda update: update.offset), f"{epoch}:{last}", False
+    missed = missed_updates(node.history, ((name, watch.filter) for name in names), start.after)
+    if notices:
+        missed = sorted(missed + notices, key=lambda update: update.offset)
     size = 0
     for count, update in enumerate(missed):
         if size > ANSWER_BYTES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import trio
@@ -17,6 +17,7 @@ from protocol.messages import (
     AuthMessage,
     ClientMessage,
     Get,
+    NotifyMessage,
     PingMessage,
     PublishMessage,
     Ref,
@@ -33,7 +34,8 @@ from protocol.messages import (
     subscribe_filter,
     whole,
 )
-from protocol.update import Job, format_time
+from protocol.notice import check_key, check_notice, heard
+from protocol.update import Job, Update, format_time
 from protocol.watch import ANY, Watch, job_channel, user_channel
 from protocol.websocket import (
     Binary,
@@ -47,18 +49,22 @@ from protocol.websocket import (
     accept_handshake,
     close_reply,
 )
-from protocol.wire import Framing, select_fields, wire_form
+from protocol.wire import Framing, WireForm, select_fields, wire_form
 from server.auth import Identity
 from server.connection import Exchange
 from server.hub import Want
 from server.ids import new_id
 from server.node import Stream
+from server.notices import acknowledge, may_join, offset_of, owed, send, split_channels
 from server.origins import check_origin
 from server.publishing import Batch, summary
 from server.reading import (
+    FRESH,
     MAX_WATCHED_JOBS,
+    Start,
     channel_of_job,
     channels_for,
+    missed_notices,
     missed_updates,
     narrowed,
     snapshot,
@@ -80,6 +86,7 @@ GOODBYE_S: Final = 5.0
 # Read at most this much before others have a turn: some 10 µs a frame, of six bytes at worst, is 30 ms.
 TURN_BYTES: Final = 16384
 MAX_ECHO: Final = 16 * 1024 * 1024
+_NONE: Final[frozenset[int]] = frozenset()
 # Why a session ended, where its close code says so; the others are about broken frames.
 _ENDS: Final = {
     CloseCode.NORMAL: "closed",
@@ -136,8 +143,11 @@ class Session(LiveReader):
         "_early",
         "_farewell",
         "_framing",
+        "_from_inbox",
         "_incoming",
+        "_joined",
         "_mistakes",
+        "_notices_from",
         "_too_fast",
         "_unanswered",
     )
@@ -163,6 +173,10 @@ class Session(LiveReader):
         self._mistakes = 0
         self._too_fast = 0
         self._unanswered = 0
+        # Notifications behind these offsets have been given: those for the client itself, and those of channels.
+        self._notices_from = 0
+        self._joined: dict[str, int] | None = None
+        self._from_inbox: frozenset[int] = _NONE  # and these besides
 
     # Beginning and end
 
@@ -181,13 +195,29 @@ class Session(LiveReader):
         # Known to the hub from here on, though on no channel yet: should the log be lost, it is told.
         self.hub.attach(self, ())
         self.offset = self.hub.history.last
+        stored = owed(self.node, FRESH, identity.user, set())
         self.say(
             "connected",
             clientId=self.client_id,
             userId=identity.user,
             heartbeat=whole(self.node.config.server.heartbeat),
-            id=self.cursor(),
+            id=f"{self.hub.history.epoch}:{stored.before}",
             ref=ref,
+        )
+        self._give_stored(stored.notices)
+
+    def _give_stored(self, notices: list[Update]) -> None:
+        """Notifications that were stored for this user; from here on all others come live."""
+        self._notices_from = self.hub.history.last
+        self._from_inbox = frozenset([notice.offset for notice in notices])
+        if notices:
+            self.post(self._replayed(self.form, notices))
+
+    def _replayed(self, form: WireForm, updates: list[Update]) -> Iterator[bytes]:
+        epoch = self.hub.history.epoch
+        return (
+            form.updates(updates[start : start + REPLAY_UPDATES], epoch)
+            for start in range(0, len(updates), REPLAY_UPDATES)
         )
 
     def refuse(self, error: ApiError, ref: Ref = None) -> None:
@@ -337,6 +367,7 @@ class Session(LiveReader):
                 self.hub.detach(self, [name])
                 if allowed is not None and allowed not in self.wants:
                     self.hub.attach(self, [(allowed, want)])
+        self._leave([channel for channel in self.channels if not may_join(self.node, identity, channel)])
         self.settle()
         expires = None if identity.expires_at is None else format_time(int(identity.expires_at * 1000))
         self.say("authenticated", userId=identity.user, expiresAt=expires, ref=message.ref)
@@ -358,6 +389,10 @@ class Session(LiveReader):
                 MAX_WATCHED_JOBS - len(self.wants),
                 lambda job_id: channel_of_job(identity, job_id, message.user_id) in self.wants,
             )
+        channels: list[str] = []
+        if message.channels is not None:
+            channels, refused = split_channels(self.node, identity, message.channels, tuple(self.channels))
+            denied += refused
         watch = Watch(None if job_ids is None else tuple(job_ids), message.user_id, wanted, fields)
         names = channels_for(identity, watch, all_jobs=message.all)
         last_seen = None if message.last_seen is None else str(message.last_seen)
@@ -373,7 +408,10 @@ class Session(LiveReader):
         self.hub.attach(self, [(name, Want(wanted, form)) for name in names])
         self.node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
         head = {"type": "subscribed", "ref": message.ref} if message.ref is not None else {"type": "subscribed"}
-        scope = {"jobIds": job_ids or [], "denied": denied}
+        scope: dict[str, Any] = {"jobIds": job_ids or [], "denied": denied}
+        if message.channels is not None:
+            scope["channels"] = channels
+        notices = self._join(channels, begin)
         if begin.after is None:
             jobs = snapshot(self.node.jobs, names, wanted)
             self._post_snapshot(
@@ -381,16 +419,44 @@ class Session(LiveReader):
             )
         else:
             missed = missed_updates(history, ((name, wanted) for name in names), begin.after)
+            if notices:
+                missed = sorted(missed + notices, key=lambda update: update.offset)
             # Not further than what the client has: the replay behind it takes the cursor on from there.
             cursor = f"{history.epoch}:{begin.after if missed else history.last}"
             self._post_snapshot([], None, head, scope | {"id": cursor, "recovered": True})
             self.node.counters.replayed += len(missed)
-            epoch = history.epoch
-            self.post(
-                form.updates(missed[start : start + REPLAY_UPDATES], epoch)
-                for start in range(0, len(missed), REPLAY_UPDATES)
-            )
+            self.post(self._replayed(form, missed))
         self.settle()
+
+    def _join(self, channels: list[str], start: Start) -> list[Update]:
+        """Join channels. Returns the notifications that came after the cursor and have not been given here."""
+        history, joined = self.hub.history, self._joined or {}
+        after = history.last if start.after is None else start.after
+        notices: list[Update] = []
+        if start.given is not None and start.after is not None:
+            acknowledge(self.node, self.user, after)
+        if after < history.last:
+            for notice in missed_notices(history, heard(self.client_id, self.user, channels), after):
+                if not self._was_given(notice, joined):
+                    notices.append(notice)
+            self._notices_from = min(self._notices_from, after)
+        for channel in channels:
+            self.node.presence.join(self, channel)
+            joined[channel] = min(joined.get(channel, after), after)
+        self._joined = joined or None
+        return notices
+
+    def _was_given(self, notice: Update, joined: Mapping[str, int]) -> bool:
+        targets, offset = notice.targets or (), notice.offset
+        if targets[0].startswith("channel/"):
+            return any(joined.get(target[8:], offset) < offset for target in targets)
+        return offset > self._notices_from or offset in self._from_inbox
+
+    def _leave(self, channels: Iterable[str]) -> None:
+        for channel in channels:
+            self.node.presence.part(self, channel)
+            if self._joined is not None:
+                self._joined.pop(channel, None)
 
     def _post_snapshot(
         self, jobs: list[Job], fields: frozenset[str] | None, head: dict[str, Any], last: dict[str, Any]
@@ -403,7 +469,9 @@ class Session(LiveReader):
         identity = self._known()
         if not (message.job_ids or message.user_id or message.all or message.channels):
             names = list(self.wants)
+            channels = tuple(self.channels)
         else:
+            channels = tuple(message.channels or ())
             names = ["*"] if message.all else []
             if message.user_id is not None and message.job_ids is None:
                 names.append(user_channel(message.user_id))
@@ -411,8 +479,9 @@ class Session(LiveReader):
                 names += [job_channel(job_id), job_channel(job_id, message.user_id or identity.user)]
         self.catch_up()  # nothing of it may come after the answer
         self.hub.detach(self, names)
+        self._leave(channels)
         self.settle()
-        self.say("unsubscribed", jobIds=message.job_ids, ref=message.ref)
+        self.say("unsubscribed", jobIds=message.job_ids, channels=message.channels, ref=message.ref)
 
     async def _get(self, message: Get) -> None:
         identity = self._known()
@@ -448,7 +517,24 @@ class Session(LiveReader):
             await batch.submission.wait_kept()
 
     async def _ack(self, message: Ack) -> None:
-        """A sign of life, noted when it was read: there is nothing else to acknowledge."""
+        """Everything up to this cursor has arrived. A cursor that is not of this log is a sign of life and no more."""
+        offset = offset_of(self.node, message.id)
+        if offset is not None:
+            acknowledge(self.node, self.user, offset)
+
+    async def _notify(self, message: NotifyMessage) -> None:
+        self.node.check_accepting()
+        notice, key = check_notice(message), check_key(message)
+        delivered, accepted = await send(self.node, self._known(), notice, key)
+        self.say(
+            "published",
+            accepted=0 if accepted.duplicate else 1,
+            duplicates=1 if accepted.duplicate else 0,
+            rejected=[],
+            delivered=delivered,
+            id=f"{self.node.broker.epoch}:{accepted.offset}",
+            ref=message.ref,
+        )
 
     async def _ping(self, message: PingMessage) -> None:
         self.say("pong", ref=message.ref, timestamp=format_time(int(time.time() * 1000)))
@@ -481,9 +567,12 @@ class Session(LiveReader):
             job.latest.body if fields is None else select_fields(job.latest.body, fields)
             for job, fields in found.values()
         )
-        last = encode({"id": f"{history.epoch}:{history.last}"})
+        stored = owed(self.node, FRESH, self.user, set())
+        last = encode({"id": f"{history.epoch}:{stored.before}"})
         parts = snapshot_parts(records, "snapshot", encode({"type": "reset"}), last)
         self.post(self.form.message(message) for message, _ in parts)
+        self._joined = dict.fromkeys(self.channels, history.last) or None
+        self._give_stored(stored.notices)
 
 
 _Handler = Callable[[Session, Any], Awaitable[None]]
@@ -492,6 +581,7 @@ _HANDLERS: Final[dict[type[ClientMessage], _Handler]] = {
     Unsubscribe: Session._unsubscribe,
     Get: Session._get,
     PublishMessage: Session._publish,
+    NotifyMessage: Session._notify,
     Ack: Session._ack,
     AuthMessage: Session._auth,
     PingMessage: Session._ping,

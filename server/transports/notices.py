@@ -1,0 +1,156 @@
+"""``/api/sse``: an event stream of notifications, with named events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from protocol.errors import ApiError
+from protocol.http1 import LAST_CHUNK
+from protocol.messages import server_message, whole
+from protocol.notice import parse_channels, parse_username
+from protocol.update import Update, format_time
+from protocol.watch import check_parameter_id
+from protocol.wire import Framing, WireForm, wire_form
+from server.connection import Exchange
+from server.ids import new_id
+from server.node import Stream
+from server.notices import check_join, owed
+from server.reading import Start, start_from
+from server.socketio import all_acknowledged, receive
+from server.transports.live import DISCONNECTED, LiveReader
+from server.transports.sse import CHATTER_BYTES, GOODBYE_S, HEADERS, REPLAY_UPDATES, RETRY_MS
+
+# What the last event says of an end, by its reason: code and message.
+_FAREWELLS: Final = {
+    "expired": ("token_expired", "the token has expired"),
+    "disconnected": ("disconnected", DISCONNECTED),
+    "drain": ("try_later", "this server is going away; reconnect"),
+}
+
+
+async def notice_stream(exchange: Exchange) -> Stream:
+    """``GET /api/sse?userId=&username=&channels=&last_seen=``: begins the stream."""
+    node, request, identity = exchange.node, exchange.request, exchange.caller
+    user_id = request.query.get("userId")
+    if user_id is not None:
+        check_parameter_id("userId", user_id)
+        if user_id != identity.user and not identity.admin:
+            raise ApiError(403, "forbidden", "userId: only an admin may be notified for another user", field="userId")
+    channels = parse_channels(request.query) or []
+    for channel in channels:
+        check_join(node, identity, channel)
+    username = parse_username(request.query)
+    cursor = request.header("last-event-id") or request.query.get("last_seen")
+    await node.broker.follow((), cursor)
+    if user_id is not None and user_id != identity.user:
+        identity = replace(identity, user=user_id)
+    client_id = new_id()
+    await node.presence.admit(client_id, identity.user)
+    connection = exchange.connection
+    head = connection.http.start_stream(200, [*exchange.headers(), *HEADERS], close=True)
+    framing = Framing.SSE_CHUNKED if connection.http.chunked else Framing.SSE
+    reader = NoticeStream(exchange, wire_form(framing), client_id)
+    reader.username = username
+    reader.enter(identity)
+    for channel in channels:
+        node.presence.join(reader, channel)
+    reader.begin(head, start_from(node.history, cursor))
+    return reader
+
+
+class NoticeStream(LiveReader):
+    """One stream of notifications."""
+
+    __slots__ = ("_drain_delay_ms",)
+
+    transport = "sse"
+    takes_notices = True
+
+    def __init__(self, exchange: Exchange, form: WireForm, client_id: str) -> None:
+        connection = exchange.connection
+        super().__init__(
+            exchange.node, connection.sock, connection.nursery, form, client_id=client_id, address=exchange.address
+        )
+        self._drain_delay_ms = 0
+
+    def begin(self, head: bytes, start: Start) -> None:
+        """Greet, and queue what it is owed. It is in ``presence`` by now, so what comes later comes live."""
+        node = self.node
+        node.hub.attach(self, ())
+        self.offset = node.history.last
+        notices, _ = owed(node, start, self.user, self.heard())
+        node.counters.begin(resumed=start.after is not None, lost=start.lost)
+        node.counters.replayed += len(notices)
+        connected = server_message(
+            "connected",
+            clientId=self.client_id,
+            userId=self.user,
+            username=self.username,
+            channels=list(self.channels),
+            heartbeat=whole(node.config.server.heartbeat),
+            timestamp=_now(),
+        )
+        # No cursor runs ahead of what is still to come; without that, the stream stands at the log's end.
+        cursor = start.given if notices or start.lost else self.cursor()
+        first = head + self.form.message(connected, cursor, RETRY_MS, "connected")
+        if start.lost:
+            first += self._reset(None if notices else self.cursor())
+        self.post(first, self._replay(notices))
+
+    def _reset(self, cursor: str | None) -> bytes:
+        reason = "the log no longer reaches back to your cursor: notifications that were not stored may be missing"
+        return self.form.message(server_message("reset", reason=reason), cursor, event="reset")
+
+    def _replay(self, notices: list[Update]) -> Iterator[bytes]:
+        """What it is owed as of now, in pieces; the last one has the cursor behind all of it."""
+        return _pieces(self.form, notices, self.hub.history.epoch, self.hub.history.last)
+
+    def on_log_lost(self) -> None:
+        """Tell the client that its cursor is void, and what is stored for it."""
+        notices = self.node.broker.inboxes.of_user(self.user)
+        self.post(self._reset(None if notices else self.cursor()), self._replay(notices))
+
+    async def serve(self) -> None:
+        """Read until the client closes; what it says meanwhile means nothing."""
+        left = CHATTER_BYTES
+        while left > 0 and (data := await receive(self.sock)):
+            left -= len(data)
+
+    def alive(self) -> bool:
+        """An event stream has no answers; that its kernel acknowledged everything has to do."""
+        return self.caught_up and all_acknowledged(self.sock)
+
+    def heartbeat(self) -> None:
+        """With the reader's cursor, so that a quiet reader's cursor moves with the log."""
+        message = server_message("heartbeat", timestamp=_now())
+        self.post(self.form.message(message, self.cursor(), event="heartbeat"))
+
+    def drain(self, delay_ms: int) -> None:
+        """The server goes away: end, and have the client come back after ``delay_ms``."""
+        self._drain_delay_ms = delay_ms
+        self.finish("drain")
+
+    async def goodbye(self) -> None:
+        """Say why the stream ends, if the client can still hear it, and end it."""
+        if self.ended not in _FAREWELLS:
+            return  # gone, stalled, or too far behind: nothing more would arrive
+        code, message = _FAREWELLS[self.ended]
+        delay_ms = self._drain_delay_ms if self.ended == "drain" else None
+        last = self.form.message(
+            server_message("error", code=code, message=message), self.final_cursor, delay_ms, "error"
+        )
+        await self.say_last(last + (LAST_CHUNK if self.form.framing is Framing.SSE_CHUNKED else b""), GOODBYE_S)
+
+
+def _pieces(form: WireForm, notices: list[Update], epoch: str, end: int) -> Iterator[bytes]:
+    for start in range(0, len(notices) - 1, REPLAY_UPDATES):
+        yield form.updates(notices[start : min(start + REPLAY_UPDATES, len(notices) - 1)], epoch)
+    if notices:
+        yield form.update(notices[-1], f"{epoch}:{end}")
+
+
+def _now() -> str:
+    return format_time(int(time.time() * 1000))
