@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.contract.harness import Rig, running
 from tests.redis_servers import RedisServer, running_server
 
 STORES = ["memory", "sqlite", "redis"]
@@ -32,3 +33,16 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         url: str = request.getfixturevalue("redis_url")
         return url
     return "memory:" if request.param == "memory" else f"sqlite:{tmp_path / 'store.db'}"
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest) -> str:
+    """A store as ``harness.running`` takes it."""
+    url: str = request.getfixturevalue("redis_url") if request.param == "redis" else request.param
+    return url
+
+
+@pytest.fixture
+async def rig(store: str, tmp_path: Path) -> AsyncIterator[Rig]:
+    async with running(store, tmp_path / "test.db") as rig:
+        yield rig

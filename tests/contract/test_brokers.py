@@ -20,20 +20,6 @@ from server.brokers.base import Accepted, Cancel, Claim, Delete, Expire, Operati
 from server.brokers.local import LocalBroker
 from tests.contract.harness import Rig, fields, publish, running
 
-STORES = ["memory", "sqlite", "redis"]
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> str:
-    url: str = request.getfixturevalue("redis_url") if request.param == "redis" else request.param
-    return url
-
-
-@pytest.fixture
-async def rig(store: str, tmp_path: Path) -> AsyncIterator[Rig]:
-    async with running(store, tmp_path / "test.db") as rig:
-        yield rig
-
 
 @pytest.fixture(params=["memory", "sqlite"])
 async def local_rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:

@@ -18,7 +18,8 @@ import trio
 import trio.testing
 
 from protocol.errors import ApiError
-from server.brokers.base import Accepted, Cancel, Delete, StoreError
+from protocol.notice import decode_notice
+from server.brokers.base import Accepted, Cancel, Delete, Notify, StoreError
 from server.brokers.local import Group
 from server.brokers.sqlite import SqliteBroker
 from server.brokers.sqlite_file import SqliteFile
@@ -439,6 +440,47 @@ async def test_a_log_with_a_hole_is_kept_from_there_on(path: Path) -> None:
     db.close()
     async with running("sqlite", path) as rig:
         assert (rig.history.first, rig.history.last) == (4, 5)
+
+
+async def test_a_file_of_the_first_format_is_brought_up(path: Path) -> None:
+    async with running("sqlite", path) as rig:
+        await rig.accept(publish("a", userId="u", progress=5))
+        epoch = rig.broker.epoch
+    db = sqlite3.connect(path)
+    with db:
+        for statement in (
+            "DROP TABLE notices",
+            "DROP TABLE inbox",
+            "ALTER TABLE log DROP COLUMN targets",
+            "UPDATE meta SET value = '1' WHERE name = 'schema'",
+        ):
+            db.execute(statement)
+    db.close()
+    notice, _ = decode_notice(b'{"target":"user","targetId":"u","event":"e","data":1,"store":true}')
+    async with running("sqlite", path) as rig:
+        assert rig.broker.epoch == epoch
+        assert rig.record("a")["progress"] == 5
+        assert (await rig.accept(Notify(notice, "app"))).offset == 2
+    async with running("sqlite", path) as rig:
+        assert [update.type for update in rig.history.everything(0)] == ["status_update", "notification"]
+        assert [entry.offset for entry in rig.broker.inboxes.of_user("u")] == [2]
+
+
+async def test_a_failed_commit_takes_notifications_back(path: Path) -> None:
+    message = {"target": "user", "targetId": "u", "event": "e", "data": "x" * 60_000, "store": True}
+    notice, _ = decode_notice(msgspec.json.encode(message))
+    async with running("sqlite", path) as rig:
+        await rig.accept(Notify(notice, "app", "first"))
+        fill_up(rig)
+        submission = rig.broker.submit([Notify(notice, "app", "second")])
+        with pytest.raises(ApiError, match="full"):
+            await submission.wait_kept()
+        assert rig.history.last == 1
+        assert rig.broker.inboxes.places == 1
+        make_room(rig)
+        again = await rig.accept(Notify(notice, "app", "second"))
+        assert (again.offset, again.duplicate) == (2, False)
+        assert rig.broker.inboxes.places == 2
 
 
 async def test_one_server_per_file(path: Path) -> None:
