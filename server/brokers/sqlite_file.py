@@ -285,13 +285,13 @@ class SqliteFile:
             2,
             [(user, notice.offset) for notice in group.stored for user in users_of(notice)],
         )
-        for rows in _chunks(group.gone):
+        for rows in chunks(group.gone):
             places = ", ".join(["(?, ?)"] * len(rows))
             self._db.execute(
                 f"DELETE FROM inbox WHERE (user_id, offset) IN (VALUES {places})",
                 [value for row in rows for value in row],
             )
-        for rows in _chunks([(offset,) for offset in {place.offset for place in group.gone}]):
+        for rows in chunks([(offset,) for offset in {place.offset for place in group.gone}]):
             places = ", ".join("?" * len(rows))
             self._db.execute(
                 f"DELETE FROM notices WHERE offset IN ({places})"
