@@ -33,6 +33,7 @@ from server.brokers.redis_broker import RedisBroker
 from server.brokers.redis_calls import Batch, Doubt
 from server.brokers.redis_client import RedisClientError
 from server.brokers.spool_file import SpoolFile
+from server.inbox import Inboxes
 
 log = logging.getLogger("statuswire.spool")
 
@@ -126,6 +127,11 @@ class SpoolingBroker:
     def available(self) -> str | None:
         """None while Redis takes writes, else why it does not."""
         return self._inner.available
+
+    @property
+    def inboxes(self) -> Inboxes:
+        """See ``base.Broker``. Notifications do not wait for Redis: they are refused while it is away."""
+        return self._inner.inboxes
 
     def figures(self) -> dict[str, int]:
         """See ``base.Broker``."""
