@@ -1,4 +1,7 @@
-"""A token bucket: so much per second in the long run, so much at once (no clock of its own)."""
+"""A token bucket: so much per second in the long run, so much at once; and a share of one that is kept elsewhere.
+
+No clock of their own.
+"""
 
 from __future__ import annotations
 
@@ -71,3 +74,46 @@ class TokenBucket:
         self._tokens = tokens
         self._at = now
         return tokens
+
+
+SHARE_S = 1.0
+"""Seconds for which tokens that were fetched may be spent: who pauses longer starts from the common bucket again."""
+
+
+class Share:
+    """Tokens of a bucket that several have in common, fetched in blocks and spent here without asking."""
+
+    __slots__ = ("_refused_until", "_tokens", "_until")
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._until = -inf
+        self._refused_until = -inf
+
+    def take(self, now: float, n: float = 1) -> float | None:
+        """Take ``n`` tokens of those that are here.
+
+        Returns:
+            0.0 if they were taken; the seconds after which to ask again, if the bucket has said so; None if more have
+            to be fetched.
+        """
+        if now >= self._until:
+            self._tokens = 0.0
+        if self._tokens >= n:
+            self._tokens -= n
+            return 0.0
+        return self._refused_until - now if now < self._refused_until else None
+
+    def put(self, now: float, granted: float) -> None:
+        """The bucket gave so many."""
+        self._tokens = granted + (self._tokens if now < self._until else 0.0)
+        self._until = now + SHARE_S
+        self._refused_until = -inf
+
+    def refuse(self, now: float, wait: float) -> None:
+        """The bucket has too few, for so many seconds."""
+        self._refused_until = now + wait
+
+    def idle(self, now: float) -> bool:
+        """Whether there is nothing here to remember."""
+        return now >= self._until and now >= self._refused_until

@@ -78,7 +78,7 @@ async def running(config: Config, worker: Worker | None = None) -> AsyncIterator
             # A Unix socket's path is not for a worker to remove.
             stack.callback(close_listener if worker is None else socket.socket.close, listener)
         try:
-            node = Node(config, group="" if worker is None else worker.group)
+            node = Node(config) if worker is None else Node(config, group=worker.group, worker=worker.number)
             await node.broker.start()
         except (StoreError, ConfigError) as error:
             raise StartError(str(error)) from error

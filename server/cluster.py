@@ -30,6 +30,7 @@ from protocol.presence import ClientInfo, PresenceEvent, Target
 from protocol.resp import Argument, RedisError, Value
 from server.brokers.base import Submission
 from server.brokers.redis_client import Client, RedisClientError, Reply, Script
+from server.brokers.redis_limits import TAKE, rate_key
 from server.brokers.redis_presence import (
     ADMIT,
     BEAT,
@@ -78,6 +79,9 @@ EVENTS_AT_ONCE: Final = 100
 # A question to Redis, and one to other nodes, which is repeated meanwhile: they may be about to subscribe again.
 ANSWER_S: Final = 2.0
 NODES_ANSWER_S: Final = 3.0
+# Tokens are waited for less long; where they did not come, each node counts for itself for a while.
+TOKENS_S: Final = 0.5
+SLOW_S: Final = 5.0
 ASK_AGAIN_S: Final = 0.5
 # A user's connections that are told of at most.
 OF_USER_MOST: Final = 10_000
@@ -139,6 +143,7 @@ class Cluster:
         self._ours = False  # this node has its lease, for all it knows
         self._beaten = self._steady_since = -math.inf  # the last heartbeat, and the first of those without a gap
         self._places: dict[str, float] = {}
+        self._slow_until = -math.inf
         self._questions: dict[str, _Question] = {}
         self._entered = trio.Event()
         self._wake = trio.Event()
@@ -388,6 +393,23 @@ class Cluster:
                 break
             del self._places[client_id]
             self.touch(client_id)
+
+    async def take_tokens(self, what: str, user: str, rate: float, n: int) -> tuple[float, float] | None:
+        """See ``limits.Common``. In blocks of a tenth of a second's worth, so that few messages have to wait for it."""
+        client = self._client
+        if client is None or client.away is not None or trio.current_time() < self._slow_until:
+            return None
+        try:
+            with trio.fail_after(TOKENS_S):
+                taken, wait_ms = await client.send_script(
+                    TAKE, [rate_key(what, user)], [rate, max(rate, 1.0), n, max(1, int(rate / 10))]
+                ).wait()
+        except trio.TooSlowError:
+            self._slow_until = trio.current_time() + SLOW_S  # not each message is to wait as long
+            return None
+        except (RedisClientError, RedisError):
+            return None
+        return float(taken), wait_ms / 1000
 
     async def count(self, target: Target) -> int:
         """See ``Presence.count``."""

@@ -1,8 +1,11 @@
 """How much one user or one address may do: connections at a time, and connects, messages, publishes per second.
 
 A limit of 0 is no limit and keeps no table. Every table is bounded, and holds nothing about those who are gone or
-have been quiet long enough to be as good as new. Nothing here waits: what is too much is refused with 429
-(RFC 6585 section 4) and says when to come back.
+have been quiet long enough to be as good as new. What is too much is refused with 429 (RFC 6585 section 4) and says
+when to come back.
+
+What a user may do holds over all nodes that share a store (``Limits.common``); what an address may do, and the number
+of sockets, is each process' own.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import trio
 
 from protocol.errors import ApiError
-from protocol.ratelimit import TokenBucket
+from protocol.ratelimit import Share, TokenBucket
 from server import config
 from server.config import ConfigError
 
@@ -33,10 +38,26 @@ MAX_HOPS = 32
 UNIX = "unix"  # the peer of a connection over a Unix socket, and its name in the list of trusted proxies
 
 
+class Common(Protocol):
+    """Token buckets that several nodes have in common."""
+
+    async def take_tokens(self, what: str, user: str, rate: float, n: int) -> tuple[float, float] | None:
+        """Take ``n`` tokens of a user's, or some more while there are many.
+
+        Returns:
+            How many were taken, and if none were the seconds until there are enough; None if they cannot be asked.
+        """
+
+
 class Limits:
-    """The limits of one server. Times are monotonic seconds, of one clock."""
+    """The limits of one server. Times are monotonic seconds, of one clock.
+
+    Attributes:
+        common: the rates per user over all nodes, if there can be several.
+    """
 
     def __init__(self, limits: config.Limits) -> None:
+        self.common: Common | None = None
         self.reload(limits)
 
     def reload(self, limits: config.Limits) -> None:
@@ -45,6 +66,7 @@ class Limits:
         self._connects = Rates(limits.connects_per_second, "connections from your address")
         self._messages = Rates(limits.messages_per_second, "messages")
         self._publishes = Rates(limits.publishes_per_second, "updates")
+        self._shares: OrderedDict[tuple[str, str], Share] = OrderedDict()  # the longest unused first
 
     def check_connections(self, held: int) -> None:
         """See that a user with ``held`` live connections may have one more.
@@ -64,44 +86,73 @@ class Limits:
         if self._connects.rate:
             self._connects.take(_network_of(address), now, 1)
 
-    def check_message(self, user: str, now: float) -> None:
+    async def check_message(self, user: str, now: float) -> None:
         """Take one of a user's WebSocket messages.
 
         Raises:
             ApiError: 429 ``rate_limited``.
         """
         if self._messages.rate:
-            self._messages.take(user, now, 1)
+            await self._take(self._messages, user, now, 1)
 
-    def check_publish(self, user: str, now: float, n: int = 1) -> None:
+    async def check_publish(self, user: str, now: float, n: int = 1) -> None:
         """Take ``n`` of a user's updates: all or none. A batch larger than the rate passes alone, then it is paid off.
 
         Raises:
             ApiError: 429 ``rate_limited``.
         """
         if self._publishes.rate:
-            self._publishes.take(user, now, n)
+            await self._take(self._publishes, user, now, n)
+
+    async def _take(self, rates: Rates, user: str, now: float, n: int) -> None:
+        """From what this node has of the common bucket, from that itself, or, where nobody can ask it, from our own."""
+        if self.common is None:
+            rates.take(user, now, n)
+            return
+        shares, key = self._shares, (rates.what, user)
+        share = shares.get(key)
+        if share is None:
+            if len(shares) >= MAX_BUCKETS:
+                shares.popitem(last=False)
+            share = shares[key] = Share()
+        else:
+            shares.move_to_end(key)
+        wait = share.take(now, n)
+        if wait is None:
+            answer = await self.common.take_tokens(rates.what, user, rates.rate, n)
+            if answer is None:
+                rates.take(user, now, n)
+                return
+            taken, wait = answer
+            if taken:
+                share.put(trio.current_time(), taken - n)
+            else:
+                share.refuse(trio.current_time(), wait)
+        if wait > 0.0:
+            raise rates.too_many(wait)
 
     def sweep(self, now: float) -> None:
         """Forget all who have been quiet long enough. For a server without traffic; taking does the same in passing."""
         for rates in (self._connects, self._messages, self._publishes):
             rates.sweep(now)
+        for key in [key for key, share in self._shares.items() if share.idle(now)]:
+            del self._shares[key]
 
     @property
     def entries(self) -> int:
         """How many table entries there are, over all tables."""
-        return len(self._connects) + len(self._messages) + len(self._publishes)
+        return len(self._connects) + len(self._messages) + len(self._publishes) + len(self._shares)
 
 
 class Rates:
     """A token bucket per key, each with a burst of one second's worth. A rate of 0 is no limit: do not take then."""
 
-    __slots__ = ("_buckets", "_what", "rate")
+    __slots__ = ("_buckets", "rate", "what")
 
     def __init__(self, rate: float, what: str) -> None:
         """``rate`` per second; ``what`` is counted, in words for the refusal."""
         self.rate = rate
-        self._what = what
+        self.what = what
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()  # the longest unused first
 
     def __len__(self) -> int:
@@ -124,7 +175,11 @@ class Rates:
             buckets.move_to_end(key)
         wait = bucket.take(now, n)
         if wait > 0.0:
-            raise _too_much(f"too many {self._what}: at most {self.rate:g} per second", max(1, ceil(wait)))
+            raise self.too_many(wait)
+
+    def too_many(self, wait: float) -> ApiError:
+        """The refusal, for so many seconds."""
+        return _too_much(f"too many {self.what}: at most {self.rate:g} per second", max(1, ceil(wait)))
 
     def sweep(self, now: float) -> None:
         """Forget full buckets, the longest unused first, up to the first that is not full.

@@ -84,8 +84,8 @@ class Node:
         draining: set from SIGTERM on.
     """
 
-    def __init__(self, config: Config, *, group: str = "") -> None:
-        """``group`` is shared by the workers of one ``statuswire serve``."""
+    def __init__(self, config: Config, *, group: str = "", worker: int | None = None) -> None:
+        """``group`` is shared by the workers of one ``statuswire serve``; ``worker`` is the number of this one."""
         self.wheel = Wheel()
         self.limits = Limits(config.limits)
         self.presence = Presence(self.limits)
@@ -121,11 +121,12 @@ class Node:
             )
             self.broker = self.shared
             self.cluster = self.presence.cluster = self.shared.cluster = Cluster(self.presence, group=group)
+            self.limits.common = self.cluster
             if config.store.spool:
                 from server.brokers.spooling import SpoolingBroker
 
                 self.broker = self.spool = SpoolingBroker(
-                    self.shared, config.store.spool_file(), config.store.spool_max_bytes
+                    self.shared, config.store.spool_file(worker), config.store.spool_max_bytes
                 )
         else:
             self.broker = SqliteBroker(

@@ -99,7 +99,7 @@ async def publish_batch(exchange: Exchange) -> Response:
             raise ApiError(400, "malformed_json", f"the batch is not JSON: {error}") from None
         _check_count(len(items))
         if items:
-            exchange.node.limits.check_publish(exchange.caller.user, trio.current_time(), len(items))
+            await exchange.node.limits.check_publish(exchange.caller.user, trio.current_time(), len(items))
         if key is not None:  # lines of NDJSON are taken before their body is known: there each has the key for itself
             fingerprint = blake2b(body, digest_size=16).digest()
             claim = exchange.node.broker.submit([Claim(exchange.caller.user, key, fingerprint)])
@@ -149,7 +149,7 @@ async def _wait_rate(exchange: Exchange, count: int, *, first: bool) -> None:
     limits, user = exchange.node.limits, exchange.caller.user
     while True:
         try:
-            limits.check_publish(user, trio.current_time(), count)
+            await limits.check_publish(user, trio.current_time(), count)
         except ApiError as error:
             if first:
                 raise

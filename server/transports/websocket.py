@@ -308,7 +308,7 @@ class Session(LiveReader):
         await self.wait_drained()
         try:
             if self.identity is not None:
-                self.node.limits.check_message(self.identity.user, trio.current_time())
+                await self.node.limits.check_message(self.identity.user, trio.current_time())
             message = decode_client_message(text)
             if self.identity is None and not isinstance(message, AuthMessage):
                 raise ApiError(401, "unauthorized", 'send {"type":"auth","token":…} first')
@@ -499,7 +499,7 @@ class Session(LiveReader):
         if not identity.can("publish"):
             raise ApiError(403, "forbidden", "publishing needs the capability 'publish'")
         self.node.check_accepting()
-        self.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
+        await self.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
         await self.hub.wait_room()
         batch = Batch(self.node, identity, [bytes(update) for update in message.updates], source="websocket")
         self._unanswered += 1

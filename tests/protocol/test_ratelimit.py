@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.ratelimit import TokenBucket
+from protocol.ratelimit import SHARE_S, Share, TokenBucket
 
 
 def test_burst_then_rate() -> None:
@@ -106,3 +106,32 @@ def test_never_more_than_burst_and_rate_allow(rate: float, burst: float, steps: 
             taken += n
             largest = max(largest, n)
         assert taken <= burst + forward * rate * (1 + 1e-9) + largest + 1e-3
+
+
+def test_a_share_is_spent_here_and_asked_for_when_it_is_used_up() -> None:
+    share = Share()
+    assert share.take(0.0) is None
+    share.put(0.0, 2.0)
+    assert [share.take(0.1), share.take(0.2), share.take(0.3)] == [0.0, 0.0, None]
+    share.put(0.3, 3.0)
+    assert share.take(0.4, 4) is None
+    assert share.take(0.4, 3) == 0.0
+
+
+def test_a_share_that_was_not_spent_is_no_longer_good() -> None:
+    share = Share()
+    share.put(0.0, 5.0)
+    assert share.take(SHARE_S) is None
+    share.put(2.0, 1.0)
+    assert [share.take(2.0), share.take(2.0)] == [0.0, None]
+    assert not share.idle(2.0)
+    assert share.idle(2.0 + SHARE_S)
+
+
+def test_a_refusal_is_remembered_until_it_is_over() -> None:
+    share = Share()
+    share.refuse(1.0, 0.5)
+    assert share.take(1.25) == 0.25
+    assert not share.idle(1.25)
+    assert share.take(1.5) is None
+    assert share.idle(1.5)
