@@ -114,7 +114,7 @@ async def send(node: Node, identity: Identity, notice: Notice, key: str | None) 
     """
     if not identity.can("notify"):
         raise ApiError(403, "forbidden", "sending notifications needs the capability 'notify'")
-    node.limits.check_publish(identity.user, trio.current_time())
+    await node.limits.check_publish(identity.user, trio.current_time())
     await node.hub.wait_room()
     submission = node.broker.submit([Notify(notice, identity.user, key)])
     await submission.wait_kept()
