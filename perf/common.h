@@ -120,6 +120,15 @@ static inline char *json_string(const char *text, const char *key, const char *o
     return copy;
 }
 
+/* A fresh copy in which "{n}", if it is there, is the number. */
+static inline char *with_number(const char *text, unsigned number) {
+    char *copy = malloc(strlen(text) + 12);
+    const char *mark = strstr(text, "{n}");
+    if (mark) sprintf(copy, "%.*s%u%s", (int)(mark - text), text, number, mark + 3);
+    else strcpy(copy, text);
+    return copy;
+}
+
 /* Remembers the beginning of a text that explains an error, made safe to stand inside a JSON string. */
 static inline void keep_text(char *to, size_t room, const char *from, size_t length) {
     if (*to) return; /* the first error explains most */

@@ -1,10 +1,11 @@
-/* Load client for the benchmarks: many raw-socket readers (WebSocket, SSE) and HTTP publishers in one epoll loop.
+/* Load client for the benchmarks: many raw-socket readers (WebSocket, SSE, long-poll) and HTTP publishers in one epoll loop.
  *
  * Build: gcc -O3 -std=gnu11 -o build/load load.c        (perf/load.py does it when the sources are newer)
  *
  * Controlled by one flat JSON object a line on stdin, answers by one a line on stdout:
- *   {"cmd":"start","transport":"ws"|"sse","host","port","path","headers","subscribe","connections","rate","window","sources",
- *    "rcvbuf","sample","full_every","check","churn_seconds"}   -> {"event":"ready",...} once all have their first snapshot or failed
+ *   {"cmd":"start","transport":"ws"|"sse"|"poll","host","port","path","headers","subscribe","connections","rate","window","sources",
+ *    "rcvbuf","sample","full_every","check","churn_seconds","first","step"}   -> {"event":"ready",...} once all have their first snapshot or failed
+ *        {n} in path and subscribe is first + index * step, so that each reader can watch something of its own
  *        rate: arrivals per second (0: as many as answered, at most "window" on their way); sources: spread over that many
  *        addresses of 127.0.0.0/8; churn_seconds: each connection is closed after its first snapshot and opened anew until then
  *        (no "ready": watch "pending" in the report)
@@ -12,9 +13,10 @@
  *   {"cmd":"report"}  counters since the mark                                -> {"event":"report",...}
  *   {"cmd":"sample"}  the newest update on connection 0, as sent (hex)       -> {"event":"sample",...}
  *   {"cmd":"publish","host","port","job","jobs","fields","headers","connections","depth","batch","ndjson","rate","requests",
- *    "seconds","lockstep","spin"}                                            -> {"event":"published",...} at its end
+ *    "seconds","lockstep","spin","first","step"}                              -> {"event":"published",...} at its end
  *        batch 0: one update a request to /api/v2/jobs/{job}/updates, else batches to /api/v2/updates; rate: updates per second,
- *        0 as fast as answered; jobs above 1: updates go in turn to {job}-0, {job}-1, ...; spin: until the end this process
+ *        0 as fast as answered; jobs above 1: updates go in turn to {job}-{first}, {job}-{first + step}, ...,
+ *        and {n} in fields is that number; spin: until the end this process
  *        looks for events without ever sleeping, so that nobody who sends to it has to wake it
  *   {"cmd":"close"}   closes the readers                                     -> {"event":"closed"}
  *   {"cmd":"quit"}

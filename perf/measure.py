@@ -68,7 +68,7 @@ def core_busy_seconds(core: int) -> float:
 
 
 @contextlib.contextmanager
-def _process(name: str, arguments: Sequence[str], directory: Path) -> Iterator[Target]:
+def _process(name: str, arguments: Sequence[str], directory: Path, core: int = SERVER_CORE) -> Iterator[Target]:
     """Starts a server in `directory` and reads its address from what it prints. Raises OSError if it prints none."""
     # Output goes to a file: nobody needs to read it for the server to go on.
     log = directory / f"{name}.log"
@@ -82,7 +82,7 @@ def _process(name: str, arguments: Sequence[str], directory: Path) -> Iterator[T
             stderr=subprocess.STDOUT,
             cwd=directory,
             env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
     try:
         deadline = time.monotonic() + 15
@@ -99,14 +99,14 @@ def _process(name: str, arguments: Sequence[str], directory: Path) -> Iterator[T
 
 
 @contextlib.contextmanager
-def server(store: str, program: str | None = None) -> Iterator[Target]:
+def server(store: str, program: str | None = None, core: int = SERVER_CORE) -> Iterator[Target]:
     """The real server in open mode; `store` may be `sqlite:` for a fresh file."""
     directory = Path(tempfile.mkdtemp(prefix="statuswire-bench-"))
     try:
         if store == "sqlite:":
             store = f"sqlite:{directory / 'bench.db'}"
         command = [program or str(ROOT / ".venv/bin/statuswire"), "serve", "--port", "0", "--store", store]
-        with _process("statuswire", command, directory) as target:
+        with _process("statuswire", command, directory, core) as target:
             yield target
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -204,19 +204,7 @@ def in_pairs(
     When other processes took more than `UNDISTURBED` of a core, rounds are run again as long as there is patience
     left, and those least disturbed count.
     """
-    pairs: list[Pair] = []
-    while len(pairs) < rounds or (sum(disturbed(pair) < UNDISTURBED for pair in pairs) < rounds and PATIENCE.left > 0):
-        PATIENCE.wait_quiet()
-        began = time.monotonic()
-        if len(pairs) % 2 == 0:
-            first = ours()
-            pairs.append((first, theirs()))
-        else:
-            second = theirs()
-            pairs.append((ours(), second))
-        if len(pairs) > rounds:
-            PATIENCE.left -= time.monotonic() - began
-    pairs = sorted(pairs, key=disturbed)[:rounds]
+    pairs = _patiently(rounds, lambda index: _pair(index, ours, theirs))
     return [
         Row(
             scenario,
@@ -228,6 +216,40 @@ def in_pairs(
         )
         for measure in measures
     ]
+
+
+def alone(scenario: str, measures: Sequence[Measure], rounds: int, ours: Callable[[], dict[str, float]]) -> list[Row]:
+    """The same where there is nothing to compare with."""
+    pairs = _patiently(rounds, lambda _: (ours(), {"others": 0.0}))
+    return [
+        Row(
+            scenario,
+            measure,
+            server=[result[measure.key] for result, _ in pairs],
+            load=[result["load"] for result, _ in pairs],
+            others=[result["others"] for result, _ in pairs],
+        )
+        for measure in measures
+    ]
+
+
+def _pair(index: int, ours: Callable[[], dict[str, float]], theirs: Callable[[], dict[str, float]]) -> Pair:
+    if index % 2 == 0:
+        first = ours()
+        return first, theirs()
+    second = theirs()
+    return ours(), second
+
+
+def _patiently(rounds: int, run: Callable[[int], Pair]) -> list[Pair]:
+    pairs: list[Pair] = []
+    while len(pairs) < rounds or (sum(disturbed(pair) < UNDISTURBED for pair in pairs) < rounds and PATIENCE.left > 0):
+        PATIENCE.wait_quiet()
+        began = time.monotonic()
+        pairs.append(run(len(pairs)))
+        if len(pairs) > rounds:
+            PATIENCE.left -= time.monotonic() - began
+    return sorted(pairs, key=disturbed)[:rounds]
 
 
 def disturbed(pair: Pair) -> float:

@@ -23,7 +23,7 @@ struct publisher {
 
 static struct {
     bool active, lockstep, ndjson, spin; /* spin: look for events all the time, never sleep */
-    unsigned connections, depth, batch, jobs, turn;
+    unsigned connections, depth, batch, jobs, turn, first_number, step;
     char *host, *job, *fields, *headers;
     int port, schedule;
     double rate;
@@ -54,14 +54,19 @@ static void publisher_flush(struct publisher *p) {
     p->out_sent = p->out_length = 0;
 }
 
+/* Which job is next. */
+static inline unsigned job_number(void) { return P.first_number + (unsigned)(P.published % P.jobs) * P.step; }
+
 static size_t write_update(char *to, bool named, uint64_t stamp) {
     char *start = to;
     *to++ = '{';
     if (named) {
-        to += P.jobs > 1 ? sprintf(to, "\"jobId\":\"%s-%llu\",", P.job, (unsigned long long)(P.published % P.jobs))
-                         : sprintf(to, "\"jobId\":\"%s\",", P.job);
+        to += P.jobs > 1 ? sprintf(to, "\"jobId\":\"%s-%u\",", P.job, job_number()) : sprintf(to, "\"jobId\":\"%s\",", P.job);
     }
-    to += sprintf(to, "%s\"message\":\"t=%llu\"}", P.fields, (unsigned long long)stamp);
+    const char *mark = strstr(P.fields, "{n}");
+    if (mark) to += sprintf(to, "%.*s%u%s", (int)(mark - P.fields), P.fields, job_number(), mark + 3);
+    else to = stpcpy(to, P.fields);
+    to += sprintf(to, "\"message\":\"t=%llu\"}", (unsigned long long)stamp);
     return (size_t)(to - start);
 }
 
@@ -75,7 +80,7 @@ static void publish_one(struct publisher *p) {
     uint64_t stamp = now_ns();
     char path[200];
     if (!P.batch) {
-        if (P.jobs > 1) snprintf(path, sizeof path, "/api/v2/jobs/%s-%llu/updates", P.job, (unsigned long long)(P.published % P.jobs));
+        if (P.jobs > 1) snprintf(path, sizeof path, "/api/v2/jobs/%s-%u/updates", P.job, job_number());
         else snprintf(path, sizeof path, "/api/v2/jobs/%s/updates", P.job);
         to += write_update(to, false, stamp);
         P.published++;
@@ -214,6 +219,8 @@ static void publish_start(const char *command) {
     P.fields = json_string(command, "fields", "\"userId\":\"bench\",\"status\":\"processing\",\"progress\":45,");
     P.headers = json_string(command, "headers", "");
     P.jobs = (unsigned)json_number(command, "jobs", 1);
+    P.first_number = (unsigned)json_number(command, "first", 0);
+    P.step = (unsigned)json_number(command, "step", 1);
     P.connections = (unsigned)json_number(command, "connections", 1);
     P.depth = (unsigned)json_number(command, "depth", 1);
     P.batch = (unsigned)json_number(command, "batch", 0);

@@ -1,4 +1,5 @@
-/* Readers: many WebSocket or SSE connections that count what they get, check that nothing is lost or repeated, and time it.
+/* Readers: many WebSocket or SSE connections or long-poll clients that count what they get, check that nothing is lost or
+ * repeated, and time it.
  *
  * Bytes are taken in with large reads. A read is cut into whole messages first (only frame headers, or blank lines, are looked
  * at), then the messages are looked into: each one, or, with "sample" above 1, the first, the last and every sample-th between.
@@ -28,10 +29,9 @@ struct message { const char *at; size_t length; };
 static struct {
     /* what to do */
     struct sockaddr_in peer;
-    bool websocket, check, churn;
-    char *request, *subscribe; /* subscribe: a whole masked frame */
-    size_t request_length, subscribe_length;
-    unsigned wanted, opened, sample, full_every, window, sources, rcvbuf;
+    bool websocket, poll, check, churn;
+    char *subscribe, *host, *path, *headers; /* {n} in path or subscribe: a number of each reader's own */
+    unsigned wanted, opened, sample, full_every, window, sources, rcvbuf, first_number, step;
     double rate;
     uint64_t arrivals_from_ns, churn_until_ns;
     int arrivals;
@@ -219,6 +219,33 @@ static inline void batch_add(struct reader *r, const char *at, size_t length) {
     R.batch[R.batched++] = (struct message){at, length};
 }
 
+/* A text frame from a client, masked with zeros: the mask must be there, its value is free (RFC 6455, section 5.3). */
+static void reader_subscribe(struct reader *r) {
+    char *text = with_number(R.subscribe, R.first_number + r->index * R.step);
+    size_t n = strlen(text), head = n < 126 ? 6 : 8;
+    char *frame = calloc(1, head + n + 1);
+    frame[0] = (char)0x81;
+    frame[1] = (char)(0x80 | (n < 126 ? n : 126));
+    if (n >= 126) frame[2] = (char)(n >> 8), frame[3] = (char)n;
+    memcpy(frame + head, text, n);
+    reader_send(r, frame, head + n);
+    free(frame);
+    free(text);
+}
+
+/* Asks for the stream, or for what came after the cursor. */
+static void reader_request(struct reader *r, const char *cursor) {
+    char *path = with_number(R.path, R.first_number + r->index * R.step), more[100] = "";
+    if (R.poll) snprintf(more, sizeof more, *cursor ? "&timeout=30&last_seen=%s" : "&timeout=0%s", cursor);
+    char *request = malloc(strlen(path) + strlen(R.headers) + strlen(R.host) + 500);
+    int length = sprintf(request, "GET %s%s HTTP/1.1\r\nHost: %s:%d\r\n%s%s\r\n", path, more, R.host, ntohs(R.peer.sin_port),
+        R.websocket ? "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+        : R.poll ? "" : "Accept: text/event-stream\r\n", R.headers);
+    reader_send(r, request, (size_t)length);
+    free(request);
+    free(path);
+}
+
 /* ---- cutting bytes into messages ---- */
 
 /* Bytes of the whole frame that starts here, 0 while its header is not complete (RFC 6455, section 5.2; servers do not mask). */
@@ -288,6 +315,75 @@ static void feed_events(struct reader *r, const char *p, size_t n) {
     if (n && r->phase == PHASE_STREAM) carry_append(r, p, n);
 }
 
+static void reader_request(struct reader *r, const char *cursor);
+
+/* The body of a whole answer, chunks joined in place: its length; -1 if the answer is not there whole. *end: behind it. */
+static int64_t answer_body(char *at, size_t n, char **body, char **end) {
+    char *head_end = memmem(at, n, "\r\n\r\n", 4), *stop = at + n;
+    if (!head_end) return -1;
+    char *p = head_end + 4, *to = p;
+    *body = p;
+    *head_end = 0;
+    bool chunked = strcasestr(at, "\ntransfer-encoding: chunked") != NULL;
+    const char *length = strcasestr(at, "\ncontent-length:");
+    *head_end = '\r';
+    if (!chunked) {
+        size_t n_body = length ? strtoul(length + 16, NULL, 10) : 0;
+        *end = p + n_body;
+        return *end <= stop ? (int64_t)n_body : -1;
+    }
+    for (char *q = p;;) { /* first look whether all of it is there, since joining cannot be done twice */
+        char *line = memmem(q, (size_t)(stop - q), "\r\n", 2);
+        if (!line) return -1;
+        size_t size = strtoul(q, NULL, 16);
+        if ((size_t)(stop - line) < size + 4) return -1;
+        q = line + 2 + size + 2;
+        if (!size) break;
+    }
+    for (;;) {
+        char *line = memmem(p, (size_t)(stop - p), "\r\n", 2);
+        size_t size = strtoul(p, NULL, 16);
+        p = line + 2 + size + 2;
+        if (!size) break;
+        memmove(to, line + 2, size);
+        to += size;
+    }
+    *end = p;
+    return to - *body;
+}
+
+/* Long-poll: each answer's updates one by one, then the next question with its cursor. */
+static void feed_answers(struct reader *r, const char *p, size_t n) {
+    char *body, *end;
+    carry_append(r, p, n);
+    int64_t length = answer_body(r->carry, r->carry_length, &body, &end);
+    if (length < 0) return;
+    int status = atoi(r->carry + 9);
+    const char *stop = body + length, *mark = memmem(body, (size_t)length, "\"last_seen\":\"", 13);
+    if (status != 200 || !mark) {
+        reader_error(r->carry, r->carry_length);
+        reader_failed(r, "refused");
+        return;
+    }
+    char cursor[64] = "";
+    const char *quote = memchr(mark + 13, '"', (size_t)(stop - mark - 13));
+    if (quote && quote - mark - 13 < 60) memcpy(cursor, mark + 13, (size_t)(quote - mark - 13));
+    if (memmem(mark, (size_t)(stop - mark), "\"reset\":true", 12)) R.resets++;
+    if (!r->ready) {
+        histogram_add(&R.setup, R.read_ns - r->opened_ns, 1);
+        got_snapshot(r, &(struct message){body, (size_t)length});
+    } else {
+        const char *at = memmem(body, (size_t)length, "{\"type\":\"", 9);
+        while (at && r->phase == PHASE_STREAM) {
+            const char *next = memmem(at + 9, (size_t)(stop - at - 9), "{\"type\":\"", 9);
+            look_into(r, &(struct message){at, (size_t)((next ? next : stop) - at)});
+            at = next;
+        }
+    }
+    r->carry_length = 0;
+    if (r->phase == PHASE_STREAM) reader_request(r, cursor);
+}
+
 /* RFC 9112, section 7.1. An event may end in another chunk than it began in. */
 static void feed_chunks(struct reader *r, const char *p, size_t n) {
     while (n && r->phase == PHASE_STREAM) {
@@ -321,6 +417,11 @@ static void feed_chunks(struct reader *r, const char *p, size_t n) {
 }
 
 static void feed(struct reader *r, const char *p, size_t n) {
+    if (R.poll) {
+        r->phase = PHASE_STREAM;
+        feed_answers(r, p, n);
+        return;
+    }
     if (r->phase == PHASE_HEAD) {
         carry_append(r, p, n);
         const char *end = memmem(r->carry, r->carry_length, "\r\n\r\n", 4);
@@ -337,7 +438,7 @@ static void feed(struct reader *r, const char *p, size_t n) {
         r->carry_length = 0;
         r->phase = PHASE_STREAM;
         histogram_add(&R.setup, R.read_ns - r->opened_ns, 1);
-        if (R.subscribe_length) reader_send(r, R.subscribe, R.subscribe_length);
+        if (R.websocket && *R.subscribe) reader_subscribe(r);
         p += n - rest;
         n = rest;
     }
@@ -359,7 +460,7 @@ static void reader_event(struct reader *r, uint32_t events) {
         if (error) { reader_failed(r, strerror(error)); return; }
         if (!(events & EPOLLOUT)) return;
         r->phase = PHASE_HEAD;
-        reader_send(r, R.request, R.request_length);
+        reader_request(r, "");
     }
     while (r->phase != PHASE_CLOSED) {
         ssize_t n = recv(r->fd, read_buffer, READ_SIZE, 0);
@@ -436,26 +537,19 @@ static void readers_close(void) {
     R.churn = false;
 }
 
-/* A text frame from a client, masked with zeros: the mask must be there, its value is free (RFC 6455, section 5.3). */
-static void make_subscribe(const char *text) {
-    size_t n = strlen(text), head = n < 126 ? 6 : 8;
-    R.subscribe_length = n ? head + n : 0;
-    free(R.subscribe);
-    R.subscribe = calloc(1, head + n + 1);
-    R.subscribe[0] = (char)0x81;
-    R.subscribe[1] = (char)(0x80 | (n < 126 ? n : 126));
-    if (n >= 126) R.subscribe[2] = (char)(n >> 8), R.subscribe[3] = (char)n;
-    memcpy(R.subscribe + head, text, n);
-}
-
 static void readers_start(const char *command) {
     readers_close();
-    char *host = json_string(command, "host", "127.0.0.1"), *path = json_string(command, "path", "/ws/jobs");
-    char *headers = json_string(command, "headers", ""), *transport = json_string(command, "transport", "ws");
-    char *subscribe = json_string(command, "subscribe", "");
-    int port = (int)json_number(command, "port", 3000);
+    char *transport = json_string(command, "transport", "ws");
+    free(R.host); free(R.path); free(R.headers); free(R.subscribe);
+    R.host = json_string(command, "host", "127.0.0.1");
+    R.path = json_string(command, "path", "/ws/jobs");
+    R.headers = json_string(command, "headers", "");
+    R.subscribe = json_string(command, "subscribe", "");
+    R.first_number = (unsigned)json_number(command, "first", 0);
+    R.step = (unsigned)json_number(command, "step", 1);
     R.websocket = !strcmp(transport, "ws");
-    R.peer = address(host, port);
+    R.poll = !strcmp(transport, "poll");
+    R.peer = address(R.host, (int)json_number(command, "port", 3000));
     R.wanted = (unsigned)json_number(command, "connections", 1);
     R.rate = json_number(command, "rate", 0);
     R.window = (unsigned)json_number(command, "window", 128);
@@ -465,12 +559,6 @@ static void readers_start(const char *command) {
     R.full_every = (unsigned)json_number(command, "full_every", 0);
     R.check = json_number(command, "check", 1) != 0;
     double churn = json_number(command, "churn_seconds", 0);
-    free(R.request);
-    R.request = malloc(strlen(path) + strlen(headers) + strlen(host) + 400);
-    R.request_length = (size_t)sprintf(R.request, "GET %s HTTP/1.1\r\nHost: %s:%d\r\n%s%s\r\n", path, host, port,
-        R.websocket ? "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-                    : "Accept: text/event-stream\r\n", headers);
-    make_subscribe(R.websocket ? subscribe : "");
     R.all = calloc(R.wanted, sizeof *R.all);
     R.told_ready = false;
     R.churn = churn > 0;
@@ -479,7 +567,7 @@ static void readers_start(const char *command) {
     R.churn_until_ns = R.mark_ns + (uint64_t)(churn * 1e9);
     if (R.rate > 0) timer_set(R.arrivals, (uint64_t)(R.rate > 2000 ? 500000 : 1e9 / R.rate));
     readers_arrive();
-    free(host); free(path); free(headers); free(transport); free(subscribe);
+    free(transport);
 }
 
 #endif

@@ -266,6 +266,40 @@ def test_publishing_reaches_every_reader_of_the_bare_loop(
     assert report["latency"]["count"] == 20 * 1050
 
 
+@pytest.mark.parametrize("chunked", [True, False])
+def test_long_polls_go_on_with_their_cursor(client: LoadClient, chunked: bool) -> None:
+    asked: list[bytes] = []
+
+    def answer(cursor: bytes, *updates: bytes) -> list[bytes]:
+        body = b'{"updates":[%b],"last_seen":"%b","reset":false}' % (b",".join(updates), cursor)
+        if not chunked:
+            return one_by_one(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+        return [head, *(chunk(body[i : i + 31]) for i in range(0, len(body), 31)), b"0\r\n", b"\r\n"]
+
+    def script(connection: socket.socket) -> None:
+        # The request for the first answer has been read; its cursor must come back in the next one.
+        for parts in (
+            answer(b"e:10", update(10)),
+            answer(b"e:12", update(11), update(12)),
+            answer(b"e:15", update(14)),
+        ):
+            for part in parts:
+                connection.sendall(part)
+            text = b""
+            while b"\r\n\r\n" not in text:
+                text += connection.recv(1)
+            asked.append(text.split(b" ")[1])
+
+    with scripted(script) as port:
+        report = read_all(client, port, 14, transport="poll", path="/api/v2/jobs/poll?jobIds=load-{n}", first=7)
+        deadline = time.monotonic() + 5
+        while len(asked) < 3:
+            assert time.monotonic() < deadline
+    assert asked == [b"/api/v2/jobs/poll?jobIds=load-7&timeout=30&last_seen=e:%d" % at for at in (10, 12, 15)]
+    assert (report["deliveries"], report["snapshots"], report["lost"], report["repeated"]) == (3, 1, 1, 0)
+
+
 def test_churning_connections_are_counted_when_they_have_their_snapshot(client: LoadClient) -> None:
     with bare_server() as bare:
         client.send(
