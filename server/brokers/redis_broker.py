@@ -61,8 +61,8 @@ _LEASES_AT_ONCE: Final = 500
 _ENTRIES_AT_ONCE: Final = 500
 # How often those who wait are looked through for some that have waited too long.
 _PATIENCE_STEP_S: Final = 0.25
-# No entry is taken out of Redis sooner, however short ``history.max_age`` is.
-_LEAST_KEPT_S: Final = 60.0
+# No entry is taken out of Redis for its age sooner, however short ``history.max_age`` is.
+_LEAST_KEPT_S: Final = 3600.0
 # After being cancelled, for what is under way to be answered.
 _FINISH_S: Final = 2.0
 
@@ -102,7 +102,7 @@ class RedisBroker:
         self._on_new_epoch = on_new_epoch
         self._options = options
         self._clock = clock
-        # Calls whose answer was lost are looked for in the log.
+        # Calls whose answer was lost are looked for in the log once Redis is back.
         self._keep_s = max(history.max_age, _LEAST_KEPT_S)
         self.follower = Follower(
             jobs,

@@ -166,7 +166,7 @@ class Waiting:
 
     def holds(self, call: Call) -> bool:
         """Whether one that waits was there before this call."""
-        return not self.held.keys().isdisjoint(call.holds)
+        return bool(self.held) and not self.held.keys().isdisjoint(call.holds)
 
     def take(self) -> list[Call]:
         """All of them, out and in order of submission."""
