@@ -10,8 +10,6 @@ import pytest
 from tests.contract.harness import Rig, running
 from tests.redis_servers import RedisServer, running_server
 
-STORES = ["memory", "sqlite", "redis"]
-
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
@@ -26,7 +24,7 @@ def redis_url(redis_server: RedisServer) -> str:
     return redis_server.url
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.slow)])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A server's ``store.url``, of each store."""
     if request.param == "redis":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -302,10 +303,11 @@ async def test_projects_are_their_owners(guarded: InProcess) -> None:
         assert (gone.name, gone.data["code"]) == ("error", "project_not_found")
 
 
-async def test_a_token_that_expires_ends_the_stream(guarded: InProcess) -> None:
-    await register(guarded, headers=WORKER)
-    async with watching(guarded, bearer("alice", exp=in_seconds(1))) as stream:
-        error = (await stream.rest())[-1]
+async def test_a_token_that_expires_ends_the_stream() -> None:
+    async with clean_server(auth=AUTH) as at:
+        await register(at, headers=WORKER)
+        async with watching(at, bearer("alice", exp=in_seconds(0.5))) as stream:
+            error = (await stream.rest())[-1]
         assert (error.name, error.data["code"], error.data["projectId"]) == ("error", "token_expired", "p1")
 
 
@@ -316,6 +318,64 @@ async def test_resuming_gives_what_was_missed(at: InProcess) -> None:
     async with watching(at, {"Last-Event-ID": cursor}) as stream:
         assert (await stream.event()).id == cursor
         assert [event.data["phase"] for event in await stream.events(2)] == ["validation", "analysis"]
+
+
+@pytest.mark.slow
+async def test_two_nodes_at_once_lose_nothing_of_each_other(redis_url: str) -> None:
+    """What is left out stays, although each node decides on what it knew; and whatever it was is seen at both."""
+    store = {"url": redis_url}
+    details = {
+        "dataFreshness": "new", "dataCompletenessScore": 55, "reportId": "r", "queuePosition": 3,
+        "generatedAt": "2025-01-31T12:00:00.000Z", "message": "m", "phase": "snapshot_capture",
+    }  # fmt: skip
+    async with clean_server(store=store) as one, clean_server(store=store) as two:
+        statuses: list[int] = []
+
+        async def put(at: InProcess) -> None:
+            statuses.append((await register(at)).status)
+
+        async def post(at: InProcess, fields: dict[str, object]) -> None:
+            await publish(at, **fields)
+
+        async with trio.open_nursery() as nursery:
+            for at in (one, two) * 4:
+                nursery.start_soon(put, at)
+        assert sorted(statuses) == [200] * 7 + [201]
+        async with watching(one) as here, watching(two) as there:
+            async with trio.open_nursery() as nursery:
+                for round_ in range(1, 6):
+                    for index, (name, value) in enumerate(details.items()):
+                        nursery.start_soon(post, (one, two)[(index + round_) % 2], {name: value})
+                    snapshots = {"captured": round_} if round_ % 2 else {"total": 5}
+                    nursery.start_soon(post, (one, two)[round_ // 2 % 2], {"competitorSnapshotsStatus": snapshots})
+            states = [await status(at) for at in (one, two)]
+            expected = details | {"projectId": "p1", "reportExists": True, "status": "generating"}
+            del expected["queuePosition"]
+            for state in states:
+                captured = state.pop("competitorSnapshotsStatus")
+                assert (captured["captured"] in (1, 3, 5), captured["total"]) == (True, 5)
+                assert 10 <= state.pop("progress") <= 50
+                assert state == expected
+            last = (await one.get("/api/v2/jobs/report:p1")).json["version"]
+            assert last == 1 + 5 * (len(details) + 1)
+            # Each stream had every one of them once, in the same order.
+            seen = [[(await state_of(stream)).id for _ in range(last)] for stream in (here, there)]
+            assert seen[0] == seen[1]
+            assert len(set(seen[0])) == last
+
+
+async def test_a_project_is_known_after_a_restart(tmp_path: Path) -> None:
+    store = {"url": f"sqlite:{tmp_path / 'store.db'}"}
+    async with clean_server(store=store) as at:
+        await register(at)
+        cursor = (await publish(at, phase="validation", dataFreshness="new")).json["id"]
+    async with clean_server(store=store) as at:
+        assert (await status(at))["dataFreshness"] == "new"
+        assert (await register(at)).status == 200
+        async with watching(at, {"Last-Event-ID": cursor}) as stream:
+            assert (await stream.event()).type == "connected"
+            await publish(at, phase="analysis")
+            assert (await stream.event()).data["phase"] == "analysis"
 
 
 async def test_an_idempotency_key_makes_it_once(at: InProcess) -> None:
