@@ -201,7 +201,7 @@ def test_the_two_commands_stand_on_top_of_the_readme() -> None:
 
 
 def test_links_between_the_documents_lead_somewhere() -> None:
-    for document in (*DOCUMENTS, "docs/configuration.md", "CHANGELOG.md"):
+    for document in (*DOCUMENTS, "docs/configuration.md", "docs/views.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
             assert (ROOT / document).parent.joinpath(target).exists(), (document, target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections import Counter
@@ -22,54 +23,8 @@ from server import routes
 from tests.streams import clean_server, event_stream, session, stream_at
 from tests.support import AUTH, ROOT, WORKER, Address, bearer, spawned
 
-# All it takes to add a view.
-RENDERS = '''
-"""Films that are rendered."""
-
-import msgspec
-
-from protocol.view import Call, Control, Message, View, job_fields
-
-_WORDS = {"queued": "waiting", "processing": "rendering", "stalled": "rendering"}
-
-
-def _state(update):
-    record = msgspec.json.decode(update.body)
-    status = record["status"]
-    return msgspec.json.encode(
-        {"renderId": record["jobId"], "state": _WORDS.get(status, status), "percent": record["progress"]}
-    )
-
-
-def _messages(update):
-    return [Message(_state(update), "frame")] if update.type != "job_deleted" else [Message(b'{"gone":true}', "gone")]
-
-
-PATH = "/studio/{renderId}"
-VIEW = View(
-    name="renders",
-    noun="render",
-    calls=(
-        Call("GET", PATH, "show"),
-        Call("HEAD", PATH, "head"),
-        Call("POST", PATH, "create"),
-        Call("PATCH", PATH, "update"),
-        Call("POST", PATH + "/done", "update", {"status": "completed"}),
-        Call("GET", PATH + "/frames", "stream"),
-    ),
-    variable="renderId",
-    controls={
-        "connected": Control({"renderId": "id", "at": "now"}, "hello"),
-        "heartbeat": Control({"at": "now"}, "beat"),
-        "error": Control({"code": "code"}, "trouble"),
-    },
-    render=_messages,
-    state=_state,
-    headers={"X-Render-State": "state", "X-Render-Percent": "percent"},
-    fields=job_fields({"percent": "progress", "state": "status"}),
-    not_found="render_not_found",
-)
-'''
+# All it takes to add a view, as users are told.
+(RENDERS,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "views.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
 async def use_renders(at: Address) -> None:
