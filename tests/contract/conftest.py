@@ -10,6 +10,7 @@ import pytest
 from tests.contract.harness import Rig, running
 from tests.redis_servers import RedisServer, running_server
 
+STORES = ["memory", "sqlite", "redis"]
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:

@@ -221,6 +221,7 @@ def test_every_key_of_the_configuration_is_documented() -> None:
     defaults = {
         f"{table.name}.{key.name}": toml(getattr(getattr(config, table.name), key.name))
         for table in msgspec.structs.fields(Config)
+        if isinstance(getattr(config, table.name), msgspec.Struct)  # else there is one for every name
         for key in msgspec.structs.fields(getattr(config, table.name))
     }
     assert documented == defaults
@@ -235,7 +236,7 @@ async def test_sample_configurations_are_accepted(tmp_path: Path) -> None:
         for _, info, text in fences(document)
         if info == "toml"
     ]
-    assert len(samples) == 2
+    assert len(samples) == 3
     for sample in samples:
         file = tmp_path / "sample.toml"
         text = sample.replace("/etc/statuswire/", f"{tmp_path}/").replace('"RS256"', '"ES256"')
