@@ -18,7 +18,7 @@ import random
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -57,11 +57,14 @@ from server.brokers.redis_presence import (
 from server.logs import log_event
 
 if TYPE_CHECKING:
+    from server.metrics import Sample
     from server.presence import Presence
 
 LOG: Final = logging.getLogger("statuswire.cluster")
 
 BEAT_S: Final = 1.0
+# How often a node tells its numbers: they are read from every connection (10 ms with 20,000).
+STATS_S: Final = 5.0
 # Long enough for a pause of the loop or of Redis, short enough that nobody is shown for long who is gone.
 LEASE_MS: Final = 5000
 # Heartbeats further apart than this are not one behind the other.
@@ -96,13 +99,13 @@ class Peer(NamedTuple):
         node_id: names its process.
         host: name of its machine.
         group: shared by the workers of one ``statuswire serve``.
-        stats: what it gave with its last heartbeat.
+        stats: its numbers of a few seconds ago.
     """
 
     node_id: str
     host: str
     group: str
-    stats: dict[str, float]
+    stats: Sample
 
 
 class _Away(Exception):
@@ -124,13 +127,13 @@ class Cluster:
     Args:
         presence: the node's own tables.
         group: see ``Peer``.
-        stats: plain counters for the others.
+        stats: the node's numbers, for the others.
 
     Attributes:
         node_id: names this process.
     """
 
-    def __init__(self, presence: Presence, *, group: str = "", stats: Callable[[], Mapping[str, float]] = dict) -> None:
+    def __init__(self, presence: Presence, *, group: str = "", stats: Callable[[], Sample] = dict) -> None:
         self.node_id = secrets.token_hex(6)
         self.group = group or self.node_id
         self.stats = stats
@@ -144,6 +147,7 @@ class Cluster:
         self._beaten = self._steady_since = -math.inf  # the last heartbeat, and the first of those without a gap
         self._places: dict[str, float] = {}
         self._slow_until = -math.inf
+        self._tell_at = -math.inf
         self._questions: dict[str, _Question] = {}
         self._entered = trio.Event()
         self._wake = trio.Event()
@@ -261,13 +265,19 @@ class Cluster:
     async def _beat(self) -> None:
         self._give_back_places()
         self._flush()
-        info = PeerInfo(self._host, self.group, dict(self.stats()))
-        known, events, *dead = await self._ask(BEAT, self.node_id, LEASE_MS, self._number, encode(info))
+        now = trio.current_time()
+        info = b""
+        if now >= self._tell_at:
+            self._tell_at = now + STATS_S
+            info = encode(PeerInfo(self._host, self.group, self._numbers()))
+        known, events, *dead = await self._ask(BEAT, self.node_id, LEASE_MS, self._number, info)
         self._ours = True
         now = trio.current_time()
         if now - self._beaten > STEADY_S:
             self._steady_since = now
         self._beaten = now
+        if not known and not info:
+            self._tell_at = -math.inf
         if not known or self._stale:
             await self._compare()
             self._entered.set()
@@ -276,6 +286,13 @@ class Cluster:
         # Where this node could not renew its lease, others could not either: each gets the length of a lease anew.
         if dead and now - self._steady_since > LEASE_MS / 1000:
             await self._reap([node.decode() for node in dead])
+
+    def _numbers(self) -> Sample:
+        try:
+            return self.stats()
+        except Exception:  # a file that cannot be opened just now must not cost the lease
+            LOG.exception("this node's numbers cannot be read")
+            return {}
 
     async def _compare(self) -> None:
         """Read this node's entries back, and mark what is not as it should be."""
@@ -462,7 +479,7 @@ class Cluster:
         try:
             found = await self._question(PEERS)
         except _Away:
-            return [Peer(self.node_id, self._host, self.group, dict(self.stats()))]
+            return [Peer(self.node_id, self._host, self.group, self._numbers())]
         peers = []
         for node, blob in zip(found[::2], found[1::2], strict=True):
             info = decode_peer(blob)

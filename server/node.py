@@ -110,6 +110,7 @@ class Node:
             # Imported here: who needs no Redis does without its client.
             from server.brokers.redis_broker import RedisBroker
             from server.cluster import Cluster
+            from server.metrics import sample  # which knows what counts connections of this node
 
             self.shared = RedisBroker(
                 config.store.url,
@@ -120,7 +121,9 @@ class Node:
                 watched=self.watched,
             )
             self.broker = self.shared
-            self.cluster = self.presence.cluster = self.shared.cluster = Cluster(self.presence, group=group)
+            self.cluster = self.presence.cluster = self.shared.cluster = Cluster(
+                self.presence, group=group, stats=lambda: sample(self)
+            )
             self.limits.common = self.cluster
             if config.store.spool:
                 from server.brokers.spooling import SpoolingBroker

@@ -13,8 +13,12 @@ VERSION: Final = version("statuswire")
 
 
 async def samples(node: Node, *, everywhere: bool) -> dict[str, Sample]:
-    """Samples by node id: of this node's own process group, or of all nodes."""
-    return {"": sample(node)}
+    """Samples by node id: of this node's own process group, or of all nodes. Those of others are some seconds old."""
+    cluster = node.cluster
+    if cluster is None:
+        return {"": sample(node)}
+    peers = [peer for peer in await cluster.peers() if peer.stats and (everywhere or peer.group == cluster.group)]
+    return {peer.node_id: peer.stats for peer in peers} | {cluster.node_id: sample(node)}
 
 
 async def stats(node: Node) -> dict[str, Any]:

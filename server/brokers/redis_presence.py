@@ -31,17 +31,17 @@ OUTBOX_MOST: Final = 10_000
 
 
 class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What a node tells the others with every heartbeat.
+    """What a node tells the others with its heartbeats.
 
     Attributes:
         host: name of its machine.
         group: shared by the workers of one ``statuswire serve``.
-        stats: plain counters.
+        stats: its numbers, see ``server.metrics.Sample``.
     """
 
     host: str
     group: str
-    stats: dict[str, float]
+    stats: dict[str, float | dict[str, float]]
 
 
 class StoredEvent(msgspec.Struct, frozen=True, array_like=True):
@@ -199,7 +199,7 @@ return {left > 0 and 0 or 1, call('LLEN', P .. 'outbox')}
 """
 )
 
-# ARGV: node, lease in milliseconds, number of its last batch, PeerInfo.
+# ARGV: node, lease in milliseconds, number of its last batch, PeerInfo or '' to leave it.
 # Answers: 1 if all that the node wrote is there, events that wait, and nodes whose lease has run out.
 BEAT: Final = Script(
     _BEGIN
@@ -207,7 +207,8 @@ BEAT: Final = Script(
 local node, its, at = ARGV[1], P .. 'node:' .. ARGV[1], now()
 local known = call('ZSCORE', KEYS[1], node) and tonumber(call('HGET', its, 'seq') or -1) == tonumber(ARGV[3])
 call('ZADD', KEYS[1], at + ARGV[2], node)
-call('HSET', its, 'seq', ARGV[3], 'info', ARGV[4])
+call('HSET', its, 'seq', ARGV[3])
+if ARGV[4] ~= '' then call('HSET', its, 'info', ARGV[4]) end
 local answer = {known and 1 or 0, call('LLEN', P .. 'outbox')}
 for _, dead in ipairs(call('ZRANGEBYSCORE', KEYS[1], '-inf', at, 'LIMIT', 0, 16)) do answer[#answer + 1] = dead end
 return answer

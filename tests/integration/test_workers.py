@@ -209,3 +209,24 @@ async def test_a_port_that_others_share_is_taken(redis: RedisServer, tmp_path: P
         status, said = await refused(tmp_path / "other", **tables)
         assert (status, said.count("\n")) == (2, 1)
         assert "another program listens there" in said
+
+
+async def test_the_numbers_are_those_of_all_workers(redis: RedisServer, tmp_path: Path) -> None:
+    async with workers(redis, tmp_path / "home") as at, AsyncExitStack() as stack:
+        found = await sessions(stack, at)
+        for ws in found.values():
+            await ws.quiet()
+
+        async def told() -> bool:
+            stats = (await at.get("/api/v2/stats")).json
+            text = (await at.get("/metrics")).body.decode()
+            return (
+                len(stats.get("nodes", ())) == WORKERS
+                and stats["byTransport"]["websocket"] >= WORKERS
+                and all(node["byTransport"]["websocket"] > 0 for node in stats["nodes"])
+                and f"\nstatuswire_processes {float(WORKERS)}\n" in text
+            )
+
+        with trio.fail_after(60):
+            while not await told():  # noqa: ASYNC110  # other processes set no events
+                await trio.sleep(0.1)
