@@ -243,6 +243,8 @@ class Broker(Protocol):
     async def follow(self, names: Iterable[str], cursor: str | None = None) -> None:
         """Before reading: return when all that these channels have is shown here, and as far as ``cursor``.
 
+        It stays shown while a reader is on one of them (``Node.watched``), and for minutes after the last asking.
+
         Raises:
             ApiError: 503 ``store_unavailable``: it is not, and cannot be just now.
         """

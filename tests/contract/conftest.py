@@ -12,6 +12,7 @@ from tests.redis_servers import RedisServer, running_server
 
 STORES = ["memory", "sqlite", "redis"]
 
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     with running_server(tmp_path_factory.mktemp("redis")) as server:
