@@ -90,11 +90,13 @@ class View:
         render: one update in the view's words, of which only the last is behind the update's position; None: as
             records, which is what all transports but event streams send.
         state: a job's state in the view's words, a JSON object.
+        shape: its type, for the API's description.
         headers: header name to the member of the state that it shows.
         fields: what may be published: the view's name to that of the job's field, or "" for what ``unpack`` takes.
         statuses: the view's words for a status to the job's.
         unpack: turns the values of ``fields`` that are "" into those of job fields; may look at and change all.
             Raises ApiError 422.
+        details: the type of those values, for the API's description.
         settle: what an update comes to, given the state it meets (None: a new job). It is called when the update is
             decided, maybe several times, so it must depend on its arguments alone. Raises ApiError.
         not_found: code of the 404 for a job that is not there.
@@ -111,10 +113,12 @@ class View:
     waits: bool = True
     render: Callable[[Update], Sequence[Message]] | None = None
     state: Callable[[Update], bytes]
+    shape: type[msgspec.Struct] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     statuses: Mapping[str, str] = field(default_factory=dict)
     unpack: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    details: type[msgspec.Struct] | None = None
     settle: Callable[[Job | None, Fields], Fields] = only_of_its_kind
     not_found: str = "job_not_found"
 

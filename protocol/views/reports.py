@@ -18,7 +18,6 @@ from protocol.job import Record
 from protocol.update import (
     CANCELLED,
     COMPLETED,
-    ENDED,
     FAILED,
     JOB_DELETED,
     PROCESSING,
@@ -33,7 +32,9 @@ from protocol.view import Call, Control, Message, View, encode_safe, one_line, o
 PATH: Final = "/api/projects/{projectId}/initial-report-status"
 KIND: Final = "initial-report"
 
-STATUSES: Final = {
+Words = Literal["not_started", "generating", "completed", "failed"]
+
+STATUSES: Final[dict[str, Words]] = {
     QUEUED: "not_started",
     PROCESSING: "generating",
     STALLED: "generating",
@@ -79,6 +80,27 @@ class Details(msgspec.Struct, rename="camel", forbid_unknown_fields=True, omit_d
     competitor_snapshots_status: Snapshots | UnsetType | None = UNSET
     data_freshness: Literal["new", "existing", "mixed"] | UnsetType | None = UNSET
     queue_position: Count | UnsetType | None = UNSET
+
+
+class Status(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True):
+    """A project's report: what it has not is left out. Times are RFC 3339 texts."""
+
+    project_id: str
+    report_exists: bool
+    report_id: str | None = None
+    status: Words
+    phase: str | None = None
+    progress: int | float
+    message: str | None = None
+    data_completeness_score: int | float | None = None
+    generated_at: str | None = None
+    competitor_snapshots_status: dict[str, Any] | None = None
+    data_freshness: str | None = None
+    queue_position: int | None = None
+    estimated_completion_time: str | None = None
+    stalled: bool = False
+    error: str | None = None
+    timestamp: str
 
 
 _DETAILS: Final = {field.encode_name: "" for field in msgspec.structs.fields(Details)}
@@ -145,7 +167,19 @@ def _settle(job: Job | None, fields: Fields) -> Fields:
 
 
 def _details_of(record: Record) -> dict[str, Any]:
-    return _decode_object(record.metadata) if isinstance(record.metadata, Raw) else {}
+    """The metadata; details that are none, because somebody put them there in the words of jobs, are left out."""
+    if not isinstance(record.metadata, Raw):
+        return {}
+    found = _decode_object(record.metadata)
+    return {name: value for name, value in found.items() if name not in _DETAILS or _is_detail(name, value)}
+
+
+def _is_detail(name: str, value: object) -> bool:
+    try:
+        msgspec.convert({name: value}, Details)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _merged(before: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -168,34 +202,29 @@ def _progress_of(phase: str, snapshots: dict[str, Any]) -> float:
 # Reading
 
 
-def _status(update: Update) -> dict[str, Any]:
+def _status(update: Update) -> Status:
     record = _decode(update.body)
     details = _details_of(record)
     word = STATUSES[record.status]
-    ended = record.status in ENDED
-    status: dict[str, Any] = {
-        "projectId": VIEW.id_of(record.job_id),
-        "reportExists": record.status != QUEUED or details.get("reportId") is not None,
-        "reportId": details.get("reportId"),
-        "status": word,
-        "phase": record.stage,
-        "progress": record.progress,
-        "message": record.message,
-        "dataCompletenessScore": details.get("dataCompletenessScore"),
-        "generatedAt": details.get("generatedAt") or (record.ended_at if record.status == COMPLETED else None),
-        "competitorSnapshotsStatus": _snapshots(record, details),
-        "dataFreshness": details.get("dataFreshness"),
-        "queuePosition": details.get("queuePosition") if record.status == QUEUED else None,
-        "estimatedCompletionTime": None if ended or word == "not_started" else _completion(record, update.at_ms),
-        "error": None,
-        "timestamp": record.timestamp,
-    }
-    if word == "failed":
-        status["error"] = "cancelled" if record.status == CANCELLED else one_line(record.error or "") or "it failed"
-    elif record.status == STALLED:
-        status["stalled"] = True
-        status["error"] = one_line(record.error or "") or None
-    return {name: value for name, value in status.items() if value is not None}
+    error = one_line(record.error or "") or None
+    return Status(
+        project_id=VIEW.id_of(record.job_id),
+        report_exists=record.status != QUEUED or details.get("reportId") is not None,
+        report_id=details.get("reportId"),
+        status=word,
+        phase=record.stage,
+        progress=record.progress,
+        message=record.message,
+        data_completeness_score=details.get("dataCompletenessScore"),
+        generated_at=details.get("generatedAt") or (record.ended_at if record.status == COMPLETED else None),
+        competitor_snapshots_status=_snapshots(record, details),
+        data_freshness=details.get("dataFreshness"),
+        queue_position=details.get("queuePosition") if record.status == QUEUED else None,
+        estimated_completion_time=_completion(record, update.at_ms) if word == "generating" else None,
+        stalled=record.status == STALLED,
+        error="cancelled" if record.status == CANCELLED else error or ("it failed" if word == "failed" else None),
+        timestamp=record.timestamp,
+    )
 
 
 def _snapshots(record: Record, details: dict[str, Any]) -> dict[str, Any] | None:
@@ -256,6 +285,7 @@ VIEW: Final = View(
     waits=False,
     render=_messages,
     state=_state,
+    shape=Status,
     fields={
         "userId": "userId",
         "phase": "stage",
@@ -270,6 +300,7 @@ VIEW: Final = View(
     },
     statuses={"not_started": QUEUED, "generating": PROCESSING, "completed": COMPLETED, "failed": FAILED},
     unpack=_unpack,
+    details=Details,
     settle=_settle,
     not_found="project_not_found",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET
@@ -13,7 +13,7 @@ from protocol.view import Call, Control, Message, View, encode_safe, job_fields,
 
 PATH: Final = "/api/{app}/progress/{taskId}"
 
-STATUSES: Final = {
+STATUSES: Final[dict[str, Literal["pending", "running", "completed", "failed"]]] = {
     QUEUED: "pending",
     PROCESSING: "running",
     STALLED: "running",
@@ -25,25 +25,34 @@ STATUSES: Final = {
 _decode = msgspec.json.Decoder(Record).decode
 
 
-def _progress(update: Update) -> dict[str, Any]:
+class Progress(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True):
+    """A task's state. A stalled one is running, a cancelled one failed."""
+
+    task_id: str
+    status: Literal["pending", "running", "completed", "failed"]
+    stage: str
+    progress: int | float
+    message: str
+    stalled: bool = False
+    estimated_time_remaining: int | float | None = None
+    results: Any = UNSET
+    error: str | None = None
+
+
+def _progress(update: Update) -> Progress:
     record = _decode(update.body)
-    progress: dict[str, Any] = {
-        "taskId": record.job_id,
-        "status": STATUSES[record.status],
-        "stage": record.stage or "",
-        "progress": record.progress,
-        "message": record.message or "",
-    }
-    if record.status == STALLED:
-        progress["stalled"] = True
-    if record.estimated_time_remaining is not None:
-        progress["estimatedTimeRemaining"] = record.estimated_time_remaining
-    if record.result is not UNSET:
-        progress["results"] = record.result
     error = "cancelled" if record.status == CANCELLED else one_line(record.error or "")
-    if error or record.status == FAILED:
-        progress["error"] = error or "the task failed"
-    return progress
+    return Progress(
+        task_id=record.job_id,
+        status=STATUSES[record.status],
+        stage=record.stage or "",
+        progress=record.progress,
+        message=record.message or "",
+        stalled=record.status == STALLED,
+        estimated_time_remaining=record.estimated_time_remaining,
+        results=record.result,
+        error=error or ("the task failed" if record.status == FAILED else None),
+    )
 
 
 def _state(update: Update) -> bytes:
@@ -57,7 +66,7 @@ def _messages(update: Update) -> list[Message]:
     progress = _progress(update)
     message = {"type": "progress", "taskId": update.job_id, "progress": progress, "timestamp": update.at_ms}
     first = Message(encode_safe(message))
-    return [first, _error(update, progress["error"])] if progress["status"] == "failed" else [first]
+    return [first, _error(update, progress.error or "")] if progress.status == "failed" else [first]
 
 
 def _error(update: Update, message: str) -> Message:
@@ -88,6 +97,7 @@ VIEW: Final = View(
     unix_ms=True,
     render=_messages,
     state=_state,
+    shape=Progress,
     headers={"X-Task-Status": "status", "X-Task-Progress": "progress", "X-Task-Stage": "stage"},
     fields=job_fields({"results": "result"}),
     statuses={"pending": QUEUED, "running": PROCESSING, "completed": COMPLETED, "failed": FAILED},

@@ -25,6 +25,8 @@ from server.transports.sse import begin_stream
 
 Handler = Callable[[Exchange], Awaitable[Response | Stream | None]]
 
+# Characters of a text in a header: with all of them escaped still less than proxies take.
+MAX_HEADER: Final = 200
 # Of what may stand in a field value (RFC 9110 section 5.5) all but %, which escapes the rest.
 _PRINTABLE: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
@@ -51,9 +53,13 @@ async def head(view: View, call: Call, exchange: Exchange) -> Response:
     """The same as headers alone."""
     job = await _visible(view, target_of(view, exchange.params), exchange)
     state = msgspec.json.decode(view.state(job.latest))
-    # Texts are the publisher's: what a header cannot carry is percent-encoded.
-    headers = [(name, quote(str(state.get(member, "")), safe=_PRINTABLE)) for name, member in view.headers.items()]
+    headers = [(name, _header_value(state.get(member, ""))) for name, member in view.headers.items()]
     return Response(200, (JSON, NO_STORE, *headers))
+
+
+def _header_value(value: object) -> str:
+    """Texts are the publisher's: what a header cannot carry is percent-encoded, and what it should not is cut."""
+    return quote(str(value)[:MAX_HEADER], safe=_PRINTABLE)
 
 
 async def create(view: View, call: Call, exchange: Exchange) -> Response:

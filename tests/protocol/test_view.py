@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import UNSET
+from msgspec import UNSET, Raw
 
 from protocol.errors import ApiError
-from protocol.fields import FIELD_NAMES, is_id
-from protocol.job import apply, create
+from protocol.fields import FIELD_NAMES, decode_fields, is_id
+from protocol.job import apply, create, record_of
 from protocol.update import Job
 from protocol.view import MAX_ERROR, View, control, encode_safe, in_words, one_line, read_update, target_of
 from protocol.views import all_views
@@ -196,6 +196,33 @@ def test_what_is_kept_of_a_report_is_bounded() -> None:
         settled(odd, reportId="r" * 512)
     assert refused.value.status == 422
     assert state(settled(odd, message="fine"))["message"] == "fine"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["captured", "total", "a"]), inner),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*REPORTS.fields, "mine"]), JSON_VALUES), st.text(max_size=9), JSON_VALUES)
+def test_whatever_others_put_there_is_shown_or_left_out_and_spoils_nothing(
+    metadata: dict[str, Any], stage: str, result: object
+) -> None:
+    """Published in the words of jobs, which know nothing of a report's details."""
+    jobs = decode_fields({"kind": "initial-report", "metadata": metadata, "stage": stage, "result": result})
+    job = create(jobs, job_id="report:p", user_id="u", offset=1, now_ms=1)
+    shown = state(job)
+    assert shown.get("dataFreshness", "new") in ("new", "existing", "mixed")
+    after = settled(job, phase="snapshot_capture", competitorSnapshotsStatus={"captured": 1, "total": 2})
+    assert state(after)["progress"] == 30
+    kept = record_of(after).metadata
+    assert isinstance(kept, Raw)
+    assert json.loads(bytes(kept)).get("mine") == metadata.get("mine")
+    for view in all_views().values():
+        json.loads(view.state(job.latest))
+        for message in view.render(job.latest) if view.render is not None else ():
+            json.loads(message.text)
 
 
 def test_a_view_is_compared_by_identity() -> None:
