@@ -35,6 +35,8 @@ _ASKING: Final = encode(("ASKING",))
 _CHANNELS: Final = 500
 # Seconds until channels that were refused (a slot on the move, no master yet) are asked for again.
 _ASK_AGAIN_S: Final = 0.1
+# The same where Redis' user may not: somebody has to change that first.
+_ASK_AGAIN_FORBIDDEN_S: Final = 10.0
 
 
 def guarded(callback: Callable[..., object] | None, *arguments: object) -> None:
@@ -356,6 +358,7 @@ class SubscriptionLink(Link):
         self._pings = 0
         self._answered = 0
         self._refused = trio.Event()
+        self._ask_again_s = _ASK_AGAIN_S
 
     def want(self, channels: Iterable[bytes]) -> None:
         """Subscribe to more channels; kept across connections."""
@@ -414,7 +417,7 @@ class SubscriptionLink(Link):
         while True:
             self._refused = trio.Event()
             await self._refused.wait()
-            await trio.sleep(_ASK_AGAIN_S)
+            await trio.sleep(self._ask_again_s)
             self._ask()
 
     def _ping(self) -> None:
@@ -449,6 +452,7 @@ class SubscriptionLink(Link):
             log.warning("Redis refuses a subscription: %s", value)
             self._unanswered.clear()
             self._asked &= self.confirmed
+            self._ask_again_s = _ASK_AGAIN_FORBIDDEN_S if value.code == "NOPERM" else _ASK_AGAIN_S
             self._refused.set()
             guarded(self._on_refused)
         elif value == b"PONG" or (isinstance(value, list) and value[0] == b"pong"):

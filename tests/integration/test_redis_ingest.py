@@ -1,24 +1,21 @@
-"""Updates that workers publish to Redis itself: each is accepted once, whatever befalls nodes and Redis."""
+"""Updates that workers publish to Redis itself: each is accepted once, in order, or set aside."""
 
 from __future__ import annotations
 
-import json
+import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis as redis_py
 import trio
 
-from server.ingest.redis_channels import CHANNELS, RedisChannels
-from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM, RedisStream
+from server.ingest.redis_channels import CHANNELS
+from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM
+from tests.ingesting import LONG_S, channels_of, nodes, record, steps, stream_of, text, version
 from tests.redis_servers import RedisServer, eventually, running_server
-from tests.support import InProcess, server, spawned
-
-LONG_S = 60.0
+from tests.support import server, spawned
 
 
 @pytest.fixture
@@ -31,55 +28,6 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 def oracle(redis: RedisServer) -> Iterator[redis_py.Redis]:
     with redis.oracle() as client:
         yield client
-
-
-@asynccontextmanager
-async def nodes(url: str, count: int = 2, **tables: Any) -> AsyncIterator[list[InProcess]]:
-    """Some nodes that hear everything, and one of them takes it up."""
-    async with AsyncExitStack() as stack:
-        running = []
-        for _ in range(count):
-            running.append(await stack.enter_async_context(server(store={"url": url}, **tables)))
-            await running[-1].node.broker.follow(["*"])
-        await eventually(lambda: all(channels_of(each).listening for each in running), within=LONG_S)
-        await eventually(lambda: any(channels_of(each).takes for each in running), within=LONG_S)
-        await eventually(lambda: any(stream_of(each).takes for each in running), within=LONG_S)
-        yield running
-
-
-def channels_of(at: InProcess) -> RedisChannels:
-    assert at.node.ingest is not None
-    assert at.node.ingest.channels is not None
-    return at.node.ingest.channels
-
-
-def stream_of(at: InProcess) -> RedisStream:
-    assert at.node.ingest is not None
-    assert at.node.ingest.stream is not None
-    return at.node.ingest.stream
-
-
-def version(at: InProcess, job_id: str) -> int:
-    """How many updates of a job are shown."""
-    job = at.node.jobs.get(job_id)
-    return 0 if job is None else job.latest.version
-
-
-def record(at: InProcess, job_id: str) -> dict[str, Any]:
-    job = at.node.jobs.get(job_id)
-    assert job is not None
-    body = json.loads(job.latest.body)
-    assert isinstance(body, dict)
-    return body
-
-
-def steps(at: InProcess, job_id: str) -> list[str]:
-    """The messages of a job's updates in the order of the log."""
-    return [json.loads(update.body)["message"] for update in at.node.history.of_job(job_id, 0)]
-
-
-def text(**fields: object) -> str:
-    return json.dumps(fields)
 
 
 # Channels
@@ -185,71 +133,6 @@ async def test_equal_messages_within_the_window_count_as_one(redis: RedisServer,
         oracle.publish(CHANNELS[1], named)
         await eventually(lambda: sum(channels_of(each).counters.duplicates for each in running) == duplicates + 1)
         assert version(running[0], "b") == 1
-
-
-@pytest.mark.slow
-async def test_who_takes_up_may_lose_its_ears(redis: RedisServer, oracle: redis_py.Redis) -> None:
-    """What one node missed while its subscription was away, another one has heard."""
-    async with nodes(redis.url, 3) as running:
-        for number in range(1, 301):
-            oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message=f"step {number}"))
-            if number in (50, 150):
-                holder = next(each for each in running if channels_of(each).takes)
-                channels_of(holder)._listener.drop("for a test")
-            await trio.sleep(0.002)
-        await eventually(lambda: version(running[0], "a") >= 300, within=LONG_S)
-        assert Counter(steps(running[0], "a")) == Counter(f"step {number}" for number in range(1, 301))
-
-
-@pytest.mark.slow
-async def test_a_killed_node_takes_nothing_with_it(redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path) -> None:
-    async with spawned(tmp_path, store={"url": redis.url}) as victim:
-        await eventually(lambda: oracle.get("{statuswire}:ingest:channels"), within=LONG_S)
-        async with server(store={"url": redis.url}) as two, server(store={"url": redis.url}) as three:
-            await two.node.broker.follow(["*"])
-            await eventually(lambda: channels_of(two).listening and channels_of(three).listening, within=LONG_S)
-            assert not channels_of(two).takes
-            for number in range(1, 601):
-                oracle.publish(CHANNELS[number % 2], text(jobId=f"j{number % 5}", userId="u", message=f"step {number}"))
-                if number == 300:
-                    await eventually(lambda: sum(version(two, f"j{job}") for job in range(5)) > 100, within=LONG_S)
-                    victim.process.kill()
-                if number % 20 == 0:
-                    await trio.sleep(0.01)
-            await eventually(lambda: sum(version(two, f"j{job}") for job in range(5)) >= 600, within=LONG_S)
-            told = Counter(step for job in range(5) for step in steps(two, f"j{job}"))
-            assert told == Counter(f"step {number}" for number in range(1, 601))
-            for job in range(5):
-                numbers = [int(step.split()[1]) for step in steps(two, f"j{job}")]
-                assert numbers == sorted(numbers)
-
-
-@pytest.mark.slow
-async def test_a_node_that_was_frozen_accepts_nothing_twice(
-    redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path
-) -> None:
-    async with spawned(tmp_path, store={"url": redis.url}) as frozen:
-        await eventually(lambda: oracle.get("{statuswire}:ingest:channels"), within=LONG_S)
-        async with nodes_beside(redis.url) as two:
-            frozen.signal(19)
-            for number in range(1, 101):
-                oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message=f"step {number}"))
-            await eventually(lambda: version(two, "a") == 100, within=LONG_S)
-            await trio.sleep(7)  # longer than the window
-            frozen.signal(18)
-            oracle.publish(CHANNELS[0], text(jobId="a", message="last"))
-            await eventually(lambda: version(two, "a") == 101, within=LONG_S)
-            await trio.sleep(3)
-            assert version(two, "a") == 101
-
-
-@asynccontextmanager
-async def nodes_beside(url: str) -> AsyncIterator[InProcess]:
-    """One more node, that hears everything but may have to wait for its turn."""
-    async with server(store={"url": url}) as one:
-        await one.node.broker.follow(["*"])
-        await eventually(lambda: channels_of(one).listening, within=LONG_S)
-        yield one
 
 
 # The stream
@@ -406,7 +289,7 @@ async def test_a_drain_finishes_what_was_taken(redis: RedisServer, oracle: redis
         for number in range(total):
             oracle.xadd(STREAM, {"data": text(jobId=f"j{number % 7}", userId="u", message=f"step {number}")})
             if number == total // 2:
-                going.signal(15)
+                going.signal(signal.SIGTERM)
         assert await going.exit_status() == 0
         group = oracle.xinfo_groups(STREAM)[0]
         assert (group["pending"], group["consumers"]) == (0, 0)
