@@ -67,6 +67,12 @@ METRICS: Final = (
     Metric("statuswire_errors_total", "counter", "Refusals by code, in answers and in WebSocket messages.", ("code",)),
     Metric("statuswire_websocket_messages_received_total", "counter", "Messages from WebSocket clients."),
     Metric("statuswire_updates_published_total", "counter", "Updates from publishers.", ("source", "outcome")),
+    Metric("statuswire_ingest_dropped_total", "counter",
+           "Updates from the channels of Redis that could not be accepted in time."),
+    Metric("statuswire_ingest_dead_total", "counter",
+           "Updates from the stream of Redis that were set aside as dead letters."),
+    Metric("statuswire_ingest_trimmed_total", "counter",
+           "Updates from Redis of which unknown fields were left out.", ("source",)),
     Metric("statuswire_updates_shown_total", "counter", "Updates shown here, whoever published them."),
     Metric("statuswire_updates_delivered_total", "counter",
            "Updates given to readers: live, replayed to one that came back, or in the answer to a poll.", ("way",)),
@@ -131,7 +137,9 @@ def sample(node: Node) -> Sample:
         "statuswire_http_requests_total": requests,
         "statuswire_errors_total": {**counters.errors},
         "statuswire_websocket_messages_received_total": counters.messages,
-        "statuswire_updates_published_total": {" ".join(key): count for key, count in counters.updates.items()},
+        "statuswire_updates_published_total": {" ".join(key): count for key, count in counters.updates.items()}
+        | (node.ingest.published() if node.ingest is not None else {}),
+        **(node.ingest.sample() if node.ingest is not None else {}),
         "statuswire_updates_shown_total": counters.shown,
         "statuswire_updates_delivered_total": {
             "live": counters.delivered,

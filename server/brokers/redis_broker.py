@@ -52,7 +52,7 @@ from server.inbox import Inboxes
 from server.jobs import Jobs
 
 # What a user in Redis has to be given.
-NEEDED: Final = "+@all -@dangerous +info ~{statuswire}:* &{statuswire}:*"
+NEEDED: Final = "+@all -@dangerous +info ~{statuswire}:* &{statuswire}:* ~statuswire:ingest* &job_*_updates"
 # How often a node looks for leases that ran out, and whether it missed anything.
 TICK_S: Final = 1.0
 # Leases that run out are looked at this much later at most: not all nodes at once, so that most find it done.

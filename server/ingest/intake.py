@@ -110,10 +110,12 @@ def _may_be_left_out(error: ApiError) -> bool:
 
 async def publish(node: Node, items: Sequence[Item]) -> None:
     """Publish and wait until each has its ``outcome``. Being cancelled takes nothing back."""
+    # Past the spool: what Redis has already is not to be moved to a local disk.
+    broker = node.broker if node.shared is None else node.shared
     for start in range(0, len(items), AT_ONCE):
         part = items[start : start + AT_ONCE]
         await node.hub.wait_room()
-        submission = node.broker.submit([Publish(None, item.fields, "may", item.sub, item.key) for item in part])
+        submission = broker.submit([Publish(None, item.fields, "may", item.sub, item.key) for item in part])
         with suppress(ApiError):  # every result says so
             await submission.wait_kept()
         for item, result in zip(part, submission.results, strict=True):

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import socket
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import trio
 
@@ -15,6 +15,9 @@ from server.ingest.intake import Counters
 from server.ingest.redis_channels import RedisChannels
 from server.ingest.redis_stream import RedisStream
 from server.node import Node
+
+# The label ``source`` of metrics.
+_SOURCES: Final = ("redis_channels", "redis_stream")
 
 
 class Sources(NamedTuple):
@@ -50,6 +53,27 @@ class Ingest:
             self.channels.counters if self.channels is not None else Counters(),
             self.stream.counters if self.stream is not None else Counters(),
         )
+
+    def published(self) -> dict[str, float]:
+        """What became of updates, by source and outcome."""
+        return {
+            f"{source} {outcome}": count
+            for source, its in zip(_SOURCES, self.counters, strict=True)
+            for outcome, count in (
+                ("accepted", its.accepted),
+                ("duplicate", its.duplicates),
+                ("rejected", its.rejected),
+            )
+        }
+
+    def sample(self) -> dict[str, float | dict[str, float]]:
+        """What else there is to measure, see ``server.metrics``."""
+        channels, stream = self.counters
+        return {
+            "statuswire_ingest_dropped_total": channels.dropped,
+            "statuswire_ingest_dead_total": stream.dead,
+            "statuswire_ingest_trimmed_total": dict(zip(_SOURCES, (channels.trimmed, stream.trimmed), strict=True)),
+        }
 
     async def run(self) -> None:
         """Take in until ``stop``, then finish what was taken."""

@@ -25,7 +25,13 @@ from tests.support import ADMIN, AUTH, ROOT, Answer, InProcess, bearer, server, 
 STATS = "/api/v2/stats"
 OPS = bearer("monitor", capabilities=["ops"])
 # Rows that are there only with a Redis store.
-ONLY_REDIS = {"statuswire_store_commands", "statuswire_store_connects"}
+ONLY_REDIS = {
+    "statuswire_store_commands",
+    "statuswire_store_connects",
+    "statuswire_ingest_dropped",
+    "statuswire_ingest_dead",
+    "statuswire_ingest_trimmed",
+}
 
 
 async def stats(at: InProcess, headers: dict[str, str] | None = None) -> dict[str, Any]:
