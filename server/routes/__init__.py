@@ -14,7 +14,7 @@ from server.auth import unauthorized
 from server.connection import Disconnected, Exchange
 from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
-from server.routes import health, jobs, notices, operations, page
+from server.routes import descriptions, health, jobs, notices, operations, page
 from server.routes.views import handlers_of
 from server.transports.longpoll import poll
 from server.transports.notices import notice_stream
@@ -50,6 +50,8 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/": {"GET": Route(page.index, public=True)},
     "/page.js": {"GET": Route(page.script, public=True)},
     "/page.css": {"GET": Route(page.style, public=True)},
+    "/openapi.json": {"GET": Route(descriptions.openapi, public=True)},
+    "/asyncapi.json": {"GET": Route(descriptions.asyncapi, public=True)},
     "/health": {"GET": Route(health.health, public=True, always=True)},
     "/ready": {"GET": Route(health.ready, public=True, always=True)},
     "/metrics": {"GET": Route(operations.metrics, "ops", always=True)},

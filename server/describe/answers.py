@@ -1,0 +1,245 @@
+"""The shapes of what is answered, as types: nothing is made from them, everything is checked against them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import UNSET, Struct, UnsetType, field
+
+from protocol.job import Record
+from server.describe.model import Schema
+
+Status = Literal["queued", "processing", "stalled", "completed", "failed", "cancelled"]
+
+
+class ErrorDetail(Struct, rename="camel"):
+    """``code`` is made for programs, ``message`` for people."""
+
+    code: str
+    message: str
+    request_id: str
+    field: str | UnsetType = UNSET
+
+
+class Error(Struct):
+    """Every refusal."""
+
+    error: ErrorDetail
+
+
+class Health(Struct):
+    status: Literal["ok"]
+
+
+class Ready(Struct):
+    status: Literal["ready"]
+
+
+class NotReady(Struct):
+    status: Literal["unavailable"]
+    reason: str
+    error: ErrorDetail
+
+
+class Created(Struct):
+    """A new job, and the cursor behind it."""
+
+    job: Record
+    id: str
+
+
+class CreatedBefore(Struct):
+    """The answer to a repeat: the job, as far as the caller may see it."""
+
+    job: Record | None
+    id: str
+    version: int
+    duplicate: Literal[True]
+
+
+class Updated(Struct, rename="camel"):
+    """An accepted update. ``duplicate``: it changed nothing; ``cancelRequested``: the worker shall stop."""
+
+    id: str
+    version: int
+    duplicate: Literal[True] | UnsetType = UNSET
+    cancel_requested: Literal[True] | UnsetType = UNSET
+
+
+class Rejection(Struct):
+    """One update of a batch that was refused."""
+
+    index: int
+    code: str
+    message: str
+    field: str | UnsetType = UNSET
+
+
+class BatchResult(Struct, rename="camel"):
+    """What became of a batch. ``cancelRequested`` names jobs that shall stop."""
+
+    accepted: int
+    duplicates: int
+    rejected: list[Rejection]
+    id: str
+    cancel_requested: list[str] | UnsetType = UNSET
+
+
+class CancelRequested(Struct):
+    job: Record
+
+
+class JobList(Struct):
+    """Newest first. ``next`` is for ``after``."""
+
+    jobs: list[Record]
+    next: str | None
+    id: str
+
+
+class JobHistory(Struct):
+    """Oldest first."""
+
+    updates: list[JobMessage]
+    id: str
+
+
+class PollAnswer(Struct):
+    """``done``: every named job has ended."""
+
+    updates: list[JobMessage]
+    last_seen: str
+    reset: bool
+    timed_out: bool = field(name="timedOut")
+    done: bool
+
+
+class JobMessage(Record, kw_only=True):
+    """An update as readers get it: the record, its type, and the cursor behind it."""
+
+    type: Literal["status_update", "job_completed", "job_failed", "job_cancelled", "job_deleted"]
+    id: str
+
+
+class ByTransport(Struct):
+    websocket: int
+    sse: int
+    poll: int
+
+
+class ConnectionHealth(Struct):
+    healthy: int
+    unhealthy: int
+    stale: int
+
+
+class DeliveryLatency(Struct):
+    """Of recent flushes, each by its oldest update; 0 before the first."""
+
+    p50: float
+    p99: float
+
+
+class Delivered(Struct):
+    live: int
+    replay: int
+    poll: int
+
+
+class Readings(Struct):
+    snapshot: int
+    resume: int
+    reset: int
+
+
+class Published(Struct):
+    accepted: int
+    duplicate: int
+    rejected: int
+
+
+class ProcessStats(Struct, rename="camel"):
+    cpu_seconds: float
+    memory_bytes: int
+    open_files: int
+    loop_lag_ms: float
+
+
+class JobStats(Struct, rename="camel"):
+    total: int
+    by_status: dict[Status, int]
+
+
+class HistoryStats(Struct):
+    updates: int
+    bytes: int
+
+
+class BrokerStats(Struct, rename="camel"):
+    """``waiting`` was accepted and is not kept yet; ``commands`` and ``connects`` are Redis'."""
+
+    store: Literal["memory", "sqlite", "redis"]
+    available: bool
+    epoch: str
+    offset: int
+    logs_lost: int
+    reason: str | UnsetType = UNSET
+    waiting: int | UnsetType = UNSET
+    waiting_bytes: int | UnsetType = UNSET
+    commands: int | UnsetType = UNSET
+    connects: int | UnsetType = UNSET
+
+
+class NodeStats(Struct, rename="camel", kw_only=True):
+    """What makes sense of one process and of several together. Counts are since the start."""
+
+    total_connections: int
+    active_connections: int
+    by_transport: ByTransport
+    connection_health: ConnectionHealth
+    average_connection_time: float
+    connection_errors: int
+    connections_closed: dict[str, int]
+    connections_refused: dict[str, int]
+    sockets: int
+    messages_delivered: int
+    delivered: Delivered
+    conflated: int
+    delivery_latency_ms: DeliveryLatency = field(name="deliveryLatencyMs")
+    readings: Readings
+    published: dict[str, Published]
+    shown: int
+    requests: dict[str, int]
+    errors: dict[str, int]
+    process: ProcessStats
+
+
+class OneNode(NodeStats, kw_only=True):
+    """One of several nodes."""
+
+    node: str
+
+
+class Stats(NodeStats, kw_only=True):
+    """All nodes together, and the one that answers. ``uptime`` in seconds."""
+
+    jobs: JobStats
+    history: HistoryStats
+    broker: BrokerStats
+    draining: bool
+    uptime: float
+    version: str
+    nodes: list[OneNode] | UnsetType = UNSET
+
+
+STATUS: Schema = {"type": "string", "enum": ["queued", "processing", "stalled", "completed", "failed", "cancelled"]}
+TIME: Schema = {"type": "string", "format": "date-time"}
+# Where a type says less than is known: what was encoded before, and texts of a known form.
+OF_RECORDS: dict[str, Any] = {
+    "status": STATUS,
+    "steps": {"$ref": "#/components/schemas/Steps"},
+    "metadata": {"type": "object"},
+    "progress": {"type": "number", "minimum": 0, "maximum": 100},
+    "estimatedTimeRemaining": {"type": "number", "minimum": 0},
+    **dict.fromkeys(("createdAt", "startedAt", "timestamp", "endedAt", "estimatedCompletionTime"), TIME),
+}
