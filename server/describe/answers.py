@@ -66,6 +66,13 @@ class Updated(Struct, rename="camel"):
     cancel_requested: Literal[True] | UnsetType = UNSET
 
 
+class Spooled(Struct, rename="camel"):
+    """The store is away: what becomes of it is seen when it is back."""
+
+    spooled: Literal[True]
+    job_id: str
+
+
 class Rejection(Struct):
     """One update of a batch that was refused."""
 
@@ -83,6 +90,7 @@ class BatchResult(Struct, rename="camel"):
     rejected: list[Rejection]
     id: str
     cancel_requested: list[str] | UnsetType = UNSET
+    spooled: Literal[True] | UnsetType = UNSET
 
 
 class CancelRequested(Struct):
@@ -119,6 +127,70 @@ class JobMessage(Record, kw_only=True):
 
     type: Literal["status_update", "job_completed", "job_failed", "job_cancelled", "job_deleted"]
     id: str
+
+
+class Notification(Struct):
+    """What was sent to a client, a user, a channel or everyone. ``id`` is the cursor behind it."""
+
+    type: Literal["notification"]
+    id: str
+    event: str
+    data: Any
+    metadata: dict[str, Any]
+    timestamp: str
+
+
+class Sent(Struct):
+    """``delivered``: to so many live connections."""
+
+    delivered: int
+    id: str
+    duplicate: Literal[True] | UnsetType = UNSET
+
+
+class ConnectionInfo(Struct, rename="camel", kw_only=True):
+    """A live connection. ``notifications``: it takes them."""
+
+    client_id: str
+    user_id: str
+    username: str | UnsetType = UNSET
+    transport: Literal["websocket", "sse"]
+    address: str
+    connected_at: str
+    notifications: bool
+    channels: list[str]
+
+
+class ConnectionList(Struct):
+    """``next`` is for ``after``, ``total`` of those that take notifications."""
+
+    connections: list[ConnectionInfo]
+    next: str | None
+    total: int
+
+
+class ClientState(Struct, rename="camel", kw_only=True):
+    """Whether a client is connected; if it is, what is known of it."""
+
+    client_id: str
+    connected: bool
+    user_id: str | UnsetType = UNSET
+    username: str | UnsetType = UNSET
+    transport: Literal["websocket", "sse"] | UnsetType = UNSET
+    address: str | UnsetType = UNSET
+    connected_at: str | UnsetType = UNSET
+    notifications: bool | UnsetType = UNSET
+    channels: list[str] | UnsetType = UNSET
+
+
+class UserState(Struct, rename="camel"):
+    user_id: str
+    online: bool
+    connections: int
+
+
+class Disconnected(Struct):
+    disconnected: int
 
 
 class ByTransport(Struct):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from msgspec import Struct
 
-from server.describe.messages import Channel
+from server.describe.messages import Channel, Said
 from server.describe.model import Schema
-from server.describe.schemas import components, schema_of
-
-_JSON: Final = "application/json"
+from server.describe.schemas import REF, components
 
 
 def asyncapi(channels: Mapping[str, Channel], *, version: str, base_path: str) -> dict[str, Any]:
     """The description of these channels; ``send`` is what the server does."""
-    types = dict.fromkeys(each for channel in channels.values() for each in (*channel.says, *channel.hears))
-    schemas = components(types)
+    spoken = [each for channel in channels.values() for each in (*channel.says, *channel.hears)]
+    schemas = components(dict.fromkeys(each for each in spoken if isinstance(each, type)))
+    schemas |= {each.name: each.schema for each in spoken if isinstance(each, Said)}
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -26,37 +26,46 @@ def asyncapi(channels: Mapping[str, Channel], *, version: str, base_path: str) -
             "description": "What is said over WebSocket and event streams",
             "license": {"name": "MIT"},
         },
-        "defaultContentType": _JSON,
+        "defaultContentType": "application/json",
         "channels": {name: _channel(channel, base_path) for name, channel in channels.items()},
         "operations": {
             f"{name}{verb}": {
                 "action": action,
                 "channel": {"$ref": f"#/channels/{name}"},
-                "messages": [{"$ref": f"#/channels/{name}/messages/{each.__name__}"} for each in spoken],
+                "messages": [{"$ref": f"#/channels/{name}/messages/{_name(each)}"} for each in said],
             }
             for name, channel in channels.items()
-            for verb, action, spoken in (("Says", "send", channel.says), ("Hears", "receive", channel.hears))
-            if spoken
+            for verb, action, said in (("Says", "send", channel.says), ("Hears", "receive", channel.hears))
+            if said
         },
         "components": {
-            "messages": {each.__name__: _message(each, schemas[each.__name__]) for each in types},
+            "messages": {_name(each): _message(_name(each), schemas[_name(each)]) for each in spoken},
             "schemas": schemas,
         },
     }
 
 
+def _name(each: type[Struct] | Said) -> str:
+    return each.name if isinstance(each, Said) else each.__name__
+
+
 def _channel(channel: Channel, base_path: str) -> Schema:
-    spoken = dict.fromkeys((*channel.says, *channel.hears))
-    return {
-        "address": base_path + channel.address,
+    address = base_path + channel.address
+    names = dict.fromkeys(_name(each) for each in (*channel.says, *channel.hears))
+    described: Schema = {
+        "address": address,
         "description": channel.text,
-        "messages": {each.__name__: {"$ref": f"#/components/messages/{each.__name__}"} for each in spoken},
+        "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in names},
     }
+    if variables := re.findall(r"{(\w+)}", address):
+        described["parameters"] = {name: {} for name in variables}
+    return described
 
 
-def _message(each: type[Struct], schema: Schema) -> Schema:
+def _message(name: str, schema: Schema) -> Schema:
+    types = schema["properties"].get("type", {}).get("enum", [name])
     return {
-        "name": " | ".join(schema["properties"]["type"]["enum"]),
-        "summary": schema.get("description", each.__name__).partition("\n")[0],
-        "payload": schema_of(each),
+        "name": " | ".join(types),
+        "summary": schema.get("description", name).partition("\n")[0],
+        "payload": {"$ref": REF.format(name=name)},
     }

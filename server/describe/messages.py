@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -11,12 +11,14 @@ from protocol.messages import (
     Ack,
     AuthMessage,
     Get,
+    NotifyMessage,
     PingMessage,
     PublishMessage,
     Subscribe,
     Unsubscribe,
 )
-from server.describe.answers import JobMessage, Rejection
+from server.describe.answers import JobMessage, Notification, Rejection
+from server.describe.model import Schema
 
 Ref = str | int | UnsetType
 
@@ -51,6 +53,7 @@ class Subscribed(_Answer, kw_only=True, tag="subscribed"):
     snapshot: list[Record]
     more: Literal[True] | UnsetType = UNSET
     job_ids: list[str] | UnsetType = UNSET
+    channels: list[str] | UnsetType = UNSET
     denied: list[str] | UnsetType = UNSET
     id: str | UnsetType = UNSET
     recovered: bool | UnsetType = UNSET
@@ -60,6 +63,7 @@ class Unsubscribed(_Answer, kw_only=True, tag="unsubscribed"):
     """Nothing of it comes any more."""
 
     job_ids: list[str] | UnsetType = UNSET
+    channels: list[str] | UnsetType = UNSET
 
 
 class Jobs(_Answer, kw_only=True, tag="jobs"):
@@ -70,13 +74,15 @@ class Jobs(_Answer, kw_only=True, tag="jobs"):
 
 
 class Published(_Answer, kw_only=True, tag="published"):
-    """What became of the updates."""
+    """What became of the updates, or of a notification, which reached ``delivered`` live connections."""
 
     accepted: int
     duplicates: int
     rejected: list[Rejection]
     id: str
     cancel_requested: list[str] | UnsetType = UNSET
+    spooled: Literal[True] | UnsetType = UNSET
+    delivered: int | UnsetType = UNSET
 
 
 class Pong(_Answer, kw_only=True, tag="pong"):
@@ -143,6 +149,51 @@ class StreamError(_Message, kw_only=True, tag="error"):
     message: str
 
 
+class NoticesConnected(_Message, kw_only=True, tag="connected"):
+    """The event ``connected``, the first one."""
+
+    client_id: str
+    user_id: str
+    username: str | UnsetType = UNSET
+    channels: list[str]
+    heartbeat: float
+    timestamp: str
+
+
+class NoticesHeartbeat(_Message, kw_only=True, tag="heartbeat"):
+    """The event ``heartbeat``; its ``id:`` is the reader's cursor."""
+
+    timestamp: str
+
+
+class NoticesReset(_Message, kw_only=True, tag="reset"):
+    """The event ``reset``: notifications that were not stored may be missing."""
+
+    reason: str
+
+
+class NoticesError(_Message, kw_only=True, tag="error"):
+    """The event ``error``: why the stream ends."""
+
+    code: str
+    message: str
+
+
+class NamedEvent(Struct):
+    """A notification: the event has the name it was sent under."""
+
+    data: Any
+    metadata: dict[str, Any]
+    timestamp: str
+
+
+class Said(NamedTuple):
+    """A message that is known by its form alone."""
+
+    name: str
+    schema: Schema
+
+
 class Channel(NamedTuple):
     """One kind of live connection.
 
@@ -155,7 +206,7 @@ class Channel(NamedTuple):
 
     address: str
     text: str
-    says: tuple[type[Struct], ...]
+    says: tuple[type[Struct] | Said, ...]
     hears: tuple[type[Struct], ...] = ()
 
 
@@ -165,13 +216,18 @@ CHANNELS: Final[dict[str, Channel]] = {
         "JSON in text frames (RFC 6455), subprotocol statuswire.v1; a ref comes back in the answer",
         (
             Connected, Authenticated, Subscribed, Unsubscribed, Jobs, Published, Pong, Heartbeat, Reset, ErrorMessage,
-            JobMessage,
+            JobMessage, Notification,
         ),
-        (Subscribe, Unsubscribe, Get, PublishMessage, Ack, AuthMessage, PingMessage),
+        (Subscribe, Unsubscribe, Get, PublishMessage, NotifyMessage, Ack, AuthMessage, PingMessage),
     ),
     "stream": Channel(
         "/api/v2/jobs/stream",
         "Server-sent events without names, one JSON text each; id: is the reader's cursor",
         (StreamConnected, Snapshot, StreamHeartbeat, StreamReset, StreamError, JobMessage),
+    ),
+    "notifications": Channel(
+        "/api/sse",
+        "Server-sent events with the names that notifications have; id: is the reader's cursor",
+        (NoticesConnected, NoticesHeartbeat, NoticesReset, NoticesError, NamedEvent),
     ),
 }  # fmt: skip

@@ -10,6 +10,7 @@ from server.describe.answers import Error
 from server.describe.model import ID, Answer, Operation, Schema
 from server.describe.operations import UNAVAILABLE
 from server.describe.schemas import components, schema_of
+from server.describe.views import view_operation
 
 if TYPE_CHECKING:
     from server.routes import Route
@@ -65,7 +66,7 @@ def openapi(
     for path, methods in routes.items():
         paths[path] = {}
         for method, route in methods.items():
-            operation = operations[f"{method} {path}"]
+            operation = _said_of(f"{method} {path}", route, operations)
             types |= dict.fromkeys(_types(operation))
             paths[path][method.lower()] = _operation(path, route, operation, is_open)
     document: dict[str, Any] = {
@@ -84,6 +85,13 @@ def openapi(
         document["components"]["securitySchemes"] = TOKENS
         document["security"] = [{name: []} for name in TOKENS]
     return document
+
+
+def _said_of(key: str, route: Route, operations: Mapping[str, Operation]) -> Operation:
+    for call in route.view.calls:
+        if f"{call.method} {call.path}" == key:
+            return view_operation(route.view, call)
+    return operations[key]
 
 
 def _types(operation: Operation) -> Iterable[type]:

@@ -6,21 +6,28 @@ from typing import Final
 
 from protocol.fields import Fields
 from protocol.job import Record
+from protocol.messages import Ack, NotifyMessage
 from protocol.update import STATUSES
-from protocol.watch import MAX_JOB_IDS, RECORD_FIELDS, UPDATE_TYPES
+from protocol.watch import ALL_TYPES, MAX_JOB_IDS, RECORD_FIELDS, UPDATE_TYPES
 from server.describe.answers import (
     BatchResult,
     CancelRequested,
+    ClientState,
+    ConnectionList,
     Created,
     CreatedBefore,
+    Disconnected,
     Health,
     JobHistory,
     JobList,
     NotReady,
     PollAnswer,
     Ready,
+    Sent,
+    Spooled,
     Stats,
     Updated,
+    UserState,
 )
 from server.describe.model import EVENTS, ID, JSON, TEXT, Answer, Operation, Parameter, Schema, words
 
@@ -44,8 +51,20 @@ WATCH: Final = (
     *FILTER,
     FIELDS,
 )
+POLL_WATCH: Final = tuple(
+    Parameter("types", "the same; `notification` asks for those as well", words(*ALL_TYPES))
+    if each.name == "types"
+    else each
+    for each in WATCH
+)
 LAST_SEEN: Final = Parameter(
     "last_seen", "the cursor one has, or a unix time; whatever the log does not know is answered with a reset", CURSOR
+)
+CURSOR_HEADER: Final = Parameter("Last-Event-ID", "the same, and wins over it", CURSOR, "header")
+CHANNELS: Final = Parameter(
+    "channels",
+    "named channels to hear, a comma list",
+    {"type": "string", "pattern": "^(" + ID_LIST["pattern"][1:-1] + ")?$"},
 )
 KEY: Final = Parameter(
     "Idempotency-Key",
@@ -62,6 +81,11 @@ OF_A_JOB: Final = (
     ("X-Job-Status", "its status"),
     ("X-Job-Version", "its version"),
     ("X-Job-Progress", "its progress"),
+)
+SPOOLED: Final = Answer(
+    "the store is away: kept on disk, and passed on when it is back",
+    Spooled,
+    headers=(("Location", "path of the job"),),
 )
 NO_JOB: Final = "there is no such job, or none that one may see"
 UNAVAILABLE: Final = "not now: the store is away, the server is full or goes away"
@@ -109,6 +133,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         {
             200: Answer("a repeat: it was created before", CreatedBefore),
             201: Answer("created", Created, headers=(("Location", "path of the job"),)),
+            202: SPOOLED,
         },
         (KEY,), {JSON: Fields},
         errors={404: "there is no such parent", 409: "there is a job of that id"},
@@ -118,7 +143,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "poll", "reading", "wait for updates",
         {200: Answer("updates, maybe none", PollAnswer)},
         (
-            *WATCH, LAST_SEEN,
+            *POLL_WATCH, LAST_SEEN, CHANNELS,
             Parameter("timeout", "seconds to wait, 60 at most", {"type": "number", "minimum": 0, "default": 30}),
             Parameter("client_id", "a name under which the server shall remember the cursor", ID),
         ),
@@ -129,7 +154,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
             200: Answer("see asyncapi.json", {"type": "string"}, EVENTS),
             204: Answer("all of the named jobs have ended, and the cursor is behind their ends"),
         },
-        (*WATCH, LAST_SEEN, Parameter("Last-Event-ID", "the same, and wins over it", CURSOR, "header")),
+        (*WATCH, LAST_SEEN, CURSOR_HEADER),
     ),
     "GET /api/v2/jobs/{jobId}": Operation(
         "showJob", "reading", "one job",
@@ -141,7 +166,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     ),
     "POST /api/v2/jobs/{jobId}/updates": Operation(
         "updateJob", "publishing", "one update of a job",
-        {200: Answer("accepted", Updated)}, (KEY,), {JSON: Fields},
+        {200: Answer("accepted", Updated), 202: SPOOLED}, (KEY,), {JSON: Fields},
         errors={404: "there is no such job, and no userId to create it with; or no such parent",
                 409: "against the job's state"},
         text="What it leaves out keeps its value. Creates the job if it has a userId.",
@@ -164,6 +189,43 @@ OPERATIONS: Final[dict[str, Operation]] = {
             "application/x-ndjson": {"type": "string"},
         },
         text="A JSON array of updates with their jobId, or one a line. One that is refused spoils no other.",
+    ),
+    "GET /api/sse": Operation(
+        "noticeStream", "notifications", "an event stream of notifications",
+        {200: Answer("see asyncapi.json", {"type": "string"}, EVENTS)},
+        (
+            Parameter("userId", "whose; for another's one has to be an admin", ID),
+            Parameter("username", "what the user calls itself", {"type": "string", "maxLength": 128}),
+            CHANNELS, LAST_SEEN, CURSOR_HEADER,
+        ),
+    ),
+    "POST /api/sse/message": Operation(
+        "sendNotification", "notifications", "send a notification", {200: Answer("sent", Sent)}, (KEY,),
+        {JSON: NotifyMessage}, text="targetIds for users and channels, targetId for client, user and channel.",
+    ),
+    "POST /api/sse/ack": Operation(
+        "acknowledge", "notifications", "stored notifications up to a cursor need not come again",
+        {204: Answer("noted")}, (), {JSON: Ack},
+    ),
+    "GET /api/sse/connections": Operation(
+        "listConnections", "notifications", "who is connected", {200: Answer("a page", ConnectionList)},
+        (
+            Parameter("limit", "most of a page", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}),
+            Parameter("after", "the next of the page before", {"type": "string"}),
+        ),
+    ),
+    "GET /api/sse/users/{userId}": Operation(
+        "showUser", "notifications", "whether a user is connected", {200: Answer("it is, or not", UserState)}
+    ),
+    "DELETE /api/sse/users/{userId}": Operation(
+        "disconnectUser", "notifications", "end all connections of a user", {200: Answer("so many", Disconnected)}
+    ),
+    "GET /api/sse/clients/{clientId}": Operation(
+        "showClient", "notifications", "whether a client is connected", {200: Answer("it is, or not", ClientState)}
+    ),
+    "DELETE /api/sse/clients/{clientId}": Operation(
+        "disconnectClient", "notifications", "end a connection", {204: Answer("it is ended")},
+        errors={404: "there is none"},
     ),
     "GET /ws/jobs": Operation(
         "websocket", "reading", "a WebSocket",

@@ -10,7 +10,7 @@ import msgspec
 
 from protocol.fields import Fields
 from protocol.job import Record
-from server.describe.answers import OF_RECORDS, JobMessage
+from server.describe.answers import OF_RECORDS, JobMessage, Notification
 from server.describe.model import Schema
 
 REF: Final = "#/components/schemas/{name}"
@@ -20,7 +20,7 @@ _ALWAYS: Final = {Record: ("jobId", "status", "version"), JobMessage: ("type", "
 
 def components(types: Iterable[type]) -> dict[str, Schema]:
     """The schemas of these types, and of those in them, by name."""
-    _, found = msgspec.json.schema_components([*types, Fields, Record], ref_template=REF)
+    _, found = msgspec.json.schema_components([*types, Fields, Record, Notification], ref_template=REF)
     for name, schema in found.items():
         if isinstance(schema.get("description"), str):
             schema["description"] = cleandoc(schema["description"])
@@ -30,6 +30,9 @@ def components(types: Iterable[type]) -> dict[str, Schema]:
             schema = found[record.__name__]
             schema["required"] = list(required)
             schema["properties"] |= OF_RECORDS
+    if "PollAnswer" in found:
+        either = [schema_of(JobMessage), schema_of(Notification)]
+        found["PollAnswer"]["properties"]["updates"]["items"] = {"anyOf": either}
     found["Fields"]["description"] = (
         "One update. What it leaves out keeps its value; null clears it, where that is allowed. "
         "Texts may have 2048 bytes, result and metadata 65536 together."

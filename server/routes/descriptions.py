@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from protocol.views import all_views
 from server.answers import JSON, Response
 from server.connection import Exchange
 from server.stats import VERSION
@@ -36,8 +37,12 @@ def _openapi(base_path: str, is_open: bool) -> dict[str, Any]:
 def _asyncapi(base_path: str, is_open: bool) -> dict[str, Any]:
     from server.describe.asyncapi import asyncapi
     from server.describe.messages import CHANNELS
+    from server.describe.views import view_channels
 
-    return asyncapi(CHANNELS, version=VERSION, base_path=base_path)
+    channels = dict(CHANNELS)
+    for view in all_views().values():
+        channels |= view_channels(view)
+    return asyncapi(channels, version=VERSION, base_path=base_path)
 
 
 @lru_cache(maxsize=8)
