@@ -15,7 +15,7 @@ from server import config
 from server.limits import Limits
 from server.presence import Presence
 from tests.streams import clean_server, event_stream, session, websocket
-from tests.support import AUTH, bearer, token, until
+from tests.support import AUTH, InProcess, bearer, token, until
 
 
 @dataclass(eq=False)
@@ -230,3 +230,45 @@ async def test_one_connection_too_many_is_refused_on_either_transport() -> None:
             async with event_stream(running, headers=bearer("bob")) as stream:
                 await stream.until("snapshot")
         assert set(running.node.presence.users) <= {"ann", "bob"}
+
+
+# Who asks is told
+
+
+async def test_those_who_ask_are_told_who_comes_and_goes() -> None:
+    async with clean_server(auth=AUTH) as running:
+        await told_of_comings_and_goings(running, running)
+
+
+async def told_of_comings_and_goings(at: InProcess, there: InProcess) -> None:
+    """``root`` listens at one server to who is at the other."""
+    async with websocket(at, token=token("root", admin=True)) as ws:
+        await ws.receive()
+        await ws.ask("subscribe", channels=["presence:room", "presence:user:ann"])
+        if at.node.cluster is not None:  # as soon as Redis knows of the listener, both do
+            while not await there.node.presence.count(Target("channel", ("presence:room",))):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        async with (
+            websocket(there, token=token("ann", channels=["*"])) as first,
+            websocket(there, token=token("ann", channels=["*"])) as second,
+            websocket(there, token=token("bob", channels=["*"])) as third,
+        ):
+            for each in (first, second, third):
+                await each.receive()
+                await each.ask("subscribe", channels=["room"])
+            await first.ask("unsubscribe", channels=["room"])
+            await second.ask("unsubscribe", channels=["room"])
+            messages = [await ws.receive() for _ in range(4)]
+        messages += [await ws.receive() for _ in range(2)]
+        told = [(message["event"], message["data"]) for message in messages]
+        assert told[:4] == [
+            ("join", {"userId": "ann", "count": 1}),
+            ("join", {"userId": "ann", "count": 1, "channel": "room"}),
+            ("join", {"userId": "bob", "count": 2, "channel": "room"}),
+            ("leave", {"userId": "ann", "count": 1, "channel": "room"}),
+        ]
+        assert sorted(told[4:], key=str) == [
+            ("leave", {"userId": "ann", "count": 0}),
+            ("leave", {"userId": "bob", "count": 0, "channel": "room"}),
+        ]
+        await ws.quiet()
