@@ -23,7 +23,11 @@ local time = redis.call('TIME')
 local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return {0, tonumber(now)} end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if holder then -- a full Redis lets this be done, but no SET
+  redis.call('PEXPIRE', KEYS[1], ARGV[2])
+else
+  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+end
 if ARGV[3] then redis.call('PUBLISH', ARGV[3], now .. ' ' .. ARGV[4]) end
 return {1, tonumber(now)}
 """)

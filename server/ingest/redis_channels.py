@@ -26,7 +26,7 @@ from protocol.resp import RedisError
 from server.brokers.base import Accepted
 from server.brokers.keys import digest_of
 from server.brokers.redis_client import RedisClientError, RedisUrl, Script
-from server.brokers.redis_keys import PREFIX, idempotency_key
+from server.brokers.redis_keys import PREFIX
 from server.brokers.redis_lease import Lease
 from server.brokers.redis_listener import Listener
 from server.ingest.intake import AT_ONCE, Complaints, Counters, Item, postponed, publish, read_item
@@ -342,7 +342,7 @@ class RedisChannels:
                 else:
                     self.counters.accepted += 1
                     if item.key is not None:
-                        spent.append(idempotency_key(digest_of(item.sub, item.key)))
+                        spent.append(digest_of(item.sub, item.key))
             elif id(item) in again:
                 left.append(heard)
             elif isinstance(outcome, ApiError):

@@ -26,7 +26,7 @@ from protocol.resp import RedisError
 from server.brokers.base import Accepted
 from server.brokers.keys import digest_of
 from server.brokers.redis_client import RedisClientError, RedisUrl, Reply, Script, make_client
-from server.brokers.redis_keys import PREFIX, idempotency_key
+from server.brokers.redis_keys import PREFIX
 from server.brokers.redis_lease import Lease
 from server.ingest.intake import AT_ONCE, Complaints, Counters, Item, postponed, publish, read_item
 from server.ingest.spent import Spent
@@ -57,8 +57,8 @@ _STRAY_EVERY_S: Final = 10.0
 # what kills those who take it.
 _ALONE_AFTER: Final = 3
 MAX_DELIVERIES: Final = 10
-# A failover can bring an acknowledged entry back.
-_SPENT_S: Final = 10.0
+# A failover can bring an acknowledged entry back, a frozen node can wake with one in hand.
+_SPENT_S: Final = 60.0
 # ``sub`` of keys that are ids of entries: a scope of their own, beside that of ``eventId``.
 _SUB: Final = "(redis stream)"
 
@@ -311,8 +311,8 @@ class RedisStream:
     async def _take(self, entries: Sequence[_Entry]) -> None:
         """Publish what waits and what is in these entries, and acknowledge what is settled by that."""
         todo = [*self._postponed, *((entry, item) for entry in entries for item in entry.items)]
-        if not todo:
-            return
+        if not todo or not self.takes:
+            return  # whoever takes now has claimed them
         await publish(self._node, [item for _, item in todo])
         again = postponed([item for _, item in todo])
         self._postponed = deque((entry, item) for entry, item in todo if id(item) in again)
@@ -330,7 +330,7 @@ class RedisStream:
                 else:
                     self.counters.accepted += 1
                 if item.key is not None:
-                    entry.spent.append(idempotency_key(digest_of(item.sub, item.key)))
+                    entry.spent.append(digest_of(item.sub, item.key))
             entry.left -= 1
             if not entry.left:
                 settled.append(entry)

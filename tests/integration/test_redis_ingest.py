@@ -11,6 +11,7 @@ import pytest
 import redis as redis_py
 import trio
 
+from server.ingest import redis_channels, redis_stream
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM
 from tests.ingesting import LONG_S, channels_of, nodes, record, steps, stream_of, text, version
@@ -243,6 +244,20 @@ async def test_what_will_pass_is_waited_for(redis: RedisServer, oracle: redis_py
         assert steps(one, "b") == ["first", "second", "third"]
         await eventually(lambda: oracle.xlen(STREAM) == 0)
         assert oracle.xlen(DEAD) == 0
+
+
+@pytest.mark.slow
+async def test_keys_that_have_served_are_taken_away(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_stream, "_SPENT_S", 0.1)
+    monkeypatch.setattr(redis_channels, "_SPENT_S", 0.1)
+    async with nodes(redis.url, 1) as (one,):
+        for number in range(5):
+            oracle.xadd(STREAM, {"data": text(jobId="a", userId="u", message=f"step {number}")})
+            oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message=f"other step {number}"))
+        await eventually(lambda: version(one, "a") == 10)
+        await eventually(lambda: not oracle.keys("{statuswire}:key:*"))
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ import redis as redis_py
 import trio
 from trio.abc import Stream
 
+from server.brokers.redis_broker import NEEDED
 from server.brokers.redis_client import NodeInfo
 from server.brokers.redis_link import Connect
+from server.ingest import redis_channels
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, STREAM
 from tests.ingesting import LONG_S, channels_of, node_beside, nodes, record, steps, stream_of, text, version
@@ -175,6 +177,26 @@ async def test_a_killed_reader_of_the_stream_is_followed_by_another(redis: Redis
                 assert stream_of(two).takes
 
 
+async def test_a_frozen_reader_of_the_stream_accepts_nothing_twice(redis: RedisServer, tmp_path: Path) -> None:
+    async with spawned(tmp_path, store={"url": redis.url}) as frozen:
+        with redis.oracle() as oracle:
+            await eventually(lambda: oracle.get("{statuswire}:ingest:stream"), within=LONG_S)
+            async with node_beside(redis.url) as two:
+                with oracle.pipeline(transaction=False) as pipeline:
+                    for n in range(3000):
+                        pipeline.xadd(STREAM, {"data": text(jobId=f"j{n % 5}", userId="u", message=f"step {n}")})
+                    pipeline.execute()
+                await eventually(lambda: version(two, "j1") > 20, within=LONG_S)
+                frozen.signal(signal.SIGSTOP)
+                await eventually(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+                assert stream_of(two).takes
+                frozen.signal(signal.SIGCONT)
+                await trio.sleep(2)
+                for job in range(5):
+                    assert steps(two, f"j{job}") == [f"step {n}" for n in range(job, 3000, 5)]
+                assert oracle.xlen(DEAD) == 0
+
+
 async def test_redis_restarts_under_load(tmp_path: Path) -> None:
     with running_server(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as redis:
         async with nodes(redis.url) as running, trio.open_nursery() as nursery:
@@ -209,6 +231,34 @@ async def test_a_full_redis_takes_up_what_was_heard_when_it_has_room(
         oracle.config_set("maxmemory", "0")
         await eventually(lambda: version(running[0], "a") == 21, within=LONG_S)
         assert steps(running[0], "a") == ["before", *(f"step {number}" for number in range(20))]
+
+
+async def test_what_cannot_be_held_is_counted(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with nodes(redis.url, 1) as (one,):
+        oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message="before"))
+        await eventually(lambda: version(one, "a") == 1)
+        monkeypatch.setattr(redis_channels, "MAX_HELD", 10)
+        oracle.config_set("maxmemory", "1mb")
+        for number in range(30):
+            oracle.publish(CHANNELS[0], text(jobId="a", message=f"step {number}"))
+        await eventually(lambda: channels_of(one).counters.dropped > 0)
+        oracle.config_set("maxmemory", "0")
+        oracle.publish(CHANNELS[0], text(jobId="a", message="last"))
+        await eventually(lambda: record(one, "a")["message"] == "last", within=LONG_S)
+        counters = channels_of(one).counters
+        assert version(one, "a") + counters.dropped == 32
+
+
+async def test_a_user_of_redis_may_do_what_the_documentation_says(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    oracle.execute_command("ACL", "SETUSER", "app", "on", ">secret", *NEEDED.split())
+    async with nodes(redis.url.replace("//", "//app:secret@"), 1) as (one,):
+        oracle.publish(CHANNELS[0], text(jobId="a", userId="u"))
+        oracle.xadd(STREAM, {"data": text(jobId="a", userId="u")})
+        oracle.xadd(STREAM, {"data": "nonsense"})
+        await eventually(lambda: version(one, "a") == 2, within=LONG_S)
+        await eventually(lambda: (oracle.xlen(STREAM), oracle.xlen(DEAD)) == (0, 1), within=LONG_S)
 
 
 async def test_sentinels_replace_a_master(tmp_path: Path) -> None:
