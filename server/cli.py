@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _server_options(command("serve", "serve", "run the server"))
     _server_options(command("check-config", "check_config", "check the configuration and print what is in effect"))
+    _transfer_options(command("export", "export", "write all jobs and their history as lines of JSON"), "write to")
+    _transfer_options(command("import", "import_", "fill an empty store with what was exported"), "read from")
     _token_options(command("token", "token", "sign an access token with the configured key and print it"))
     _publish_options(command("publish", "publish", "publish one update of a job and print the answer"))
     _watch_options(command("watch", "watch", "follow jobs live, until the named ones have ended"))
@@ -108,6 +110,18 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
     _config_option(parser)
     for name, flag in FLAGS.items():
         parser.add_argument(flag, dest=name, metavar="VALUE", help=helps[name])
+
+
+def _transfer_options(parser: argparse.ArgumentParser, does: str) -> None:
+    parser.add_argument(
+        "file",
+        nargs="?",
+        default="-",
+        metavar="FILE",
+        help=f"{does} it; - is standard {'output' if does == 'write to' else 'input'}",
+    )
+    _config_option(parser)
+    parser.add_argument("--store", dest="store.url", metavar="URL", help="the store, if it is not the configured one")
 
 
 def _token_options(parser: argparse.ArgumentParser) -> None:

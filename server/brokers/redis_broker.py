@@ -197,6 +197,10 @@ class RedisBroker:
                 hint = f"; its user needs: ACL SETUSER {url.username or 'default'} {NEEDED}"
             raise StoreError(f"store.url: {url} does not take the first command ({problem}){hint}")
         epoch, offset, _, schema, shards = begin
+        if epoch is None:
+            raise StoreError(
+                f"store.url: an import into {url} is under way or broke off; let it finish, or run it again"
+            )
         if int(schema) != SCHEMA or int(shards) != SHARDS:
             raise StoreError(
                 f"store.url: what is kept at {url} has format {int(schema)} with {int(shards)} shards, this version "

@@ -440,6 +440,8 @@ class Follower:
     async def _begin_anew(self) -> None:
         """Load everything again; before that, if our epoch lost a part of its log, replace it by another one."""
         begin = await self.client.call_script(BEGIN, [META], [new_epoch(), SCHEMA, SHARDS], patience=FOLLOW_S)
+        if begin[0] is None:
+            raise RedisClientError("something is being imported")
         epoch: bytes = begin[0]
         if self._reload == "renew" and epoch.decode() == self._history.epoch:
             epoch = await self.client.call_script(RENEW, [META], [epoch, new_epoch()])

@@ -7,6 +7,7 @@ All keys share the hash tag ``{statuswire}``: one script may touch any of them, 
   milliseconds); ``last:<k>``: offset of the newest entry of shard k; ``cut:<k>``: up to where they were too old.
 - ``jobs:<k>``, a hash: job id -> ``<rev> <created> <offset> <at> <stamp>\n`` and a msgpack ``Write``.
 - ``where``, a hash: job id -> shard.
+- ``importing``: the name of an import that is under way, for half a minute; ``importing`` in ``meta`` stays after it.
 - ``log:<k>``, a stream: one entry ``<stamp>-0`` for every call that changed something, with the message in field ``m``.
 - ``shard:<k>``, a channel: the same messages, live.
 - ``key:<digest>``: an idempotency key's first answer, for ten minutes.
@@ -40,6 +41,7 @@ CALLBACKS: Final = f"{PREFIX}callbacks".encode()  # the node whose turn it is to
 META: Final = f"{PREFIX}meta".encode()
 WHERE: Final = f"{PREFIX}where".encode()
 LEASES: Final = f"{PREFIX}leases".encode()
+IMPORTING: Final = f"{PREFIX}importing".encode()
 ENDED_JOBS: Final = f"{PREFIX}ended".encode()
 JOBS: Final = tuple(f"{PREFIX}jobs:{shard}".encode() for shard in range(SHARDS))
 LOGS: Final = tuple(f"{PREFIX}log:{shard}".encode() for shard in range(SHARDS))
@@ -122,6 +124,7 @@ class Message(msgspec.Struct, array_like=True, gc=False):
 
 
 encode_write: Final = msgspec.msgpack.Encoder().encode
+encode_message: Final = msgspec.msgpack.Encoder().encode
 decode_message: Final = msgspec.msgpack.Decoder(Message).decode
 _decode_write: Final = msgspec.msgpack.Decoder(Write).decode
 
@@ -399,8 +402,10 @@ if next[2] then answer[2] = next[2] - now end
 return answer
 """)
 
-# KEYS: meta. ARGV: an epoch, in case there is none; SCHEMA; SHARDS. Answers: epoch, offset, at, schema, shards.
+# KEYS: meta. ARGV: an epoch, in case there is none; SCHEMA; SHARDS.
+# Answers: epoch, offset, at, schema, shards; no epoch while something is being imported.
 BEGIN: Final = Script("""
+if redis.call('HEXISTS', KEYS[1], 'importing') == 1 then return {false, '0', '0', ARGV[2], ARGV[3]} end
 if redis.call('HEXISTS', KEYS[1], 'epoch') == 0 then
   redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'offset', 0, 'at', 0, 'schema', ARGV[2], 'shards', ARGV[3])
 end

@@ -191,8 +191,10 @@ class SqliteBroker(LocalBroker):
     def _adopt(self, loaded: Loaded) -> None:
         """Show what the file has."""
         self._jobs.load(loaded.jobs)
-        self._history.restart(loaded.epoch, loaded.last - len(loaded.tail))
+        first = loaded.tail[0].offset if loaded.tail else loaded.last + 1
+        self._history.restart(loaded.epoch, first - 1)
         for update in loaded.tail:
+            self._history.skip(update.offset - 1)
             self._history.append(update)
         self._keys.load(loaded.keys)
         self._let_go(self.inboxes.load(loaded.stored))

@@ -64,8 +64,9 @@ _decode_targets = msgspec.json.Decoder(tuple[str, ...]).decode
 class Loaded(NamedTuple):
     """All that a file remembers.
 
-    ``jobs`` by ``created``; ``tail``, ``keys`` and ``stored`` oldest first, ``tail`` without gaps. ``stored``:
-    notifications and who has not acknowledged them.
+    ``jobs`` by ``created``; ``tail``, ``keys`` and ``stored`` oldest first. ``tail`` has no gaps but those that came
+    with an import: offsets that had no entry where it came from. ``stored``: notifications and who has not acknowledged
+    them.
     """
 
     epoch: str
@@ -75,6 +76,15 @@ class Loaded(NamedTuple):
     tail: list[Update]
     keys: list[Kept]
     stored: list[tuple[Update, list[str]]]
+
+
+class Standing(NamedTuple):
+    """Where a log stands: its newest entry, when that was, and from which offset on nothing is missing."""
+
+    epoch: str
+    last: int
+    at_ms: int
+    first: int
 
 
 class SqliteFile:
@@ -196,6 +206,7 @@ class SqliteFile:
         if epoch is None:
             raise StoreError(f"store.url: {self.path} is damaged (no epoch); restore a copy, or move it away")
         tail: dict[int, Update] = {}
+        gaps_until = self._gaps_until()
         previous = last - self.max_updates
         for row in db.execute(
             "SELECT offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent, targets FROM log"
@@ -203,20 +214,14 @@ class SqliteFile:
             (previous,),
         ):
             update = _update(row)
-            if update.offset != previous + 1:
+            if update.offset != previous + 1 and update.offset > gaps_until:
                 tail.clear()
             tail[update.offset] = update
             previous = update.offset
         if previous != last:
             tail.clear()
         self._first = db.execute("SELECT coalesce(min(offset), 1) FROM log").fetchone()[0]
-        jobs = []
-        for created, private, *row in db.execute(
-            "SELECT created, private, offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent"
-            " FROM jobs ORDER BY created"
-        ):
-            update = tail.get(row[0]) or _update(row)
-            jobs.append(Job(update, created, _decode_private(private)))
+        jobs = [Job(tail.get(job.latest.offset) or job.latest, job.created, job.private) for job in self.jobs()]
         keys = [
             Kept(*row)
             for row in db.execute("SELECT digest, fingerprint, job_id, offset, version, at_ms FROM keys ORDER BY id")
@@ -233,6 +238,63 @@ class SqliteFile:
                 stored.append((notice, []))
             stored[-1][1].append(user_id)
         return stored
+
+    def jobs(self) -> Iterator[Job]:
+        """Every job, oldest first."""
+        for created, private, *row in self._db.execute(
+            "SELECT created, private, offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent"
+            " FROM jobs ORDER BY created"
+        ):
+            yield Job(_update(row), created, _decode_private(private))
+
+    def _gaps_until(self) -> int:
+        """The offset up to which the log may have gaps."""
+        return int(self._meta("gaps_until") or 0)
+
+    # Moving to another store and back
+
+    def standing(self) -> Standing:
+        """Where the log stands. Raises StoreError: the file is damaged."""
+        epoch, last, gaps_until = self._meta("epoch"), self.last_offset(), self._gaps_until()
+        if epoch is None:
+            raise StoreError(f"store.url: {self.path} is damaged (no epoch); restore a copy, or move it away")
+        (at_ms,) = self._db.execute("SELECT coalesce(max(at_ms), 0) FROM log").fetchone()
+        first = last + 1
+        for (offset,) in self._db.execute(
+            "SELECT offset FROM log WHERE offset > ? ORDER BY offset DESC", (last - self.max_updates,)
+        ):
+            if offset != first - 1 and (first > last or first > gaps_until):
+                break
+            first = offset
+        return Standing(epoch, last, at_ms, first)
+
+    def entries(self, first: int) -> Iterator[Update]:
+        """The log from an offset on."""
+        for row in self._db.execute(
+            "SELECT offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent, targets FROM log"
+            " WHERE offset >= ? ORDER BY offset",
+            (first,),
+        ):
+            yield _update(row)
+
+    def stored(self) -> list[tuple[Update, list[str]]]:
+        """Notifications that are kept for their users, oldest first, and who has not acknowledged them."""
+        return self._load_stored({})
+
+    def insert(self, jobs: Sequence[Job], updates: Sequence[Update], stored: Sequence[tuple[Update, list[str]]]) -> None:
+        """Put something into a file that is being filled."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._insert("INSERT INTO log VALUES", 11, [_log_row(update) for update in updates])
+        self._insert("INSERT INTO jobs VALUES", 12, [_job_row(job) for job in jobs])
+        self._insert("INSERT INTO notices VALUES", 5, [_notice_row(notice) for notice, _ in stored])
+        places = [(user, notice.offset) for notice, users in stored for user in users]
+        self._insert("INSERT INTO inbox VALUES", 2, places)
+        self._db.execute("COMMIT")
+
+    def complete(self, gaps_until: int) -> None:
+        """The file is filled; up to this offset its log may have gaps."""
+        if gaps_until:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('gaps_until', ?)", (str(gaps_until),))
 
     def last_offset(self) -> int:
         """Highest offset of any kept entry, 0 without one."""
