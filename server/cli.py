@@ -88,7 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     _server_options(command("serve", "serve", "run the server"))
     _server_options(command("check-config", "check_config", "check the configuration and print what is in effect"))
     _transfer_options(command("export", "export", "write all jobs and their history as lines of JSON"), "write to")
-    _transfer_options(command("import", "import_", "fill an empty store with what was exported"), "read from")
+    importing = command("import", "import_", "fill an empty store with what was exported")
+    _transfer_options(importing, "read from")
+    importing.add_argument(
+        "--new-epoch",
+        action="store_true",
+        help="for putting a backup back: readers that have seen what came after it start anew",
+    )
     _token_options(command("token", "token", "sign an access token with the configured key and print it"))
     _publish_options(command("publish", "publish", "publish one update of a job and print the answer"))
     _watch_options(command("watch", "watch", "follow jobs live, until the named ones have ended"))

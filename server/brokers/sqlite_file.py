@@ -156,7 +156,7 @@ class SqliteFile:
                 f"store.url: {self.path} has format {found}, this version reads format {SCHEMA_VERSION}; "
                 "use the version that wrote it, or another file"
             )
-        # WAL: one sync per commit, readers of the file (backups) do not stop us. FULL: an answered update is on disk.
+        # WAL: one sync per commit. FULL: an answered update is on disk.
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA journal_size_limit = 67108864")
@@ -281,7 +281,9 @@ class SqliteFile:
         """Notifications that are kept for their users, oldest first, and who has not acknowledged them."""
         return self._load_stored({})
 
-    def insert(self, jobs: Sequence[Job], updates: Sequence[Update], stored: Sequence[tuple[Update, list[str]]]) -> None:
+    def insert(
+        self, jobs: Sequence[Job], updates: Sequence[Update], stored: Sequence[tuple[Update, list[str]]]
+    ) -> None:
         """Put something into a file that is being filled."""
         self._db.execute("BEGIN IMMEDIATE")
         self._insert("INSERT INTO log VALUES", 11, [_log_row(update) for update in updates])

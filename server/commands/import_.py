@@ -6,8 +6,10 @@ import sys
 from argparse import Namespace
 from typing import IO
 
+import msgspec
 import trio
 
+from server.brokers.local import new_epoch
 from server.cli import EXIT_OK, CommandError
 from server.commands.export import configured
 from server.config import Config
@@ -25,22 +27,26 @@ def run(arguments: Namespace) -> int:
     config = configured(arguments)
     try:
         if arguments.file == "-":
-            reader = _import(config, sys.stdin.buffer)
+            reader = _import(config, sys.stdin.buffer, arguments.new_epoch)
         else:
             try:
                 file = open(arguments.file, "rb")  # noqa: SIM115 - closed below
             except OSError as error:
                 raise CommandError(f"{arguments.file} cannot be read: {error.strerror}") from None
             with file:
-                reader = _import(config, file)
+                reader = _import(config, file, arguments.new_epoch)
     except TransferError as error:
         raise CommandError(str(error)) from None
     print(f"imported {reader.jobs} jobs and {reader.updates} updates", file=sys.stderr)
+    if reader.left_out:
+        print(f"left out {reader.left_out} notifications: this store does not take them", file=sys.stderr)
     return EXIT_OK
 
 
-def _import(config: Config, file: IO[bytes]) -> Reader:
+def _import(config: Config, file: IO[bytes], anew: bool) -> Reader:
     reader = Reader(file)
+    if anew:
+        reader.header = msgspec.structs.replace(reader.header, epoch=new_epoch())
     if config.store.kind == "sqlite":
         sqlite_store.import_(config, reader)
     else:

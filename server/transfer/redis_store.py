@@ -213,6 +213,7 @@ async def import_(config: Config, reader: Reader) -> None:
                 if len(filling.replies) >= _AT_ONCE:
                     await filling.wait()
             await filling.wait()
+            reader.left_out = filling.left_out
         except TransferError:
             await client.call_script(_FINISH, [META, IMPORTING, *_FILLED], [name])
             raise

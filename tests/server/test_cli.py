@@ -65,7 +65,7 @@ def test_usage_errors_are_one_line(arguments: list[str], words: str, capsys: pyt
     assert words in usage_error(arguments, capsys)
 
 
-@pytest.mark.parametrize("command", ["", "serve", "check-config", "token", "publish", "watch"])
+@pytest.mark.parametrize("command", ["", "serve", "check-config", "export", "import", "token", "publish", "watch"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])
