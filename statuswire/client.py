@@ -173,10 +173,10 @@ class Client:
     def post_notice(self, body: bytes) -> None:
         """Send a notification in the background."""
         with self._lock:
-            if self._outbox.put_notice(uuid4().hex, body):
-                self._wake()
-            else:
-                logger.error("too many notifications wait, this one is lost")
+            taken = self._outbox.put_notice(uuid4().hex, body)
+            self._wake()
+        if not taken:
+            logger.error("too many notifications wait, this one is lost")
 
     def send_notice(self, body: bytes) -> int:
         """Send a notification now, in this thread; how many connections got it.
@@ -328,8 +328,10 @@ class Client:
 
     def _back(self) -> None:
         if self._away_since is not None:
-            logger.info("%s answers again, after %.0f s", self.transport.url, time.monotonic() - self._away_since)
-            self._away_since = None
+            seconds, self._away_since = time.monotonic() - self._away_since, None
+            with self._lock:
+                dropped, self._outbox.dropped = self._outbox.dropped, 0
+            logger.info("%s answers again after %.0f s, %d messages were dropped", self.transport.url, seconds, dropped)
 
     # The spool
 
@@ -358,7 +360,7 @@ class Client:
         with self._adopting:
             self._adopt_at = time.monotonic() + ADOPT_EVERY_S
             count = 0
-            for entry, place in spool.adopt(MAX_ADOPTED - self._outbox.ends):
+            for entry, place in spool.adopt(MAX_ADOPTED - self._outbox.ends, time.time_ns() // 1000):
                 with self._lock:
                     state = State(entry.job_id, entry.attempt, {}, time.monotonic(), False)
                     item = self._outbox.put_end(state, entry.key, entry.at, None, place)

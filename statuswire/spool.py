@@ -19,6 +19,9 @@ from typing import Final, NamedTuple
 import msgspec
 
 MAX_JOURNAL: Final = 64 * 1024 * 1024
+MAX_SPOOL: Final = 256 * 1024 * 1024  # of all journals, where no server takes what many processes leave
+# Nobody waits for such an end any more, and the job may have gone on in ways of which it knows nothing.
+MAX_AGE_US: Final = 7 * 86_400 * 1_000_000
 SUFFIX: Final = ".journal"
 
 
@@ -67,10 +70,11 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, create: bool) -> None:
-        flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if create else 0)
+        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         self.path = path
         self._fd = os.open(path, flags, 0o600)
-        self._lock = threading.Lock()
+        # Reentrant, and offsets are taken before writing: a signal handler may end a job while its thread is in here.
+        self._lock = threading.RLock()
         self._waiting: set[str] = set()
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,27 +87,38 @@ class Journal:
             os.close(self._fd)
             raise
 
-    def entries(self) -> Iterator[tuple[Entry, Place]]:
-        """What a dead process left, oldest first; for a journal that was not made here."""
+    def entries(self, now_us: int) -> list[tuple[Entry, Place]]:
+        """What a dead process left, oldest first, without the updates; for a journal that was not made here.
+
+        Raises:
+            OSError: it cannot be read.
+        """
         with os.fdopen(os.dup(self._fd), "rb") as file:
             done: set[str] = set()
+            line = b"\n"
             for line in file:
                 found = _parsed(line)
                 if found is not None and found.done is not None:
                     done.add(found.done)
+            if not line.endswith(b"\n"):  # cut short when its writer died; what is written now begins a new one
+                self._append(b"\n")
             file.seek(0)
             offset = 0
             entries: list[tuple[Entry, Place]] = []
             for line in file:
+                start, offset = offset, offset + len(line)
                 found = _parsed(line)
-                if found is not None and found.key is not None and found.key not in done:
+                if found is None or found.key is None or found.key in done:
+                    continue
+                try:
                     entry = _decode_entry(line)
-                    entries.append(
-                        (msgspec.structs.replace(entry, update=msgspec.Raw()), Place(self, offset, len(line)))
-                    )
+                except msgspec.MsgspecError:
+                    continue
+                if entry.at >= now_us - MAX_AGE_US:
                     self._waiting.add(entry.key)
-                offset += len(line)
-        yield from entries
+                    entry.update = msgspec.Raw()
+                    entries.append((entry, Place(self, start, len(line))))
+        return entries
 
     def add(self, entry: Entry) -> Place:
         """Keep an end; it is on disk when this returns.
@@ -115,15 +130,12 @@ class Journal:
         with self._lock:
             if self._size + len(line) > MAX_JOURNAL:
                 raise OSError(f"{self.path} has {self._size} bytes, no more ends of jobs are kept")
-            offset = self._size
-            try:
-                if os.write(self._fd, line) != len(line):
-                    raise OSError(f"{self.path}: the disk is full")
-            except OSError:
-                os.ftruncate(self._fd, offset)
-                raise
-            self._size += len(line)
             self._waiting.add(entry.key)
+            try:
+                offset = self._append(line)
+            except OSError:
+                self._waiting.discard(entry.key)
+                raise
         try:
             # Outside of the lock: other threads may write meanwhile, and one of them syncs for both.
             os.fdatasync(self._fd)
@@ -143,8 +155,7 @@ class Journal:
             self._waiting.discard(key)
             if self._waiting:
                 # Not synced: after a crash of the machine the end is sent once more, which changes nothing.
-                line = _encode(_Line(done=key)) + b"\n"
-                self._size += os.write(self._fd, line)
+                self._append(_encode(_Line(done=key)) + b"\n")
                 return False
             os.ftruncate(self._fd, 0)
             self._size = 0
@@ -155,11 +166,27 @@ class Journal:
         with self._lock:
             if not self._waiting:
                 self.path.unlink(missing_ok=True)
-            os.close(self._fd)
+            self.abandon()
 
     def abandon(self) -> None:
         """Close it in a child process; the parent still has it."""
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1  # whoever still comes finds no file, rather than somebody else's
+        if fd >= 0:
+            os.close(fd)
+
+    def _append(self, line: bytes) -> int:
+        """Write a line; where it begins. Raises OSError, with the file as it was."""
+        offset = self._size
+        self._size = offset + len(line)
+        try:
+            if os.pwrite(self._fd, line, offset) != len(line):
+                raise OSError(f"{self.path}: the disk is full")
+        except OSError:
+            if self._fd >= 0 and self._size == offset + len(line):
+                self._size = offset
+                os.ftruncate(self._fd, offset)
+            raise
+        return offset
 
 
 class Spool:
@@ -169,7 +196,7 @@ class Spool:
         self.directory = directory
         self._own: Journal | None = None
         self._adopted: dict[Path, Journal] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def keep(self, entry: Entry) -> Place:
         """Keep an end in this process' journal. Raises OSError if it is not kept."""
@@ -179,8 +206,12 @@ class Spool:
             own = self._own
         return own.add(entry)
 
-    def adopt(self, most: int) -> Iterator[tuple[Entry, Place]]:
-        """What dead processes left, until it is more than ``most``; what cannot be read is left alone."""
+    def adopt(self, most: int, now_us: int) -> Iterator[tuple[Entry, Place]]:
+        """What dead processes left, until it is more than ``most``; what cannot be read is left alone.
+
+        Args:
+            now_us: unix microseconds; what is too old is forgotten.
+        """
         try:
             paths = sorted(self.directory.glob(f"*{SUFFIX}"))
         except OSError:
@@ -195,13 +226,14 @@ class Spool:
             except OSError:
                 continue
             self._adopted[path] = journal
-            found = False
-            for entry, place in journal.entries():
-                found = True
-                most -= 1
-                yield entry, place
-            if not found:
+            try:
+                entries = journal.entries(now_us)
+            except OSError:
+                continue
+            most -= len(entries)
+            if not entries:
                 self._drop(journal)
+            yield from entries
 
     def done(self, place: Place, key: str) -> None:
         """This end was answered. Raises OSError if that cannot be written down."""
@@ -218,7 +250,7 @@ class Spool:
 
     def abandon(self) -> None:
         """Forget everything, in a child process."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for journal in [*self._adopted.values(), *([self._own] if self._own else [])]:
             journal.abandon()
         self._own = None
@@ -226,6 +258,8 @@ class Spool:
 
     def _create(self) -> Journal:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if sum(_size(path) for path in self.directory.glob(f"*{SUFFIX}")) > MAX_SPOOL:
+            raise OSError(f"{self.directory} is full: no server has taken what is in it")
         for _ in range(8):
             try:
                 return Journal(self.directory / f"{os.getpid()}-{secrets.token_hex(6)}{SUFFIX}", create=True)
@@ -245,6 +279,13 @@ def _parsed(line: bytes) -> _Line | None:
         return _decode_line(line)
     except msgspec.MsgspecError:
         return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # its owner was just done with it
+        return 0
 
 
 def _sync_directory(path: Path) -> None:
