@@ -94,7 +94,7 @@ class Job:
     ) -> AsyncIterator[_T]:
         """Pass the items on and report how many of them were; the job is not ended by it."""
         counter = Counter(self.sync, total if total is not None else length_of(items), fields)
-        async for item in _iterate(items):
+        async for item in _each(items):
             yield item
             counter.count()
         counter.report()
@@ -156,7 +156,7 @@ async def track(
     handle = jobs.Job(job_id, first, renew=renew, raise_on_cancel=raise_on_cancel, client=client)
     counter = Counter(handle, total if total is not None else length_of(items), {})
     try:
-        async for item in _iterate(items):
+        async for item in _each(items):
             yield item
             counter.count()
         counter.report()
@@ -169,13 +169,20 @@ async def track(
     await _in_thread(handle.complete)
 
 
-async def _iterate(items: AsyncIterable[_T] | Iterable[_T]) -> AsyncIterator[_T]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
+class _Async(AsyncIterator[_T]):
+    """A plain iteration as an asynchronous one; not a generator, which would have to be closed when it is left."""
+
+    def __init__(self, items: Iterable[_T]) -> None:
+        self._items = iter(items)
+
+    async def __anext__(self) -> _T:
+        for item in self._items:
+            return item
+        raise StopAsyncIteration
+
+
+def _each(items: AsyncIterable[_T] | Iterable[_T]) -> AsyncIterable[_T]:
+    return items if isinstance(items, AsyncIterable) else _Async(items)
 
 
 async def complete_task(

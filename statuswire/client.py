@@ -163,7 +163,7 @@ class Client:
             self._news.notify_all()
         self.transport.close()  # which also breaks off a request
         if thread is not None:
-            thread.join(5.0)
+            thread.join(1.0)
             self.transport.close()
         with self._lock:
             if self._spool is not None and not self._outbox.ends:

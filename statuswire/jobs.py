@@ -118,7 +118,9 @@ class Job:
         """
         try:
             if was_stopped(error):
-                self.end("cancelled", {"error": one_line(error)})
+                # What it says besides is about the machinery, not about the job.
+                asked = isinstance(error, JobCancelled)
+                self.end("cancelled", {} if asked else {"error": type(error).__name__})
             else:
                 self.fail(error)
         except StatuswireError as refused:

@@ -64,20 +64,22 @@ async def test_progress_is_conflated_and_the_end_has_what_came_last() -> None:
     [
         (ValueError("no\n  such file"), "failed", "ValueError: no such file"),
         (KeyboardInterrupt(), "cancelled", "KeyboardInterrupt"),
-        (SystemExit(3), "cancelled", "SystemExit: 3"),
-        (JobCancelled("by request"), "cancelled", "JobCancelled: by request"),
+        (SystemExit(3), "cancelled", "SystemExit"),
+        (JobCancelled("by request"), "cancelled", None),
         (ExceptionGroup("two", [ValueError("x")]), "failed", "ExceptionGroup: two (1 sub-exception)"),
-        (BaseExceptionGroup("two", [KeyboardInterrupt()]), "cancelled", "BaseExceptionGroup: two (1 sub-exception)"),
+        (BaseExceptionGroup("two", [KeyboardInterrupt()]), "cancelled", "BaseExceptionGroup"),
     ],
 )
-async def test_what_leaves_the_block_ends_the_job_and_goes_on(error: BaseException, status: str, text: str) -> None:
+async def test_what_leaves_the_block_ends_the_job_and_goes_on(
+    error: BaseException, status: str, text: str | None
+) -> None:
     async with server() as at, worker(at.url) as client:
         with pytest.raises(type(error)) as raised, job("a", user="u", client=client):
             raise error
         assert raised.value is error
         await settled(client)
         seen = await record(at, "a")
-        assert (seen["status"], seen["error"]) == (status, text)
+        assert (seen["status"], seen.get("error")) == (status, text)
 
 
 async def test_the_first_end_counts() -> None:
