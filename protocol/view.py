@@ -96,7 +96,7 @@ class View:
         statuses: the view's words for a status to the job's.
         unpack: turns the values of ``fields`` that are "" into those of job fields; may look at and change all.
             Raises ApiError 422.
-        details: the type of those values, for the API's description.
+        details: the type of those values, and of others that are not as in jobs, for the API's description.
         settle: what an update comes to, given the state it meets (None: a new job). It is called when the update is
             decided, maybe several times, so it must depend on its arguments alone. Raises ApiError.
         not_found: code of the 404 for a job that is not there.

@@ -82,6 +82,15 @@ class Details(msgspec.Struct, rename="camel", forbid_unknown_fields=True, omit_d
     queue_position: Count | UnsetType | None = UNSET
 
 
+class Published(Details):
+    """All that is published of a report and means something else than the field of a job."""
+
+    phase: (
+        Literal["validation", "snapshot_capture", "data_collection", "analysis", "report_generation", "completed"]
+        | UnsetType
+    ) = UNSET
+
+
 class Status(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True):
     """A project's report: what it has not is left out. Times are RFC 3339 texts."""
 
@@ -300,7 +309,7 @@ VIEW: Final = View(
     },
     statuses={"not_started": QUEUED, "generating": PROCESSING, "completed": COMPLETED, "failed": FAILED},
     unpack=_unpack,
-    details=Details,
+    details=Published,
     settle=_settle,
     not_found="project_not_found",
 )

@@ -108,14 +108,33 @@ def _sets(view: View, call: Call) -> str:
 
 
 def _state(view: View) -> Schema:
-    return {"type": "object", "description": f"a {view.noun} in the view's words"}
+    described = f"a {view.noun} in the view's words"
+    return {"type": "object", "description": described} if view.shape is None else _inlined(view.shape)
 
 
 def _body(view: View, call: Call) -> Schema:
-    own = {name: _FIELDS.get(job_field, {}) for name, job_field in view.fields.items()}
+    details = {} if view.details is None else _inlined(view.details)["properties"]
+    own = {name: details.get(name) or _FIELDS.get(job_field, {}) for name, job_field in view.fields.items()}
     if view.statuses:
         own["status"] = {"enum": list(view.statuses)}
     return {"type": "object", "properties": {view.variable: {"type": "string"}, **own}, "additionalProperties": False}
+
+
+def _inlined(type_: type) -> Schema:
+    """A type's schema with those in it: two views may have the same name for something."""
+    found = components([type_])
+
+    def inline(schema: Any) -> Any:
+        if isinstance(schema, list):
+            return [inline(item) for item in schema]
+        if not isinstance(schema, dict):
+            return schema
+        if "$ref" in schema:
+            return inline(found[schema["$ref"].rpartition("/")[2]])
+        return {name: inline(value) for name, value in schema.items()}
+
+    inlined: Schema = inline(found[type_.__name__])
+    return inlined
 
 
 def _object(properties: dict[str, Any], *required: str) -> Schema:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from protocol.fields import FIELD_NAMES, decode_fields, is_id
 from protocol.job import apply, create, record_of
 from protocol.update import Job
 from protocol.view import MAX_ERROR, View, control, encode_safe, in_words, one_line, read_update, target_of
-from protocol.views import all_views
+from protocol.views import all_views, reports
 
 TASKS, REPORTS = all_views()["tasks"], all_views()["reports"]
 TASK = target_of(TASKS, {"app": "a", "taskId": "t"})
@@ -223,6 +224,15 @@ def test_whatever_others_put_there_is_shown_or_left_out_and_spoils_nothing(
         json.loads(view.state(job.latest))
         for message in view.render(job.latest) if view.render is not None else ():
             json.loads(message.text)
+
+
+def test_what_is_described_is_what_is_taken() -> None:
+    """The types for the API's description name the fields and words that are read and shown."""
+    described = msgspec.structs.fields(reports.Published)
+    assert {field.encode_name for field in described} <= set(REPORTS.fields)
+    (phases,) = (field.type for field in described if field.name == "phase")
+    assert get_args(get_args(phases)[0]) == tuple(reports.PHASES)
+    assert set(reports.STATUSES.values()) == set(get_args(reports.Words)) == set(REPORTS.statuses)
 
 
 def test_a_view_is_compared_by_identity() -> None:
