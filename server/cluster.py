@@ -17,7 +17,6 @@ import math
 import random
 import secrets
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -207,7 +206,7 @@ class Cluster:
         connected = self._presence.clients.get(client_id)
         return b"" if connected is None else encode(self._presence.info_of(connected))
 
-    def _flush(self, batches: int = sys.maxsize) -> Reply | None:
+    def _flush(self, batches: int) -> Reply | None:
         """Send what is marked. Later questions on the same connection are answered behind it."""
         last: Reply | None = None
         while self._marked and not self._stale and batches > 0:
@@ -264,7 +263,7 @@ class Cluster:
 
     async def _beat(self) -> None:
         self._give_back_places()
-        self._flush()
+        self._flush(BATCHES)
         now = trio.current_time()
         info = b""
         if now >= self._tell_at:
@@ -312,10 +311,11 @@ class Cluster:
             self._lost()
             raise
         ours = self._presence.clients
-        different = [name for name in theirs if name not in ours]
-        different += [name for name in ours if theirs.get(name) != self._state(name)]
-        for name in different:
-            self.touch(name)
+        for count, name in enumerate([*ours, *(name for name in theirs if name not in ours)]):
+            if self._state(name) != theirs.get(name, b""):
+                self.touch(name)
+            if count % PIECE == PIECE - 1:
+                await trio.lowlevel.checkpoint()
 
     async def _reap(self, nodes: list[str]) -> None:
         """Take back what dead nodes have left, a piece at a time; others do the same."""
@@ -377,7 +377,7 @@ class Cluster:
         """``_ask`` behind all that has changed here so far."""
         if not self._ours or self._client is None or self._client.away is not None:
             raise _Away
-        self._flush()
+        self._flush(BATCHES)
         return await self._ask(script, *arguments)
 
     async def admit(self, client_id: str, user: str, limit: int) -> int | None:
@@ -435,7 +435,8 @@ class Cluster:
             everywhere = int(await self._question(COUNT, target.kind, *dict.fromkeys(target.ids)))
         except _Away:
             return here
-        return max(here, everywhere) if self._stale else everywhere
+        # Where Redis does not have all of this node's entries yet, it may say too little.
+        return max(here, everywhere) if self._stale or self._marked else everywhere
 
     async def find(self, client_id: str) -> ClientInfo | None:
         """A connection of another node."""
