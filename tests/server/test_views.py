@@ -20,7 +20,8 @@ from protocol.view import Call, View, read_update, target_of
 from protocol.views import all_views
 from protocol.wire import Framing, WireForm
 from server import routes
-from tests.streams import clean_server, event_stream, session, stream_at
+from server.app import drain
+from tests.streams import clean_server, cursor, event_stream, lose_log, parse_events, put, session, stream_at
 from tests.support import AUTH, ROOT, WORKER, Address, bearer, spawned
 
 # All it takes to add a view, as users are told.
@@ -154,6 +155,55 @@ async def test_what_has_paths_of_its_own_is_no_app() -> None:
         assert (await at.get("/api/health/health")).json["status"] == "healthy"
         for target in ("/api/../health", "/api/./health", "/api//health"):
             assert (await at.get(target)).status == 404, target
+
+
+async def test_a_server_that_goes_away_says_so_in_the_views_words() -> None:
+    async with clean_server() as at:
+        await at.ask("PUT", "/api/projects/p", {})
+        await at.post("/api/app/progress/t", {})
+        async with (
+            stream_at(at, "/api/app/progress/t") as task,
+            stream_at(at, "/api/projects/p/initial-report-status/stream") as report,
+        ):
+            await task.events(2)
+            await report.events(2)
+            await drain(at.node, 0)
+            for stream, name, member, shown in ((task, None, "taskId", "t"), (report, "error", "projectId", "p")):
+                (error,) = await stream.rest()
+                assert (error.type, error.name, error.data[member]) == ("error", name, shown)
+                assert error.data["code"] == "try_later"
+                assert error.retry is not None
+                assert error.id == cursor(at)
+        (later,) = parse_events((await at.get("/api/app/progress/t", {"Accept": "text/event-stream"})).body)
+        assert (later.data["taskId"], later.data["code"]) == ("t", "try_later")
+
+
+async def test_a_lost_log_is_made_up_for_by_the_state() -> None:
+    async with clean_server() as at:
+        await at.post("/api/app/progress/t", {"stage": "one"})
+        async with stream_at(at, "/api/app/progress/t") as task, stream_at(at, "/api/app/progress/none") as none:
+            await task.events(2)
+            await none.event()
+            lose_log(at, at.node.history.last)
+            state = await task.event()
+            assert (state.data["progress"]["stage"], state.id) == ("one", cursor(at))
+            unknown = await none.event()
+            assert (unknown.type, unknown.data["code"], unknown.id) == ("error", "lost", None)
+            put(at, "none", kind="app", stage="made again")
+            assert (await none.event()).data["progress"]["stage"] == "made again"
+
+
+async def test_preflights_of_every_path_of_a_view() -> None:
+    page = "https://app.example"
+    async with clean_server(auth=AUTH, cors={"origins": [page]}) as at:
+        for view in all_views().values():
+            for call in view.calls:
+                path = re.sub(r"\{\w+\}", "x", call.path)
+                asked = {"Origin": page, "Access-Control-Request-Method": call.method}
+                answer = await at.ask("OPTIONS", path, headers=asked)
+                assert answer.status == 204, path
+                assert call.method in answer.headers["access-control-allow-methods"].split(", ")
+                assert call.method in answer.headers["allow"].split(", ")
 
 
 async def test_filters_of_jobs_are_no_parameters_of_views() -> None:
