@@ -44,11 +44,12 @@ from server.brokers.redis_keys import (
     mark_key,
     stored_of,
 )
+from server.brokers.redis_notices import drop
 from server.brokers.redis_presence import CONTROL
 from server.brokers.redis_publisher import Publisher
 from server.cluster import Cluster
 from server.history import History
-from server.inbox import Inboxes
+from server.inbox import Inboxes, Place
 from server.jobs import Jobs
 
 # What a user in Redis has to be given.
@@ -104,6 +105,7 @@ class RedisBroker:
         self._clock = clock
         # Calls whose answer was lost are looked for in the log once Redis is back.
         self._keep_s = max(history.max_age, _LEAST_KEPT_S)
+        self.inboxes = Inboxes()
         self.follower = Follower(
             jobs,
             history,
@@ -112,12 +114,13 @@ class RedisBroker:
             on_shown=lambda shard: self._publisher.answers.on_shown(shard),
             watched=watched,
             on_other=self._take_other,
+            inboxes=self.inboxes,
+            on_evicted=self._drop,
         )
         self._publisher = Publisher(
-            jobs, history, self.follower, clock=lambda: self._clock(), on_lease=self._expect_lease
+            jobs, history, self.follower, self.inboxes, clock=lambda: self._clock(), on_lease=self._expect_lease
         )
         self.cluster: Cluster | None = None
-        self.inboxes = Inboxes()
         self._client: Client | None = None
         self._next_tick = 0.0
         self._up_since = 0.0
@@ -321,6 +324,12 @@ class RedisBroker:
         if channel == CONTROL and self.cluster is not None:
             self.cluster.take(data)
 
+    def _drop(self, places: Sequence[Place]) -> None:
+        """Stored notifications that every node lets go of by itself: what is left of them in Redis is of no use."""
+        if places and self._client is not None:
+            with suppress(RedisClientError):
+                drop(self._client, self.epoch, places)
+
     # Leases
 
     def _expect_lease(self, seconds: float) -> None:
@@ -336,7 +345,7 @@ class RedisBroker:
             if self._client.away is None:
                 try:
                     meta, left_ms, *due = await self._client.call_script(
-                        TICK, [META, WHERE, LEASES], [_LEASES_AT_ONCE, self._keep_s, SHARDS]
+                        TICK, [META, WHERE, LEASES], [_LEASES_AT_ONCE, self._keep_s, SHARDS + 1]
                     )
                 except (RedisClientError, RedisError):
                     pass  # the next one will tell
@@ -350,7 +359,9 @@ class RedisBroker:
 
     def _take_tick(self, meta: Sequence[bytes], left_ms: int, due: Sequence[bytes]) -> None:
         self.follower.check(dict(zip(meta[::2], meta[1::2], strict=True)))
-        self._history.trim(int(self._clock() * 1000))
+        now_ms = int(self._clock() * 1000)
+        self._history.trim(now_ms)
+        self._drop(self.inboxes.trim(now_ms))
         if left_ms >= 0:
             self._expect_lease(left_ms / 1000 + random.uniform(0.001, _LEASE_JITTER_S))
         up_for = trio.current_time() - self._up_since

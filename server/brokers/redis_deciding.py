@@ -11,13 +11,14 @@ from typing import Final
 from msgspec import UNSET
 
 from protocol import job as rules
-from protocol.errors import ApiError, job_not_found
+from protocol.errors import job_not_found
 from protocol.update import Job, Update
 from server.brokers.base import Acknowledge, Cancel, Claim, Delete, Expire, Notify, Operation, Publish
 from server.brokers.deciding import ancestors_of, create, identify, job_exists, new_target, owned, settled
 from server.brokers.keys import digest_of, fingerprint_of
 from server.brokers.redis_calls import Call, Change
 from server.brokers.redis_keys import shard_of
+from server.brokers.redis_notices import HELD, address_notice, decide_notice
 from server.brokers.redis_states import States
 
 # Offsets of what Redis has not numbered yet are negative: a call's own, and after it those of its ancestors.
@@ -40,7 +41,11 @@ def address(call: Call) -> None:
         call.fingerprint = operation.fingerprint.hex().encode()
         return
     if isinstance(operation, Notify | Acknowledge):
-        raise ApiError(501, "not_supported", "notifications need the memory or the sqlite store in this version")
+        call.job_id = HELD
+        call.holds = (HELD,)
+        if isinstance(operation, Notify):
+            address_notice(call, operation)
+        return
     if not isinstance(operation, Publish):
         call.job_id = operation.job_id
         call.holds = (call.job_id,)
@@ -82,6 +87,9 @@ class Decider:
         """
         operation, job_id = call.operation, call.job_id
         now_ms = max(self.at_ms, int(self._clock() * 1000))
+        if isinstance(operation, Notify):
+            decide_notice(call, operation, self._new_rev(), now_ms)
+            return True
         get = partial(self._read, call)
         offset = -_PER_CALL * call.number
         before = get(job_id)
@@ -121,8 +129,11 @@ class Decider:
         return True
 
     def _change(self, call: Call, before: Job | None, after: Job | None, update: Update, entry: bool) -> None:
-        rev = f"{self._node}{next(self._revs):x}"
+        rev = self._new_rev()
         call.changes.append(Change(update.job_id, before, after, update, entry, call.reads[update.job_id], rev))
+
+    def _new_rev(self) -> str:
+        return f"{self._node}{next(self._revs):x}"
 
     def _read(self, call: Call, job_id: str) -> Job | None:
         """The newest state known of a job, noting on which one the decision rests."""

@@ -31,6 +31,7 @@ from server.brokers.redis_keys import (
     LOAD,
     LOGS,
     META,
+    NOTICES,
     RENEW,
     SCHEMA,
     SHARD_OF_CHANNEL,
@@ -40,8 +41,10 @@ from server.brokers.redis_keys import (
     shard_of,
     update_of,
 )
+from server.brokers.redis_notices import load_stored, places_of
 from server.brokers.redis_reading import cut_of, decode_jobs, entries_of, newest_of, read_log
 from server.history import History
+from server.inbox import Inboxes, Place
 from server.jobs import Jobs
 
 log = logging.getLogger("statuswire.broker")
@@ -77,6 +80,8 @@ class Follower:
         on_shown: called with a shard after messages of it were shown, or when none will be any more.
         watched: the channels that readers are on just now.
         on_other: called with channel and payload of a message that is not of the log.
+        inboxes: stored notifications; kept in step as well.
+        on_evicted: called with those that had no room any more.
 
     Attributes:
         client: set before ``run``.
@@ -98,6 +103,8 @@ class Follower:
         on_shown: Callable[[int], object],
         watched: Callable[[], Iterable[str]],
         on_other: Callable[[bytes, bytes], object] = lambda channel, data: None,
+        inboxes: Inboxes,
+        on_evicted: Callable[[list[Place]], object],
     ) -> None:
         self._jobs = jobs
         self._history = history
@@ -106,14 +113,16 @@ class Follower:
         self._on_shown = on_shown
         self._watched = watched
         self._on_other = on_other
+        self._inboxes = inboxes
+        self._on_evicted = on_evicted
         self.followed: frozenset[int] = frozenset()
-        self.seen = [0] * SHARDS
+        self.seen = [0] * (SHARDS + 1)
         self.revs: dict[str, str] = {}
         self.arrived = False
-        self._seen_data: list[bytes | None] = [None] * SHARDS  # the newest message shown, as it is in the stream
-        self._behind = [0] * SHARDS  # what ``check`` found in Redis a second ago
-        self._wanted: set[int] = set()
-        self._asked = [0.0] * SHARDS  # when a reader was last known to need it (Trio's clock)
+        self._seen_data: list[bytes | None] = [None] * (SHARDS + 1)  # the newest message shown, as it is in the stream
+        self._behind = [0] * (SHARDS + 1)  # what ``check`` found in Redis a second ago
+        self._wanted: set[int] = {NOTICES}
+        self._asked = [0.0] * (SHARDS + 1)  # when a reader was last known to need it (Trio's clock)
         self._buffer: deque[tuple[int, bytes]] | None = None  # while reading from the streams
         self._overflowed = False
         self._reload: Literal["", "load", "renew"] = ""
@@ -124,7 +133,7 @@ class Follower:
 
     def shards_of(self, names: Iterable[str]) -> set[int]:
         """The shards on which these channels can have something."""
-        shards: set[int] = set()
+        shards = {NOTICES}
         for name in names:
             kind, _, rest = name.partition("/")
             if kind == "u":
@@ -132,7 +141,7 @@ class Follower:
             elif kind == "j" and "/" in rest:
                 shards.add(shard_of(rest.partition("/")[2]))
             else:  # all jobs, or one that may belong to anyone, or come to
-                return set(range(SHARDS))
+                return set(range(SHARDS + 1))
         return shards
 
     def ahead(self, cursor: str | None) -> bool:
@@ -217,6 +226,9 @@ class Follower:
         jobs, revs = self._jobs, self.revs
         self.seen[shard] = message.stamp
         self._seen_data[shard] = data
+        if shard == NOTICES:
+            self._show_notices(message)
+            return
         kept: list[tuple[Update, Job | None]] = []
         quiet: list[Job] = []
         offset = message.first
@@ -244,6 +256,17 @@ class Follower:
         for job_id in message.gone:
             revs.pop(job_id, None)
             jobs.forget(job_id)
+        self._history.skip(message.stamp)
+
+    def _show_notices(self, message: Message) -> None:
+        entries = entries_of(message)
+        if entries:
+            self._history.skip(message.first - 1)
+            for entry, write in zip(entries, message.writes, strict=True):
+                if write.store:
+                    self._on_evicted(self._inboxes.add(entry))
+            self._deliver([(entry, None) for entry in entries])
+        self._inboxes.remove(places_of(message.gone))
         self._history.skip(message.stamp)
 
     # Reading from Redis
@@ -326,7 +349,7 @@ class Follower:
         """Followed shards that nobody has asked for lately, nor watches."""
         if self.client.away is not None:
             return set()  # what is known here is all that there is to be read
-        candidates = {shard for shard in self.followed if now - self._asked[shard] > IDLE_S}
+        candidates = {shard for shard in self.followed if shard != NOTICES and now - self._asked[shard] > IDLE_S}
         idle = set(candidates)
         if idle:
             for name in self._watched():
@@ -360,9 +383,13 @@ class Follower:
             messages = await read_log(self.client, shard, self._history.first, limit)
             newest[shard] = await newest_of(self.client, shard, messages, limit)
             entries += [update for message, _ in messages for update in entries_of(message)]
+        inboxes = await load_stored(self.client) if NOTICES in shards else []
+        cut = await cut_of(self.client, shards)
         # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up.
         self._history.fill(entries)
-        self._history.forget(await cut_of(self.client, shards))
+        if NOTICES in shards:
+            self._load_inboxes(inboxes, limit)
+        self._history.forget(cut)
         jobs = list(self._jobs.jobs.values())
         for stored in loaded:
             if stored.job is not None and stored.job.created <= limit:
@@ -372,6 +399,9 @@ class Follower:
         for shard, (stamp, data) in newest.items():
             self.seen[shard], self._seen_data[shard] = stamp, data
         self.followed |= shards
+
+    def _load_inboxes(self, stored: list[tuple[Update, list[str]]], limit: int) -> None:
+        self._inboxes.load((notice, users) for notice, users in stored if notice.offset <= limit)
 
     async def _catch_up(self) -> None:
         """Show what came after the newest that was shown, over all followed shards, in log order."""
@@ -458,18 +488,20 @@ class Follower:
             newest[shard] = await newest_of(self.client, shard, read, offset)
             messages += [message for message, _ in read]
         cut = await cut_of(self.client, shards)
+        inboxes = await load_stored(self.client)
         self._reload = ""
         self.begin(epoch.decode(), offset)
         # Entries of the old epoch count in the new one: nobody resumes behind them with an old cursor.
         self._history.fill([update for message in messages for update in entries_of(message)])
         self._history.forget(cut)
+        self._load_inboxes(inboxes, offset)
         self._jobs.load(
             sorted((stored.job for stored in loaded if stored.job is not None), key=lambda job: job.created)
         )
         self.revs = {stored.job.latest.job_id: stored.rev for stored in loaded if stored.job is not None}
-        self.seen = [newest.get(shard, (0, None))[0] for shard in range(SHARDS)]
-        self._seen_data = [newest.get(shard, (0, None))[1] for shard in range(SHARDS)]
-        self._behind = [0] * SHARDS
+        self.seen = [newest.get(shard, (0, None))[0] for shard in range(SHARDS + 1)]
+        self._seen_data = [newest.get(shard, (0, None))[1] for shard in range(SHARDS + 1)]
+        self._behind = [0] * (SHARDS + 1)
         log.warning("the log starts anew as epoch %s", epoch.decode())
         self._on_new_epoch(epoch.decode())
 

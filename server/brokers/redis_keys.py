@@ -11,6 +11,9 @@ All keys share the hash tag ``{statuswire}``: one script may touch any of them, 
 - ``log:<k>``, a stream: one entry ``<stamp>-0`` for every call that changed something, with the message in field ``m``.
 - ``shard:<k>``, a channel: the same messages, live.
 - ``key:<digest>``: an idempotency key's first answer, for ten minutes.
+- ``log:16``, ``shard:16``: the same for notifications.
+- ``notice:<offset>``: a stored notification, ``<at>\n`` and its ``Write``; ``inbox:<offset>``, a set: the users that
+  have not acknowledged it; ``stored``, a sorted set: these offsets by time.
 - ``leases``, a sorted set: job id -> when it runs out, in Redis' own time (unix milliseconds).
 - ``ended``, a sorted set: ended jobs by when they ended: the oldest make room for new ones.
 
@@ -26,11 +29,14 @@ from zlib import crc32
 
 import msgspec
 
+from protocol.notice import notice_entry
 from protocol.update import ENDED, JOB_DELETED, Job, Private, Update
 from server.brokers.redis_client import Script
 
 SCHEMA: Final = 1
 SHARDS: Final = 16
+# Notifications have a shard of their own, which every node follows.
+NOTICES: Final = SHARDS
 KEY_MS: Final = 600_000  # promised are five minutes; the rest covers slow retries
 LASTING_KEY_MS: Final = (
     86_400_000  # for what a spool passes on: its server may be killed, and be away for long, half-way
@@ -43,9 +49,9 @@ WHERE: Final = f"{PREFIX}where".encode()
 LEASES: Final = f"{PREFIX}leases".encode()
 IMPORTING: Final = f"{PREFIX}importing".encode()
 ENDED_JOBS: Final = f"{PREFIX}ended".encode()
-JOBS: Final = tuple(f"{PREFIX}jobs:{shard}".encode() for shard in range(SHARDS))
-LOGS: Final = tuple(f"{PREFIX}log:{shard}".encode() for shard in range(SHARDS))
-CHANNELS: Final = tuple(f"{PREFIX}shard:{shard}".encode() for shard in range(SHARDS))
+JOBS: Final = tuple(f"{PREFIX}jobs:{shard}".encode() for shard in range(SHARDS + 1))
+LOGS: Final = tuple(f"{PREFIX}log:{shard}".encode() for shard in range(SHARDS + 1))
+CHANNELS: Final = tuple(f"{PREFIX}shard:{shard}".encode() for shard in range(SHARDS + 1))
 SHARD_OF_CHANNEL: Final = {channel: shard for shard, channel in enumerate(CHANNELS)}
 PUBLISH_KEYS: Final = tuple(
     (META, JOBS[shard], LOGS[shard], WHERE, LEASES, ENDED_JOBS, CHANNELS[shard]) for shard in range(SHARDS)
@@ -99,6 +105,18 @@ class Write(msgspec.Struct, array_like=True, gc=False):
     private: Private | None
 
 
+class NoticeWrite(Write):
+    """A write as it is read: with what only notifications have.
+
+    Attributes:
+        targets: see ``Update``.
+        store: it is kept for its users.
+    """
+
+    targets: tuple[str, ...] | None = None
+    store: bool = False
+
+
 class Message(msgspec.Struct, array_like=True, gc=False):
     """One call's outcome: in the stream, and to whoever listens.
 
@@ -109,7 +127,8 @@ class Message(msgspec.Struct, array_like=True, gc=False):
         stamp: offset of the last entry; names the message.
         at_ms: when, unix milliseconds.
         created: of each write, the offset of the job's first entry.
-        gone: jobs that made room for others, without an entry.
+        gone: jobs that made room for others, without an entry; among notifications, stored ones that are let go of, as
+            ``<user>/<offset>``.
         writes: what was written, in log order; those with an entry have ``first``, ``first + 1``, …
     """
 
@@ -120,13 +139,13 @@ class Message(msgspec.Struct, array_like=True, gc=False):
     at_ms: int
     created: list[int]
     gone: list[str]
-    writes: list[Write]
+    writes: list[NoticeWrite]
 
 
 encode_write: Final = msgspec.msgpack.Encoder().encode
 encode_message: Final = msgspec.msgpack.Encoder().encode
 decode_message: Final = msgspec.msgpack.Decoder(Message).decode
-_decode_write: Final = msgspec.msgpack.Decoder(Write).decode
+decode_write: Final = msgspec.msgpack.Decoder(NoticeWrite).decode
 
 
 class Stored(msgspec.Struct, gc=False):
@@ -159,6 +178,8 @@ def write_of(job: Job | None, update: Update, rev: str, *, entry: bool) -> bytes
 
 def update_of(write: Write, offset: int, at_ms: int) -> Update:
     """The entry that came with a write."""
+    if isinstance(write, NoticeWrite) and write.targets is not None:
+        return notice_entry(offset, at_ms, write.kind or "", write.targets, write.body)
     return Update(
         offset,
         at_ms,
@@ -180,7 +201,7 @@ def stored_of(blob: bytes | None, stamp: int) -> Stored:
         return Stored("", stamp, -1, None)
     head, _, rest = blob.partition(b"\n")
     rev, created, offset, at_ms, written = head.split(b" ")
-    write = _decode_write(rest)
+    write = decode_write(rest)
     assert write.private is not None
     job = Job(update_of(write, int(offset), int(at_ms)), int(created), write.private)
     return Stored(rev.decode(), int(written), shard_of(write.user_id), job)

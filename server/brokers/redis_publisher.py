@@ -20,7 +20,7 @@ import trio
 
 from protocol.errors import ApiError
 from protocol.resp import RedisError
-from server.brokers.base import Accepted, Claim, Delete, Operation, Submission
+from server.brokers.base import Accepted, Acknowledge, Claim, Delete, Notify, Operation, Submission
 from server.brokers.deciding import key_reused, too_many_jobs
 from server.brokers.redis_answers import Answers, settled
 from server.brokers.redis_calls import Batch, Call, Waiting, arguments_of, find_written, lease_of, send
@@ -38,8 +38,10 @@ from server.brokers.redis_keys import (
     idempotency_key,
     stored_of,
 )
+from server.brokers.redis_notices import LET_GO, NOTIFY, address_acknowledgement, arguments_of_notice, let_go_arguments
 from server.brokers.redis_states import States, UnknownError
 from server.history import History
+from server.inbox import Inboxes
 from server.jobs import Jobs
 
 log = logging.getLogger("statuswire.broker")
@@ -60,6 +62,7 @@ class Publisher:
     Args:
         jobs, history: what is shown.
         follower: says how far, and is told of other epochs.
+        inboxes: what is stored for users.
         clock: unix time in seconds.
         on_lease: called with the seconds after which a lease will have to be looked at.
 
@@ -75,6 +78,7 @@ class Publisher:
         jobs: Jobs,
         history: History,
         follower: Follower,
+        inboxes: Inboxes,
         *,
         clock: Callable[[], float] = time.time,
         on_lease: Callable[[float], object],
@@ -82,6 +86,7 @@ class Publisher:
         self._jobs = jobs
         self._history = history
         self._follower = follower
+        self._inboxes = inboxes
         self._on_lease = on_lease
         self.refusing: str | None = None
         self.closing = False
@@ -131,9 +136,21 @@ class Publisher:
             except ApiError as error:
                 self.answers.settle(call, error)
                 continue
+            if isinstance(operation, Acknowledge) and not self._let_go(call, operation):
+                continue
             if self._waiting.holds(call) or not self._try(call):
                 self._wait(call)
         return batch
+
+    def _let_go(self, call: Call, operation: Acknowledge) -> bool:
+        """What is acknowledged goes at once, here; False if there is nothing."""
+        places = self._inboxes.up_to(operation.user, operation.offset)
+        if not places:
+            self.answers.settle(call, Accepted(operation.offset, 0, True, False, None))
+            return False
+        self._inboxes.remove(places)
+        address_acknowledgement(call, places)
+        return True
 
     # Deciding
 
@@ -148,7 +165,7 @@ class Publisher:
         call.changes = []
         call.verdict = None
         try:
-            decided = not isinstance(call.operation, Claim) and self._decider.decide(call)
+            decided = not isinstance(call.operation, Claim | Acknowledge) and self._decider.decide(call)
         except UnknownError as unknown:
             self._states.want(unknown.job_id)
             self._pump.set()
@@ -181,18 +198,24 @@ class Publisher:
     def _send(self, call: Call) -> None:
         call.epoch = self._history.epoch
         call.floor = max(self._top, self._history.last)
-        keys = PUBLISH_KEYS[call.shard]
-        call.keys = (*keys, idempotency_key(call.digest)) if call.digest else keys
-        publish = "SPUBLISH" if self.client.sharded else "PUBLISH"
-        call.arguments = arguments_of(call, self._history.max_updates, self._jobs.max_jobs, publish)
-        for change in call.changes:
-            lease_ms = lease_of(change)
-            if lease_ms:
-                self._on_lease(lease_ms / 1000)
-        reply = send(self.client, call)
-        self._fly(call)
-        for change in call.changes:
-            self._states.expect(change, call.number)
+        if isinstance(call.operation, Notify):
+            call.keys, call.arguments = arguments_of_notice(
+                call, call.operation, self._history.max_updates, self._publish_command
+            )
+            reply = self._send_written(call)
+            self._fly(call)
+        else:
+            keys = PUBLISH_KEYS[call.shard]
+            call.keys = (*keys, idempotency_key(call.digest)) if call.digest else keys
+            call.arguments = arguments_of(call, self._history.max_updates, self._jobs.max_jobs, self._publish_command)
+            for change in call.changes:
+                lease_ms = lease_of(change)
+                if lease_ms:
+                    self._on_lease(lease_ms / 1000)
+            reply = self._send_written(call)
+            self._fly(call)
+            for change in call.changes:
+                self._states.expect(change, call.number)
         reply.when_settled(partial(self._sent, call))
 
     def _look(self, call: Call) -> None:
@@ -200,15 +223,30 @@ class Publisher:
         self._ask(call)
         self._fly(call)
 
+    @property
+    def _publish_command(self) -> str:
+        return "SPUBLISH" if self.client.sharded else "PUBLISH"
+
+    def _send_written(self, call: Call) -> Reply:
+        if isinstance(call.operation, Notify):
+            return self.client.send_script(NOTIFY, call.keys, call.arguments)
+        return send(self.client, call)
+
     def _ask(self, call: Call) -> None:
         call.epoch = self._history.epoch
+        if isinstance(call.operation, Acknowledge):
+            keys, arguments = let_go_arguments(
+                call.epoch, self._history.max_updates, self._publish_command, call.arguments
+            )
+            self.client.send_script(LET_GO, keys, arguments).when_settled(partial(self._acknowledged, call))
+            return
         take = self._claimed if isinstance(call.operation, Claim) else self._looked
         send(self.client, call).when_settled(partial(take, call))
 
     def _send_again(self, call: Call) -> None:
         """After a lost connection: the same call with the same tokens, so that it cannot have an effect twice."""
         if call.changes:
-            send(self.client, call).when_settled(partial(self._sent, call))
+            self._send_written(call).when_settled(partial(self._sent, call))
         else:
             self._ask(call)
 
@@ -270,6 +308,12 @@ class Publisher:
                 change.update.offset = stamp
                 change.update.at_ms = at_ms
         self._top = max(self._top, stamp)
+        if isinstance(call.operation, Notify):
+            self._land(call)
+            self.answers.answer(call, Accepted(stamp, 0, False, False, None), stamp)
+            if self._waiting.held:
+                self._pump.set()
+            return
         for change, born in zip(call.changes, created, strict=True):
             self._states.done(change, born, call.shard, stamp)
         own = call.changes[0]
@@ -308,6 +352,19 @@ class Publisher:
             self.answers.settle(call, Accepted(int(first), int(version), True, False, None))
         else:
             self.answers.settle(call, key_reused())
+
+    def _acknowledged(self, call: Call, reply: Reply) -> None:
+        outcome = reply.outcome
+        if not isinstance(outcome, list):
+            self._failed(call, outcome)
+        elif outcome[0] == OTHER_EPOCH:
+            self._other_epoch(call.epoch)
+            self._wait(call)
+            self._land(call)
+        else:
+            self._land(call)
+            assert isinstance(call.operation, Acknowledge)
+            self.answers.settle(call, Accepted(call.operation.offset, 0, False, False, None))
 
     def _looked(self, call: Call, reply: Reply) -> None:
         outcome = reply.outcome

@@ -76,7 +76,7 @@ class States:
             del self._known[job_id]
         if shown is not None:
             return shown, follower.revs[job_id]
-        if len(follower.followed) < SHARDS and not guess:
+        if len(follower.followed) <= SHARDS and not guess:  # the one of notifications is another
             raise UnknownError(job_id)
         return None, ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from protocol.errors import ApiError, invalid_field, invalid_parameter
@@ -20,6 +21,7 @@ from server.routes.jobs import whole_number
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
 _MAX_ACK: Final = 1024
+_AFTER: Final = re.compile(r"[A-Za-z0-9_.:@/-]{1,400}", re.ASCII)
 
 
 async def send_message(exchange: Exchange) -> Response:
@@ -52,7 +54,7 @@ async def list_connections(exchange: Exchange) -> Response:
     """``GET /api/sse/connections``: the live connections of all nodes, in pages by client id."""
     query, presence = exchange.request.query, exchange.node.presence
     after = query.get("after")
-    if after is not None and not is_id(after):
+    if after is not None and not _AFTER.fullmatch(after):
         raise invalid_parameter("after", "is not what was given as next")
     connections, following = await presence.everyone(whole_number(query, "limit", DEFAULT_PAGE, 1, MAX_PAGE), after)
     total = await presence.count(Target("broadcast"))

@@ -13,6 +13,9 @@ from urllib.parse import urlencode
 import pytest
 import trio
 
+from protocol.fields import decode_fields
+from protocol.notice import decode_notice
+from server.brokers.base import Accepted, Notify, Publish
 from tests.streams import (
     SseEvent,
     Stream,
@@ -22,7 +25,6 @@ from tests.streams import (
     lose_log,
     narrow,
     poll,
-    put,
     session,
     stream_at,
     websocket,
@@ -32,11 +34,18 @@ from tests.support import ADMIN, AUTH, Address, Answer, Headers, InProcess, bear
 SENDER = bearer("app", capabilities=["notify"])
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-async def at(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[InProcess]:
-    url = "memory:" if request.param == "memory" else f"sqlite:{tmp_path / 'test.db'}"
-    async with clean_server(auth=AUTH, store={"url": url}) as running:
+@pytest.fixture
+async def at(store_url: str) -> AsyncIterator[InProcess]:
+    async with clean_server(auth=AUTH, store={"url": store_url}) as running:
         yield running
+
+
+async def put(to: InProcess, job_id: str, user: str = "ann", **fields: object) -> None:
+    """Publish one update, past HTTP, and wait until it is shown."""
+    data = decode_fields(json.dumps({"userId": user} | fields).encode())
+    submission = to.node.broker.submit([Publish(job_id, data, "may", user)])
+    await submission.wait_kept()
+    assert isinstance(submission.results[0], Accepted), submission.results
 
 
 async def send(
@@ -97,7 +106,7 @@ async def test_a_stream_begins_with_the_client_id_and_has_named_events(at: InPro
 
 async def test_a_heartbeat_is_an_event_with_the_cursor() -> None:
     async with clean_server(server={"heartbeat": 0.05}) as at, notified(at, userId="ann") as (stream, _):
-        put(at, "a")
+        await put(at, "a")
         while (event := await stream.event()).id != cursor(at):
             assert event.name == "heartbeat"
         assert event.data["timestamp"]
@@ -178,7 +187,7 @@ async def test_a_poll_that_waits_is_woken_by_what_it_asked_for(at: InProcess) ->
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: wait(types="notification"))
         await until(lambda: at.node.polls)
-        put(at, "job", "ann")
+        await put(at, "job", "ann")
         sent = await send(at, "broadcast", event="all")
     assert [update["event"] for update in answers[1]["updates"]] == ["all"]
     # Both kinds in log order; by default none of these.
@@ -193,9 +202,9 @@ async def test_a_poll_that_waits_is_woken_by_what_it_asked_for(at: InProcess) ->
 async def test_one_entry_for_several_targets_comes_once_and_between_updates_in_order(at: InProcess) -> None:
     async with session(at, token=token("ann")) as ws:
         await ws.subscribe(jobIds=["a"], channels=["x", "y"])
-        put(at, "a", "ann", progress=1)
+        await put(at, "a", "ann", progress=1)
         await send(at, "channels", ["x", "y", "z"])
-        put(at, "a", "ann", progress=2)
+        await put(at, "a", "ann", progress=2)
         await send(at, "users", ["ann", "bob"])
         got = [await ws.receive() for _ in range(4)]
         assert [message["type"] for message in got] == ["status_update", "notification"] * 2
@@ -212,14 +221,11 @@ async def test_a_burst_of_both_kinds_comes_in_log_order_to_every_reader(at: InPr
     ):
         await plain.subscribe()
         await filtered.subscribe(types="job_completed", fields="progress")
-        from protocol.notice import decode_notice
-        from server.brokers.base import Notify
-
         notice, _ = decode_notice(b'{"target":"user","targetId":"ann","event":"e","data":1}')
         for number in range(200):
-            put(at, "a", "ann", progress=number / 4)
-            at.node.broker.submit([Notify(notice, "app")])
-        put(at, "a", "ann", status="completed")
+            fields = decode_fields(json.dumps({"userId": "ann", "progress": number / 4}).encode())
+            at.node.broker.submit([Publish("a", fields, "may", "ann"), Notify(notice, "app")])
+        await put(at, "a", "ann", status="completed")
         got = await plain.updates("a", 201)
         assert len(got) == 401
         assert [message["type"] for message in got] == ["status_update", "notification"] * 200 + ["job_completed"]
@@ -230,13 +236,13 @@ async def test_a_burst_of_both_kinds_comes_in_log_order_to_every_reader(at: InPr
 
 
 async def test_job_streams_and_histories_have_no_notifications(at: InProcess) -> None:
-    put(at, "a", "ann", progress=1)
+    await put(at, "a", "ann", progress=1)
     await send(at, "broadcast")
     async with event_stream(at, headers=ADMIN, last_seen=f"{at.node.broker.epoch}:0") as everything:
         assert (await everything.event()).type == "connected"
         assert (await everything.event()).data["jobId"] == "a"
         await send(at, "broadcast")
-        put(at, "a", "ann", progress=2)
+        await put(at, "a", "ann", progress=2)
         assert (await everything.event()).data["progress"] == 2
     history = (await at.get("/api/v2/jobs/a/history", ADMIN)).json
     assert [update["type"] for update in history["updates"]] == ["status_update"] * 2
@@ -286,9 +292,9 @@ async def test_joining_with_a_cursor_replays_what_was_missed_and_nothing_twice(a
 
 async def test_a_cursor_without_channels_replays_what_was_for_the_user(at: InProcess) -> None:
     start = cursor(at)
-    put(at, "a", "ann", progress=1)
+    await put(at, "a", "ann", progress=1)
     first = await send(at, "user", "ann")
-    put(at, "a", "ann", progress=2)
+    await put(at, "a", "ann", progress=2)
     await send(at, "user", "bob")
     async with session(at, token=token("ann")) as ws:
         live = await send(at, "broadcast")
@@ -734,7 +740,7 @@ async def test_a_slow_reader_loses_none_of_them_and_is_closed_past_the_bound() -
             sent = 0
             while at.node.streams and sent < 2000:
                 await send(at, "broadcast", headers=(), data="x" * 8000)
-                put(at, "a", "ann", progress=sent % 100)
+                await put(at, "a", "ann", progress=sent % 100)
                 sent += 1
             closed = await ws.closed()
             assert closed.code == 1013
@@ -756,8 +762,8 @@ async def test_a_slow_reader_that_catches_up_has_all_of_them_and_the_newest_of_a
         narrow(at)
         for number in range(100):
             await send(at, "broadcast", event=f"e{number}", headers=(), data="x" * 10_000)
-            put(at, "a", "ann", progress=number / 2, message="y" * 2000)
-        put(at, "a", "ann", status="completed")
+            await put(at, "a", "ann", progress=number / 2, message="y" * 2000)
+        await put(at, "a", "ann", status="completed")
         got = await ws.updates("a", 101)
         names = [message["event"] for message in got if message["type"] == "notification"]
         assert names == [f"e{number}" for number in range(100)]
