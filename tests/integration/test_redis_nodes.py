@@ -21,7 +21,7 @@ from protocol.fields import decode_fields
 from server.app import StartError
 from server.brokers import redis_follower
 from server.brokers.base import Accepted, Cancel, Delete, Publish
-from server.brokers.redis_keys import shard_of
+from server.brokers.redis_keys import NOTICES, SHARDS, shard_of
 from tests.redis_servers import (
     RedisServer,
     eventually,
@@ -294,8 +294,8 @@ async def test_a_node_lets_go_of_what_nobody_watches_any_more(
         async with session(two, token=token("alice")) as ws:
             assert len((await ws.subscribe())["snapshot"]) == 1
             assert len((await two.get("/api/v2/jobs", ADMIN)).json["jobs"]) == len(users)
-            assert len(follower.followed) == 16
-            await until(lambda: len(follower.followed) == 1)
+            assert len(follower.followed) == SHARDS + 1  # notifications have one of their own
+            await until(lambda: len(follower.followed) == 2)
             its = {f"of-{user}" for user in users[1:] if shard_of(user) == shard_of("alice")} | {"a"}
             await until(lambda: set(two.node.jobs.jobs) == its == set(follower.revs))
             # What is watched goes on, in order and without the others'.
@@ -306,7 +306,7 @@ async def test_a_node_lets_go_of_what_nobody_watches_any_more(
             assert two.node.jobs.get("of-user-1") is None
         # Followed again it is whole: what came before, what nobody followed, and what comes now.
         cursor = f"{one.node.history.epoch}:{first.offset}"
-        await until(lambda: not follower.followed)
+        await until(lambda: follower.followed == {NOTICES})
         async with session(two, token=token("user-1")) as ws:
             begun = await ws.subscribe(last_seen=cursor)
             assert begun["recovered"]
