@@ -7,7 +7,7 @@ time. All of it goes by itself after a day.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from protocol.update import Update
@@ -33,6 +33,7 @@ from server.inbox import KEPT_S, Place
 # Calls that are about notifications keep their order like those to one job; no job can have this id.
 HELD: Final = "/notices"
 STORED: Final = f"{PREFIX}stored".encode()
+_KEPT_MS: Final = int(KEPT_S * 1000)
 _KEYS: Final = (META, LOGS[NOTICES], CHANNELS[NOTICES])
 # Stored notifications read at once: they may have 64 KiB each.
 _PAGE: Final = 100
@@ -56,6 +57,7 @@ call('HSET', meta, 'offset', stamp, 'at', at, 'last:SHARD', stamp)
 if ARGV[7] then
   local notice, inbox, stored = prefix .. 'notice:' .. stamp, prefix .. 'inbox:' .. stamp, prefix .. 'stored'
   call('SET', notice, at .. '\\n' .. ARGV[6], 'PX', KEPT)
+  call('DEL', inbox)
   call('SADD', inbox, unpack(ARGV, 7))
   call('PEXPIRE', inbox, KEPT)
   call('ZREMRANGEBYSCORE', stored, '-inf', at - KEPT)
@@ -69,7 +71,7 @@ call('XADD', KEYS[2], 'MINID', '~', math.max(0, stamp - ARGV[3]), stamp .. '-0',
 call(ARGV[4], KEYS[3], message)
 return {0, stamp, at, stamp}
 """.replace("SHARD'", f"{NOTICES}'")
-    .replace("KEPT", str(int(KEPT_S * 1000)))
+    .replace("KEPT", str(_KEPT_MS))
     .replace("KEY_MS", str(KEY_MS))
 )
 
@@ -144,11 +146,30 @@ def arguments_of_notice(
     keys = (*_KEYS, idempotency_key(call.digest)) if call.digest else _KEYS
     (change,) = call.changes
     entry, store = change.update, operation.notice.store
-    write = NoticeWrite(
-        "", "", change.rev, True, entry.type, entry.kind, "", 0, True, entry.body, None, entry.targets, store
-    )
+    write = write_of_notice(entry, change.rev, store=store)
     users = operation.notice.target.ids if store else ()
     return keys, [call.epoch, entry.at_ms, max_updates, publish, call.fingerprint, encode_write(write), *users]
+
+
+def write_of_notice(entry: Update, rev: str, *, store: bool) -> NoticeWrite:
+    """What is written of a notification."""
+    return NoticeWrite("", "", rev, True, entry.type, entry.kind, "", 0, True, entry.body, None, entry.targets, store)
+
+
+def store_commands(
+    notice: Update, users: Sequence[str], rev: str, now_ms: int
+) -> Iterator[tuple[bytes | str | int, ...]]:
+    """What keeps a notification for these users as long as it would have been kept; for an import."""
+    left_ms = notice.at_ms + _KEPT_MS - now_ms
+    if left_ms <= 0 or not users:
+        return
+    text = b"%d\n%b" % (notice.at_ms, encode_write(write_of_notice(notice, rev, store=True)))
+    inbox = f"{PREFIX}inbox:{notice.offset}".encode()
+    yield "SET", f"{PREFIX}notice:{notice.offset}".encode(), text, "PX", left_ms
+    yield "DEL", inbox
+    yield "SADD", inbox, *users
+    yield "PEXPIRE", inbox, left_ms
+    yield "ZADD", STORED, notice.at_ms, notice.offset
 
 
 def address_acknowledgement(call: Call, places: Iterable[Place]) -> None:

@@ -38,8 +38,6 @@ def run(arguments: Namespace) -> int:
     except TransferError as error:
         raise CommandError(str(error)) from None
     print(f"imported {reader.jobs} jobs and {reader.updates} updates", file=sys.stderr)
-    if reader.left_out:
-        print(f"left out {reader.left_out} notifications: this store does not take them", file=sys.stderr)
     return EXIT_OK
 
 

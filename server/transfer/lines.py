@@ -142,7 +142,6 @@ class Reader:
     Attributes:
         header: the first one.
         jobs, updates: how many have been read.
-        left_out: notifications that the store they went to does not take; counted there.
 
     Raises:
         TransferError: from every method: what is wrong, and in which line.
@@ -152,7 +151,7 @@ class Reader:
         self._file = file
         self._digest = hashlib.sha256()
         self._number = 0
-        self.jobs = self.updates = self.left_out = 0
+        self.jobs = self.updates = 0
         try:
             name, raw = self._line()
             if name != "statuswire":

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import IO, Final
 
 from protocol.resp import RedisError
-from protocol.update import JOB_DELETED, NOTIFICATION, Job, Private, Update
+from protocol.update import JOB_DELETED, Job, Private, Update
 from server.brokers.redis_client import (
     Client,
     RedisClientError,
@@ -26,11 +26,12 @@ from server.brokers.redis_keys import (
     LEASES,
     LOGS,
     META,
+    NOTICES,
     SCHEMA,
     SHARDS,
     WHERE,
     Message,
-    Write,
+    NoticeWrite,
     decode_message,
     encode_message,
     encode_write,
@@ -38,9 +39,10 @@ from server.brokers.redis_keys import (
     shard_of,
     stored_of,
 )
+from server.brokers.redis_notices import STORED, load_stored, store_commands, write_of_notice
 from server.brokers.redis_reading import cut_of, entries_of
 from server.config import Config
-from server.transfer.lines import Header, Item, Mark, Reader, TransferError, Writer
+from server.transfer.lines import Header, Item, Mark, Reader, Stored, TransferError, Writer
 
 # Jobs or messages read at once, and lines sent before their answers are awaited.
 _AT_ONCE: Final = 500
@@ -74,7 +76,7 @@ redis.call('DEL', KEYS[2])
 return 1
 """)
 
-_FILLED: Final = (WHERE, LEASES, ENDED_JOBS, *JOBS, *LOGS)
+_FILLED: Final = (WHERE, LEASES, ENDED_JOBS, STORED, *JOBS, *LOGS)
 
 
 @asynccontextmanager
@@ -117,13 +119,15 @@ async def export(config: Config, out: IO[bytes]) -> Writer:
                 f"format {SCHEMA} with {SHARDS}; export it with the version that wrote it"
             )
         last = int(offset)
-        first = max(0, last - config.history.max_updates, await cut_of(client, range(SHARDS))) + 1
+        first = max(0, last - config.history.max_updates, await cut_of(client, range(SHARDS + 1))) + 1
         writer = Writer(out, Header(epoch=epoch.decode(), offset=last, at=int(at_ms), first=first))
-        for key in JOBS:
+        for key in JOBS[:SHARDS]:
             async for job in _jobs(client, key):
                 writer.job(job)
         async for update in _updates(client, first, last):
             writer.update(update)
+        for notice, users in await load_stored(client):
+            writer.stored(notice, users)
         async for name, text in _marks(client):
             writer.mark(name, text)
         if await client.call("HMGET", META, "epoch", "offset") != [epoch, offset]:
@@ -153,7 +157,7 @@ async def _jobs(client: Client, key: bytes) -> AsyncIterator[Job]:
 async def _updates(client: Client, first: int, last: int) -> AsyncIterator[Update]:
     """The log, of all shards, by offset."""
     queues: list[list[Update]] = [[] for _ in LOGS]  # newest first
-    starts: list[str | None] = [f"{first}-0"] * SHARDS
+    starts: list[str | None] = [f"{first}-0"] * len(LOGS)
     while True:
         for shard, start in enumerate(starts):
             if start is not None and not queues[shard]:
@@ -213,7 +217,6 @@ async def import_(config: Config, reader: Reader) -> None:
                 if len(filling.replies) >= _AT_ONCE:
                     await filling.wait()
             await filling.wait()
-            reader.left_out = filling.left_out
         except TransferError:
             await client.call_script(_FINISH, [META, IMPORTING, *_FILLED], [name])
             raise
@@ -226,12 +229,11 @@ class _Filling:
 
     def __init__(self, client: Client, name: str, header: Header) -> None:
         self.replies: list[Reply] = []
-        self.left_out = 0
         self._client = client
         self._name = name
         self._header = header
         self._count = 0
-        self._last = [0] * SHARDS
+        self._last = [0] * len(LOGS)
         self._now_ms = int(time.time() * 1000)
 
     def add(self, item: Item) -> None:
@@ -242,10 +244,11 @@ class _Filling:
                 self._job(item, rev)
             case Mark(name=name, text=text):
                 self._send("SET", mark_key(name), text)
-            case Update(type=type_) if type_ != NOTIFICATION:
+            case Update():
                 self._update(item, rev)
-            case _:
-                self.left_out += 1  # the place of a notification in the log stays empty
+            case Stored(notice=notice, users=users):
+                for command in store_commands(notice, users, rev, self._now_ms):
+                    self._send(*command)
 
     def _job(self, job: Job, rev: str) -> None:
         latest = job.latest
@@ -262,7 +265,9 @@ class _Filling:
     def _update(self, update: Update, rev: str) -> None:
         shard, offset = shard_of(update.user_id), update.offset
         # What the server knew of the job then is not exported: nobody is shown old entries but as entries.
-        private = None if update.type == JOB_DELETED else Private()
+        write = _write(update, None if update.type == JOB_DELETED else Private(), rev)
+        if update.targets is not None:
+            shard, write = NOTICES, write_of_notice(update, rev, store=False)
         message = Message(
             self._header.epoch,
             self._last[shard],
@@ -271,7 +276,7 @@ class _Filling:
             update.at_ms,
             [offset],
             [],
-            [_write(update, private, rev)],
+            [write],
         )
         self._last[shard] = offset
         self._send("XADD", LOGS[shard], f"{offset}-0", "m", encode_message(message))
@@ -299,8 +304,8 @@ class _Filling:
         return fields
 
 
-def _write(update: Update, private: Private | None, rev: str) -> Write:
-    return Write(
+def _write(update: Update, private: Private | None, rev: str) -> NoticeWrite:
+    return NoticeWrite(
         update.job_id,
         update.user_id,
         rev,

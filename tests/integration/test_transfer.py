@@ -19,7 +19,7 @@ import trio
 from server.app import StartError
 from server.cli import main
 from tests.redis_servers import RedisServer, running_server
-from tests.streams import event_stream, session
+from tests.streams import event_stream, session, stream_at
 from tests.support import InProcess, server, until
 
 PAIRS = [
@@ -176,23 +176,38 @@ async def test_a_log_that_was_cut_is_not_said_to_reach_further_back(
                 assert answer.json["reset"] is reset, offset
 
 
-async def test_stored_notifications_and_marks_come_along(tmp_path: Path) -> None:
-    old, new, lines = f"sqlite:{tmp_path / 'old.db'}", f"sqlite:{tmp_path / 'new.db'}", str(tmp_path / "lines")
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+async def test_stored_notifications_and_marks_come_along(
+    store_of: Callable[[str, str], str], tmp_path: Path, source: str, target: str
+) -> None:
+    old, new, lines = store_of(source, "source"), store_of(target, "target"), str(tmp_path / "lines")
     async with server(store={"url": old}) as at:
         body = {"target": "users", "targetIds": ["a", "b"], "event": "e", "data": {"x": 1}, "store": True}
         assert (await at.post("/api/sse/message", body)).status == 200
         await at.publish("j", userId="u")
+        await at.post("/api/sse/message", {"target": "channel", "targetId": "c", "event": "e", "data": 1})
         await at.node.broker.save_mark("reader", "somewhere")
         inboxes = {user: at.node.broker.inboxes.of_user(user) for user in "ab"}
         assert all(inboxes.values())
     assert await run("export", "--store", old, lines) == 0
     assert await run("import", "--store", new, lines) == 0
     async with server(store={"url": new}) as at:
+        await at.node.broker.follow(["*"])
         for user, kept in inboxes.items():
             found = [msgspec.structs.asdict(notice) for notice in at.node.broker.inboxes.of_user(user)]
             assert found == [msgspec.structs.asdict(notice) for notice in kept]
         assert await at.node.broker.load_mark("reader") == "somewhere"
-        assert [update.type for update in at.node.history.everything(0)] == ["notification", "status_update"]
+        assert [update.type for update in at.node.history.everything(0)] == [
+            "notification",
+            "status_update",
+            "notification",
+        ]
+        assert at.node.history.notices(0)[1].targets == ("channel/c",)
+        # And they go like any other.
+        end = f"{at.node.history.epoch}:{at.node.history.last}"
+        async with stream_at(at, f"/api/sse?userId=a&last_seen={end}") as stream:
+            assert (await stream.event()).name == "connected"
+        await until(lambda: at.node.broker.inboxes.places == 1)
 
 
 async def test_a_backup_is_put_back_under_a_new_name(tmp_path: Path) -> None:
