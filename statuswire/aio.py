@@ -145,6 +145,7 @@ async def track(
     ``cancelled``; ``contextlib.aclosing`` makes it prompt.
 
     Example:
+        >>> import asyncio
         >>> async def pages() -> None:
         ...     async for page in track(["one", "two"], "print-2", user="alice"):
         ...         print(page)

@@ -303,9 +303,8 @@ class Client:
     def _send_notices(self) -> None:
         while True:
             with self._lock:
-                held_back = self._outbox.away
-                notice = self._outbox.notices[0] if self._outbox.notices else None
-            if notice is None or held_back:
+                notice = self._outbox.next_notice(time.monotonic())
+            if notice is None:
                 return
             try:
                 self.transport.notify(notice.body, notice.key)

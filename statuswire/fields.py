@@ -72,7 +72,7 @@ def to_wire(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name!r}: there is no such field{hint}") from None
         if wire_name in ("result", "metadata"):
             # Encoded at once: what the worker does to the object afterwards is not part of this update.
-            value = _frozen(value)
+            value = frozen(value)
         named[wire_name] = value
     return named
 
@@ -127,7 +127,8 @@ def _fit_progress(value: Any) -> float | int | None:
     return round(min(max(number, 0), 100), 2) if number == number else None
 
 
-def _frozen(value: object) -> msgspec.Raw:
+def frozen(value: object) -> msgspec.Raw:
+    """Any value as JSON, now; never fails."""
     try:
         return msgspec.Raw(_encode(value))
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):

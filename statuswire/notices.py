@@ -15,10 +15,11 @@ from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack
 import msgspec
 
 from statuswire.client import Client, default_client
+from statuswire.fields import frozen
 
 Target = Literal["client", "user", "users", "channel", "channels", "broadcast"]
 
-_encode = msgspec.json.Encoder(enc_hook=repr).encode
+_encode = msgspec.json.Encoder().encode
 
 
 class Options(TypedDict, total=False):
@@ -56,13 +57,13 @@ def send(
     Raises:
         Rejected, Unavailable: with ``strict``; else that is logged, and nobody got it.
     """
-    message: dict[str, Any] = {"target": target, "event": event, "data": data}
+    message: dict[str, Any] = {"target": target, "event": event, "data": frozen(data)}
     if isinstance(to, str):
         message["targetId"] = to
     elif to is not None:
         message["targetIds"] = list(to)
     if metadata is not None:
-        message["metadata"] = metadata
+        message["metadata"] = frozen(metadata)
     if store:
         message["store"] = True
     client = client or default_client()

@@ -52,7 +52,6 @@ class Outbox:
     Attributes:
         dropped: how much was given up for want of room.
         missed: how often there was no answer.
-        away: whether the last time there was none.
     """
 
     def __init__(self, random: Callable[[], float], interval: float = INTERVAL) -> None:
@@ -60,7 +59,6 @@ class Outbox:
         self.notices: deque[Notice] = deque()
         self.dropped = 0
         self.missed = 0
-        self.away = False
         self._random = random
         self._interval = interval
         self._queue: dict[int, Item] = {}
@@ -298,6 +296,10 @@ class Outbox:
         self._settle(item, refusal, outcome)
         return outcome
 
+    def next_notice(self, now: float) -> Notice | None:
+        """What is to be sent now; ``notice_done`` or ``failed`` must follow."""
+        return self.notices[0] if self.notices and now >= self._retry_at else None
+
     def notice_done(self, notice: Notice) -> None:
         """It was answered, one way or the other."""
         if self.notices and self.notices[0] is notice:
@@ -351,13 +353,11 @@ class Outbox:
         self._queue = front | self._queue
 
     def _succeeded(self) -> None:
-        self.away = False
         self._failures = 0
         self._retry_at = 0.0
 
     def _hold_back(self, now: float, retry_after: float | None) -> None:
         """Full jitter: anything up to a bound that doubles, so that workers do not come back all at once."""
-        self.away = True
         self.missed += 1
         wait = self._random() * min(MAX_DELAY, BASE_DELAY * 2.0 ** min(self._failures, 16))
         self._failures += 1

@@ -28,7 +28,7 @@ from tests.integration.running import ROOT, STATUSWIRE, clean_environment, free_
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 20
-DOCUMENTS = ("README.md", "docs/wire-protocol.md", "docs/operations.md")
+DOCUMENTS = ("README.md", "docs/wire-protocol.md", "docs/operations.md", "docs/workers.md")
 SECRET = "a-secret-of-thirty-two-bytes-or-more"
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:{ROOT}/.venv/nginx/usr/sbin")
 
