@@ -21,7 +21,7 @@ from perf.load import LoadClient
 from perf.measure import LOAD_CORE, SERVER_CORE, Measure, Row, Target, alone, core_busy_seconds, server
 
 CORES = (SERVER_CORE, LOAD_CORE)
-# Readers at each node. A long-poll that is answered with one update costs as much as thirty deliveries.
+# Readers at each node. A long-poll that is answered with one update costs as much as many deliveries.
 MIX = {"ws": 225, "sse": 225, "poll": 50}
 JOBS = len(CORES) * sum(MIX.values())
 RATE = 10_000  # updates per second, half of them published at each node
