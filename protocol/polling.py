@@ -11,7 +11,7 @@ from protocol.errors import invalid_parameter
 from protocol.fields import is_id
 from protocol.wire import json_list
 
-_SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
+_SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{0,32})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
 
 DEFAULT_TIMEOUT_S = 30.0
 MAX_TIMEOUT_S = 60.0  # below the 60 s read timeout that reverse proxies ship with, when rounded by the network

@@ -160,7 +160,7 @@ def control(view: View, name: str, facts: Mapping[str, object]) -> Message | Non
 
 
 def read_update(view: View, target: Target, sets: Mapping[str, object], body: bytes) -> Fields:
-    """One update in the view's words as the job's fields; the body may be empty.
+    """One update in the view's words as the job's fields; the body may be empty if the call sets something itself.
 
     Raises:
         ApiError: 400 malformed, 413, 422 with the view's name of the field.
@@ -168,7 +168,7 @@ def read_update(view: View, target: Target, sets: Mapping[str, object], body: by
     if len(body) > MAX_UPDATE:
         raise ApiError(413, "payload_too_large", f"one update may have {MAX_UPDATE} bytes: send less data")
     try:
-        given = msgspec.json.decode(body or b"{}", type=dict[str, Raw])
+        given = msgspec.json.decode(body or (b"{}" if sets else b""), type=dict[str, Raw])
     except msgspec.ValidationError:
         raise ApiError(422, "invalid_update", f"the {view.noun}'s update must be a JSON object") from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:

@@ -80,7 +80,13 @@ class Exchange:
             *cors_headers(self.request, self.node.origins),
         ]
 
-    def log(self, status: int, code: str | None = None, exc_info: BaseException | None = None) -> None:
+    def log(
+        self,
+        status: int,
+        code: str | None = None,
+        exc_info: BaseException | None = None,
+        client_id: str | None = None,
+    ) -> None:
         """Count an answer and log it: refusals always, others at debug level."""
         self.node.counters.request(self.route, status, code)
         log_event(
@@ -92,6 +98,8 @@ class Exchange:
             status=status,
             code=code,
             requestId=self.request_id,
+            clientId=client_id,
+            jobId=self.params.get("jobId"),
             user=self.identity.user if self.identity else None,
             address=self.address,
             exc_info=exc_info,

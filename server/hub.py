@@ -411,7 +411,8 @@ class Hub:
 def _end(reader: Reader, error: Exception) -> None:
     """End one reader's connection; whatever went wrong with it, the others are served."""
     if not isinstance(error, OSError):
-        log_event(LOG, logging.ERROR, "delivery_failed", exc_info=error)
+        client_id = getattr(reader, "client_id", None)
+        log_event(LOG, logging.ERROR, "delivery_failed", clientId=client_id, exc_info=error)
     reader.broken()
 
 

@@ -52,6 +52,7 @@ class Stream(Protocol):
     async def run(self) -> None:
         """Serve it until either side ends it, and leave no trace."""
 
+    client_id: str
     heard_at: float  # when the peer last gave a sign of life, in Trio's seconds
 
     @property

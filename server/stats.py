@@ -15,7 +15,7 @@ VERSION: Final = version("statuswire")
 async def samples(node: Node, *, everywhere: bool) -> dict[str, Sample]:
     """Samples by node id: of this node's own process group, or of all nodes. Those of others are some seconds old."""
     cluster = node.cluster
-    if cluster is None:
+    if cluster is None or (cluster.group == cluster.node_id and not everywhere):
         return {"": sample(node)}
     peers = [peer for peer in await cluster.peers() if peer.stats and (everywhere or peer.group == cluster.group)]
     return {peer.node_id: peer.stats for peer in peers} | {cluster.node_id: sample(node)}

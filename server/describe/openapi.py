@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
+
 from server.describe.answers import Error
 from server.describe.model import ID, Answer, Operation, Schema
 from server.describe.operations import UNAVAILABLE
@@ -62,13 +64,17 @@ def openapi(
         KeyError: a route that nothing is said of.
     """
     paths: dict[str, Any] = {}
-    types: dict[type, None] = {Error: None}
+    types: dict[type[Struct], None] = {Error: None}
     for path, methods in routes.items():
         paths[path] = {}
         for method, route in methods.items():
             operation = _said_of(f"{method} {path}", route, operations)
             types |= dict.fromkeys(_types(operation))
             paths[path][method.lower()] = _operation(path, route, operation, is_open)
+    schemas = components(types)
+    for each in types:
+        if each.__struct_config__.tag is not None:  # a message of the WebSocket, which needs no type where it is alone
+            schemas[each.__name__]["required"].remove("type")
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -79,7 +85,7 @@ def openapi(
         },
         "servers": [{"url": base_path or "/"}],
         "paths": paths,
-        "components": {"schemas": components(types)},
+        "components": {"schemas": schemas},
     }
     if not is_open:
         document["components"]["securitySchemes"] = TOKENS
@@ -94,7 +100,7 @@ def _said_of(key: str, route: Route, operations: Mapping[str, Operation]) -> Ope
     return operations[key]
 
 
-def _types(operation: Operation) -> Iterable[type]:
+def _types(operation: Operation) -> Iterable[type[Struct]]:
     bodies = [*operation.body.values(), *(answer.body for answer in operation.answers.values())]
     return [body for body in bodies if isinstance(body, type)]
 

@@ -32,8 +32,10 @@ from server.describe.answers import (
 from server.describe.model import EVENTS, ID, JSON, TEXT, Answer, Operation, Parameter, Schema, words
 
 CURSOR: Final[Schema] = {"type": "string"}
-KINDS: Final[Schema] = {"type": "string", "pattern": r"^\s*[^\s,][^,]*(,\s*[^\s,][^,]*)*$"}
+KINDS: Final[Schema] = {"type": "string", "pattern": r"^\s*[^\s,\u0000][^,\u0000]*(,\s*[^\s,\u0000][^,\u0000]*)*$"}
 ID_LIST: Final[Schema] = {"type": "string", "pattern": "^[A-Za-z0-9_.:@-]{1,128}(,[A-Za-z0-9_.:@-]{1,128})*$"}
+
+PLACE: Final[Schema] = {"type": "string", "pattern": "^[A-Za-z0-9_.:@/-]{1,400}$"}
 
 USER: Final = Parameter("userId", "only this user's jobs; for another's one has to be an admin", ID)
 FILTER: Final = (
@@ -211,7 +213,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "listConnections", "notifications", "who is connected", {200: Answer("a page", ConnectionList)},
         (
             Parameter("limit", "most of a page", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}),
-            Parameter("after", "the next of the page before", {"type": "string"}),
+            Parameter("after", "the next of the page before", PLACE),
         ),
     ),
     "GET /api/sse/users/{userId}": Operation(

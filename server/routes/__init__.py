@@ -110,7 +110,7 @@ async def answer(exchange: Exchange) -> Stream | None:
         message = "something went wrong here; the log has it under this request id"
         response = error_answer(ApiError(500, code, message), exchange.request_id)
     if not isinstance(response, Response):
-        exchange.log(200)
+        exchange.log(200, client_id=None if response is None else response.client_id)
         return response
     exchange.log(response.status, code, failure)
     if failure is not None and not connection.can_answer:

@@ -13,7 +13,7 @@ from msgspec import UNSET, Raw
 from protocol.errors import ApiError
 from protocol.update import Job
 from protocol.view import Call, Target, View, in_words, read_update, target_of
-from protocol.watch import Filter, Watch, job_channel
+from protocol.watch import Filter, Watch, check_parameter_id, job_channel
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Accepted, Publish
 from server.connection import Exchange
@@ -104,6 +104,8 @@ async def register(view: View, call: Call, exchange: Exchange) -> Response:
 async def health(view: View, call: Call, exchange: Exchange) -> Response:
     """Whether the server works; how its connections are, for those who may know."""
     node = exchange.node
+    for name, value in exchange.params.items():
+        check_parameter_id(name, value)
     answer: dict[str, object] = {"status": "healthy" if node.broker.available is None else "unhealthy"}
     identity = await node.authenticator.identify(exchange.request)
     if identity is not None and identity.can("ops"):

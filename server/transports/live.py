@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import socket
 import sys
@@ -17,7 +18,8 @@ from protocol.update import Update
 from protocol.wire import WireForm
 from server.auth import Identity
 from server.config import Config
-from server.node import Node
+from server.logs import log_event
+from server.node import LOG, Node
 from server.reader import PushReader
 from server.wheel import Timer
 
@@ -95,6 +97,16 @@ class LiveReader(PushReader):
         self.identity = identity
         self.expire_with(identity)
         self.node.presence.enter(self)
+        # At debug level, because thousands come and go in a second.
+        log_event(
+            LOG,
+            logging.DEBUG,
+            "connected",
+            clientId=self.client_id,
+            user=identity.user,
+            transport=self.transport,
+            address=self.address,
+        )
 
     def disconnect(self) -> None:
         """End it because the application says so. Must not wait."""
@@ -145,6 +157,15 @@ class LiveReader(PushReader):
         if self in self.node.streams:
             del self.node.streams[self]
             self.node.counters.close(self.ended, trio.current_time())
+            log_event(
+                LOG,
+                logging.DEBUG,
+                "disconnected",
+                clientId=self.client_id,
+                user=None if self.identity is None else self.identity.user,
+                reason=self.ended,
+                seconds=time.time() - self.since_ms / 1000,
+            )
 
     def expire_with(self, identity: Identity) -> None:
         """End when this identity's token does, unless a newer one comes first."""

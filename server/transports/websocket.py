@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -54,7 +55,8 @@ from server.auth import Identity
 from server.connection import Exchange
 from server.hub import Want
 from server.ids import new_id
-from server.node import Stream
+from server.logs import log_event
+from server.node import LOG, Stream
 from server.notices import acknowledge, may_join, offset_of, owed, send, split_channels
 from server.origins import check_origin
 from server.publishing import Batch, summary
@@ -317,6 +319,7 @@ class Session(LiveReader):
         except ApiError as error:
             ref = ref_of(text)
             self.node.counters.error(error.code)
+            log_event(LOG, logging.DEBUG, "refused", clientId=self.client_id, code=error.code, message=error.message)
             if error.code == "rate_limited":
                 self._too_fast += 1
                 self.post(self.form.message(error_message(error, ref)))
