@@ -68,6 +68,7 @@ class Counters:
         errors: refusals by code, in answers and in WebSocket messages.
         messages: received over WebSocket.
         updates: published, by source and outcome.
+        notices: notifications that were sent here, by outcome.
         shown: updates that were kept and shown here, whoever published them.
         delivered: updates given to readers as they came.
         replayed: updates given to readers that came back.
@@ -81,7 +82,8 @@ class Counters:
 
     __slots__ = (
         "begun", "closed", "conflated", "delays", "delivered", "errors", "failed", "lived_s", "logs_lost",
-        "loop_late_s", "messages", "opened", "polled", "refused", "replayed", "requests", "shown", "sockets", "updates",
+        "loop_late_s", "messages", "notices", "opened", "polled", "refused", "replayed", "requests", "shown", "sockets",
+        "updates",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -102,6 +104,7 @@ class Counters:
             for source in ("http", "websocket")
             for outcome in ("accepted", "duplicate", "rejected")
         }
+        self.notices = dict.fromkeys(("accepted", "duplicate", "rejected"), 0)
         self.shown = 0
         self.delivered = 0
         self.replayed = 0

@@ -27,7 +27,7 @@ class _Numbers(Collector):
             kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
             family = kind(metric.name, metric.help, labels=metric.labels)
             for key, number in value.items() if isinstance(value, dict) else (("", value),):
-                family.add_metric(key.split(" ") if metric.labels else (), number)
+                family.add_metric(key.rsplit(" ", len(metric.labels) - 1) if metric.labels else (), number)
             yield family
 
 

@@ -92,6 +92,17 @@ METRICS: Final = (
     Metric("statuswire_store_waiting_bytes", "gauge", "Bytes of those, where they are counted."),
     Metric("statuswire_store_commands", "gauge", "Commands that wait for an answer of Redis."),
     Metric("statuswire_store_connects_total", "counter", "Connections made to Redis."),
+    Metric("statuswire_spool_waiting", "gauge", "Updates on this server's disk that wait for Redis."),
+    Metric("statuswire_spool_bytes", "gauge", "Bytes of those."),
+    Metric("statuswire_spooled_total", "counter", "Updates that were answered from the spool."),
+    Metric("statuswire_spool_replayed_total", "counter", "Updates of the spool that Redis has accepted since."),
+    Metric("statuswire_spool_rejected_total", "counter", "Updates of the spool that were refused then."),
+    Metric("statuswire_notifications_total", "counter", "Notifications that were sent here, by outcome.", ("outcome",)),
+    Metric("statuswire_inbox_places", "gauge", "Notifications stored for users, each user's counted.", (), "max"),
+    Metric("statuswire_callbacks_total", "counter", "What became of ends of jobs that an application was to be told.",
+           ("callback", "outcome")),
+    Metric("statuswire_auth_hook_asked_total", "counter", "Questions to the application who a caller is."),
+    Metric("statuswire_auth_hook_failed_total", "counter", "Those of them without a usable answer."),
     Metric("statuswire_loop_lag_seconds", "gauge", "How late the loop was at most within the last minute.", (), "max"),
     Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
     Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
@@ -105,6 +116,11 @@ FIGURES: Final = {
     "waitingBytes": "statuswire_store_waiting_bytes",
     "commands": "statuswire_store_commands",
     "connects": "statuswire_store_connects_total",
+    "spoolPending": "statuswire_spool_waiting",
+    "spoolBytes": "statuswire_spool_bytes",
+    "spooled": "statuswire_spooled_total",
+    "spoolReplayed": "statuswire_spool_replayed_total",
+    "spoolRejected": "statuswire_spool_rejected_total",
 }
 
 
@@ -159,10 +175,28 @@ def sample(node: Node) -> Sample:
         "statuswire_logs_lost_total": counters.logs_lost,
         "statuswire_store_up": int(broker.available is None),
         **{name: figures[key] for key, name in FIGURES.items() if key in figures},
+        "statuswire_notifications_total": {**counters.notices},
+        "statuswire_inbox_places": broker.inboxes.places,
+        **_told(node),
         "statuswire_loop_lag_seconds": max(counters.loop_late_s),
         **process_sample(),
         "process_start_time_seconds": node.started,
     }
+
+
+def _told(node: Node) -> Sample:
+    """What became of what the application was asked or told, if it is."""
+    found: Sample = {}
+    if node.callbacks is not None:
+        found["statuswire_callbacks_total"] = {
+            f"{teller.name} {outcome}": getattr(teller.counts, outcome)
+            for teller in node.callbacks.tellers
+            for outcome in ("told", "failed", "given_up", "seen")
+        }
+    if (hook := node.authenticator.hook) is not None:
+        found["statuswire_auth_hook_asked_total"] = hook.asked
+        found["statuswire_auth_hook_failed_total"] = hook.failed
+    return found
 
 
 def process_sample() -> Sample:

@@ -120,5 +120,7 @@ async def send(node: Node, identity: Identity, notice: Notice, key: str | None) 
     await submission.wait_kept()
     result = submission.results[0]
     if isinstance(result, ApiError):
+        node.counters.notices["rejected"] += 1
         raise result
+    node.counters.notices["duplicate" if result.duplicate else "accepted"] += 1
     return Sent(await node.presence.count(notice.target), result)

@@ -136,11 +136,11 @@ class SpoolingBroker:
     def figures(self) -> dict[str, int]:
         """See ``base.Broker``."""
         return self._inner.figures() | {
-            "spool_pending": self.pending,
-            "spool_bytes": self.bytes,
+            "spoolPending": self.pending,
+            "spoolBytes": self.bytes,
             "spooled": self.spooled,
-            "replayed": self.replayed,
-            "replay_rejected": self.rejected,
+            "spoolReplayed": self.replayed,
+            "spoolRejected": self.rejected,
         }
 
     async def load_mark(self, name: str) -> str | None:

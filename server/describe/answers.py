@@ -248,7 +248,7 @@ class HistoryStats(Struct):
 
 
 class BrokerStats(Struct, rename="camel"):
-    """``waiting`` was accepted and is not kept yet; ``commands`` and ``connects`` are Redis'."""
+    """``waiting`` was accepted and is not kept yet; the others are there with a Redis store, or its spool."""
 
     store: Literal["memory", "sqlite", "redis"]
     available: bool
@@ -260,6 +260,11 @@ class BrokerStats(Struct, rename="camel"):
     waiting_bytes: int | UnsetType = UNSET
     commands: int | UnsetType = UNSET
     connects: int | UnsetType = UNSET
+    spool_pending: int | UnsetType = UNSET
+    spool_bytes: int | UnsetType = UNSET
+    spooled: int | UnsetType = UNSET
+    spool_replayed: int | UnsetType = UNSET
+    spool_rejected: int | UnsetType = UNSET
 
 
 class NodeStats(Struct, rename="camel", kw_only=True):

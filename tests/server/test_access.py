@@ -21,6 +21,19 @@ JOBS = "/api/v2/jobs"
 APP = "https://app.example"
 
 
+async def test_what_a_proxy_would_say_of_host_and_scheme_is_never_believed() -> None:
+    """Only ``X-Forwarded-For`` is read, and that from trusted proxies alone."""
+    said = {"X-Forwarded-Host": "localhost", "X-Forwarded-Proto": "https", "Forwarded": "host=localhost;proto=https"}
+    async with server(server={"trusted_proxies": ["127.0.0.1"]}) as at:
+        answer = await at.ask("GET", JOBS, headers=said, host="evil.example")
+        assert (answer.status, answer.error) == (403, "host_not_allowed")
+        page = {"Origin": "https://evil.example", **said, "X-Forwarded-Host": "evil.example"}
+        answer = await at.post(JOBS, {}, page)
+        assert (answer.status, answer.error) == (403, "origin_not_allowed")
+        answer = await at.post(JOBS, {"userId": "alice"}, said)
+        assert answer.headers["location"].startswith("/api/v2/jobs/")
+
+
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 

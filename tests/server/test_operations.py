@@ -24,7 +24,18 @@ from tests.support import ADMIN, AUTH, ROOT, Answer, InProcess, bearer, server, 
 
 STATS = "/api/v2/stats"
 OPS = bearer("monitor", capabilities=["ops"])
-# Rows that are there only with a Redis store.
+# Rows that are there only with a spool, with callbacks and with an auth hook.
+ELSEWHERE = {
+    "statuswire_spool_waiting",
+    "statuswire_spool_bytes",
+    "statuswire_spooled",
+    "statuswire_spool_replayed",
+    "statuswire_spool_rejected",
+    "statuswire_callbacks",
+    "statuswire_auth_hook_asked",
+    "statuswire_auth_hook_failed",
+}
+# Those that are there with a Redis store.
 ONLY_REDIS = {
     "statuswire_store_commands",
     "statuswire_store_connects",
@@ -303,7 +314,7 @@ async def test_every_metric_is_there_as_the_table_says() -> None:
         await at.get("/api/v2/jobs/none")  # labels come with the first event
         families = await scrape(at)
     expected = {metric.name.removesuffix("_total"): metric for metric in METRICS}
-    assert families.keys() == expected.keys() - ONLY_REDIS
+    assert families.keys() == expected.keys() - ONLY_REDIS - ELSEWHERE
     for name, family in families.items():
         metric = expected[name]
         assert (family.type, family.documentation) == (metric.kind, metric.help)
@@ -379,6 +390,43 @@ async def test_who_may_look(target: str) -> None:
         assert (await at.ask("POST", target, {})).headers["allow"] == "GET, HEAD, OPTIONS"
 
 
+async def test_what_the_application_is_asked_and_told_has_rows_of_its_own() -> None:
+    tables: dict[str, Any] = {
+        "auth": AUTH | {"hook_url": "http://127.0.0.1:9/who"},
+        "callbacks.app one": {"url": "http://127.0.0.1:9/ended", "secret": "s" * 32},
+    }
+    async with server(**tables) as at:
+        assert (await at.get("/api/v2/jobs", {"Cookie": "session=1"})).status == 503
+        answer = await at.get("/metrics", OPS)
+        families = {family.name: family for family in parse_text(answer.body.decode())}
+        assert families.keys() >= {name for name in ELSEWHERE if "spool" not in name}
+        assert value(families, "statuswire_auth_hook_asked_total") == 1
+        assert value(families, "statuswire_auth_hook_failed_total") == 1
+        assert value(families, "statuswire_callbacks_total", callback="app one", outcome="told") == 0
+
+
+async def test_a_spool_has_figures_of_its_own(tmp_path: Path) -> None:
+    with running_server(tmp_path) as redis:
+        url = f"redis://127.0.0.1:{redis.port}/0"
+        async with server(store={"url": url, "spool": True, "spool_path": str(tmp_path / "spool.db")}) as at:
+            families = await scrape(at)
+            assert families.keys() >= {name for name in ELSEWHERE if "spool" in name}
+            assert value(families, "statuswire_spool_waiting") == 0
+            assert (await stats(at))["broker"]["spoolPending"] == 0
+
+
+async def test_notifications_are_counted() -> None:
+    async with server() as at:
+        notice = {"target": "user", "targetId": "ann", "event": "e", "data": 1, "store": True, "eventId": "k"}
+        for _ in range(2):
+            assert (await at.post("/api/sse/message", notice)).status == 200
+        assert (await at.post("/api/sse/message", notice | {"data": 2})).status == 422
+        families = await scrape(at)
+        for outcome in ("accepted", "duplicate", "rejected"):
+            assert value(families, "statuswire_notifications_total", outcome=outcome) == 1
+        assert value(families, "statuswire_inbox_places") == 1
+
+
 async def test_redis_has_figures_of_its_own(tmp_path: Path) -> None:
     with running_server(tmp_path) as redis:
         async with server(store={"url": f"redis://127.0.0.1:{redis.port}/0"}) as at:
@@ -414,7 +462,8 @@ def test_samples_of_several_processes_are_one() -> None:
 async def test_a_sample_is_all_that_the_table_has_and_survives_merging() -> None:
     async with server() as at:
         found = sample(at.node)
-        assert found.keys() | {f"{name}_total" for name in ONLY_REDIS} | ONLY_REDIS >= {each.name for each in METRICS}
+        absent = ONLY_REDIS | ELSEWHERE
+        assert found.keys() >= {each.name for each in METRICS if each.name.removesuffix("_total") not in absent}
         assert found.keys() - {RECENT} <= {each.name for each in METRICS}
         assert merged([found]) == found
 
