@@ -46,7 +46,6 @@ from server.brokers.redis_presence import (
     Command,
     Done,
     PeerInfo,
-    StoredEvent,
     decode_client,
     decode_control,
     decode_event,
@@ -149,6 +148,7 @@ class Cluster:
         self._tell_at = -math.inf
         self._questions: dict[str, _Question] = {}
         self._entered = trio.Event()
+        self._outbox = trio.Event()
         self._wake = trio.Event()
         self._hurry = trio.Event()
         self._scope = trio.CancelScope()
@@ -169,6 +169,7 @@ class Cluster:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write_for_ever)
+                nursery.start_soon(self._publish_for_ever)
                 await self._beat_for_ever()
 
     async def finish(self) -> None:
@@ -230,7 +231,7 @@ class Cluster:
         if not isinstance(outcome, list) or not outcome[0]:
             self._lost()
         elif outcome[1]:
-            self._hurry.set()
+            self._outbox.set()
 
     def _lost(self) -> None:
         """Redis may not have what this node wrote."""
@@ -255,8 +256,12 @@ class Cluster:
             next_beat = trio.current_time() + BEAT_S * random.uniform(0.9, 1.0)
             self._hurry = trio.Event()
             if self._client is not None and self._client.away is None:
-                with suppress(_Away):
+                try:
                     await self._beat()
+                except _Away:
+                    pass
+                except Exception:  # what another version has left in Redis must not end this server
+                    LOG.exception("a heartbeat failed")
             with trio.move_on_at(next_beat):
                 await self._hurry.wait()
             await trio.sleep(random.uniform(0.0, 0.02))  # hurried or not: at most so often
@@ -281,7 +286,7 @@ class Cluster:
             await self._compare()
             self._entered.set()
         if events:
-            await self._publish_events()
+            self._outbox.set()
         # Where this node could not renew its lease, others could not either: each gets the length of a lease anew.
         if dead and now - self._steady_since > LEASE_MS / 1000:
             await self._reap([node.decode() for node in dead])
@@ -303,7 +308,7 @@ class Cluster:
             while True:
                 page = await self._ask(PAGE, PIECE, self.node_id if after[1] else "", *after, self.node_id)
                 for name, blob in zip(page[::2], page[1::2], strict=True):
-                    theirs[name.decode()] = blob
+                    theirs[name.decode()] = blob or b"\0"  # listed, but not there: to be written
                 if len(page) < 2 * PIECE:
                     break
                 after = (_kind(page[-1]), page[-2].decode())
@@ -320,7 +325,6 @@ class Cluster:
     async def _reap(self, nodes: list[str]) -> None:
         """Take back what dead nodes have left, a piece at a time; others do the same."""
         until = trio.current_time() + REAP_S
-        events = False
         for node in nodes:
             if node == self.node_id:
                 continue
@@ -328,30 +332,29 @@ class Cluster:
             more = 1
             while more and trio.current_time() < until:
                 more, waiting = await self._ask(REAP, node, REAP_PIECE, 0)
-                events = events or bool(waiting)
-        if events:
-            await self._publish_events()
+                if waiting:
+                    self._outbox.set()
 
-    async def _publish_events(self) -> None:
+    async def _publish_for_ever(self) -> None:
         """Publish who came and went. Several nodes may do it at once: the events' own keys let each count once."""
-        client = self._client
-        if client is None:
-            return
-        with suppress(RedisClientError, RedisError):
-            while blobs := await client.call("LRANGE", OUTBOX, 0, EVENTS_AT_ONCE - 1):
-                for blob in blobs:
-                    kept = self._publish(decode_event(blob))
-                    if kept is not None:
-                        try:
+        while True:
+            await self._outbox.wait()
+            self._outbox = trio.Event()
+            # What cannot be kept now is there at the next heartbeat too.
+            with suppress(RedisClientError, RedisError, ApiError):
+                assert self._client is not None
+                while blobs := await self._client.call("LRANGE", OUTBOX, 0, EVENTS_AT_ONCE - 1):
+                    for blob in blobs:
+                        kept = self._publish(blob)
+                        if kept is not None:
                             await kept.wait_kept()
-                        except ApiError:
-                            return  # the next heartbeat tries again
-                    client.send("LREM", OUTBOX, 1, blob)
+                        self._client.send("LREM", OUTBOX, 1, blob)
 
-    def _publish(self, event: StoredEvent) -> Submission | None:
+    def _publish(self, blob: bytes) -> Submission | None:
         if self._presence.on_event is None:
             return None
         try:
+            event = decode_event(blob)
             return self._presence.on_event(
                 PresenceEvent(event.kind, event.user, event.channel or None, event.count), f"presence:{event.id}"
             )
@@ -529,5 +532,5 @@ class Cluster:
             self._tell(Done(message.request, self.node_id, count))
 
 
-def _kind(blob: bytes) -> str:
-    return "t:" if decode_client(blob).takes_notices else "r:"
+def _kind(blob: bytes | None) -> str:
+    return "t:" if blob is None or decode_client(blob).takes_notices else "r:"

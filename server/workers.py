@@ -33,7 +33,7 @@ import trio
 from server import logs
 from server.app import FINISH_S, READY, StartError, Worker, listen, serve
 from server.config import Config, ConfigError
-from server.listener import close_listener, describe, share
+from server.listener import ListenError, close_listener, describe, share
 from server.logs import log_event
 
 LOG: Final = logging.getLogger("statuswire.workers")
@@ -122,18 +122,18 @@ class Supervisor:
             gc.collect()
             gc.freeze()  # what is here is shared with the workers as long as nobody writes to it
             with self._signals():
-                for child in self._children:
-                    self._start(child)
                 try:
-                    self._wait_ready()
-                    where = ", ".join(address + server.base_path for address in addresses)
+                    self._start_all()
                     if not self._stopping:
                         self._serving = True
+                        where = ", ".join(address + server.base_path for address in addresses)
                         label = self._config.store.label
                         print(f"statuswire listening on {where} (store {label}, {server.workers} workers)", flush=True)
                     self._supervise()
                 finally:
                     self._kill()
+        except ListenError as error:
+            raise StartError(str(error)) from error
         finally:
             for child in self._children:
                 _close_own(child)
@@ -163,11 +163,27 @@ class Supervisor:
 
     # Starting
 
+    def _start_all(self) -> None:
+        """Raises StartError."""
+        try:
+            for child in self._children:
+                self._start(child)
+        except OSError as error:
+            raise StartError(f"{len(self._children)} workers cannot be started: {error.strerror}") from error
+        self._wait_ready()
+
     def _start(self, child: _Child) -> None:
+        """Raises OSError if the system has no room for it."""
+        self._listen_again(child)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         child.ready, child.said, child.since = False, b"", time.monotonic()
-        child.pid = os.fork()
+        try:
+            child.pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if not child.pid:
             self._be_worker(child, ours, theirs)
         theirs.close()
@@ -242,8 +258,22 @@ class Supervisor:
             waiting = [child for child in self._children if not child.pid]
             for child in waiting:
                 if child.due <= now:
-                    self._start(child)
+                    self._restart(child)
             self._turn(min((child.due - now for child in waiting if not child.pid), default=None))
+
+    def _restart(self, child: _Child) -> None:
+        try:
+            self._start(child)
+        except (OSError, ListenError) as error:
+            child.due = time.monotonic() + BACKOFF_CAP_S
+            log_event(LOG, logging.ERROR, "worker_not_started", worker=child.number, reason=str(error))
+
+    def _listen_again(self, child: _Child) -> None:
+        """Open again what was closed while it crashed again and again."""
+        for index, listener in enumerate(child.listeners):
+            if listener.fileno() < 0:
+                others = (other.listeners[index] for other in self._children)
+                child.listeners[index] = share(next(other for other in others if other.fileno() >= 0))
 
     def _turn(self, patience_s: float | None) -> None:
         """Wait for one thing to happen, and do what it asks for."""
@@ -307,6 +337,8 @@ class Supervisor:
         child.crashes = 0 if not status or now - child.since > STEADY_S else child.crashes + 1
         delay = min(BACKOFF_CAP_S, BACKOFF_S * 2.0 ** (child.crashes - 2)) if child.crashes > 1 else 0.0
         child.due = now + delay
+        if delay and any(other.ready and other.pid for other in self._children):
+            _close_own(child)  # what waited there for a moment should not wait for long
         if self._serving:  # else it is a start error, which is told once
             reason = child.said.decode(errors="replace") or None
             log_event(

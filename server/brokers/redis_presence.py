@@ -187,6 +187,7 @@ for _, kind in ipairs({'t:', 'r:'}) do
   if left > 0 then
     for _, client in ipairs(call('ZRANGE', P .. 'node:' .. kind .. node, 0, left - 1)) do
       set(client, '')
+      call('ZREM', P .. 'node:' .. kind .. node, client)
       left = left - 1
     end
   end

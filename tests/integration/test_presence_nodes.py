@@ -72,6 +72,13 @@ async def until_there(at: InProcess, user: str, number: int) -> None:
     await until_so(there)
 
 
+async def until_found(at: InProcess, client_id: str) -> None:
+    async def found() -> bool:
+        return await at.node.presence.find(client_id) is not None
+
+    await until_so(found)
+
+
 async def until_peers(at: InProcess, condition: Callable[[dict[str, Sample]], bool]) -> None:
     async def fits() -> bool:
         return condition({peer.node_id: peer.stats for peer in await cluster(at).peers()})
@@ -282,6 +289,42 @@ async def test_redis_that_lost_everything_is_told_anew(redis: RedisServer, how: 
             redis.start()
         await until_counted(one, EVERYBODY, 2)
         await until_counted(two, Target("user", ("ann",)), 1)
+
+
+async def test_a_full_redis_is_written_to_when_there_is_room(redis: RedisServer) -> None:
+    async with nodes(redis.url) as (one, two):
+        first, second = Someone("1", "ann"), Someone("2", "ann")
+        one.node.presence.enter(first)
+        await until_counted(two, EVERYBODY, 1)
+        with redis.oracle() as oracle:
+            oracle.config_set("maxmemory", 1)
+        one.node.presence.enter(second)
+        await until(lambda: not joined(one))
+        assert await one.node.presence.count(EVERYBODY) == 2
+        with redis.oracle() as oracle:
+            oracle.config_set("maxmemory", 0)
+        await until_counted(two, EVERYBODY, 2)
+        one.node.presence.leave(first)
+        one.node.presence.leave(second)
+        await until_counted(two, EVERYBODY, 0)
+
+
+async def test_what_redis_forgot_of_a_node_is_written_again_and_does_not_keep_it_there(redis: RedisServer) -> None:
+    """Nothing of ours deletes these keys alone, but people have tools."""
+    async with nodes(redis.url) as (one, two):
+        someone = Someone("1", "ann")
+        two.node.presence.enter(someone)
+        await until_counted(one, EVERYBODY, 1)
+        with redis.oracle() as oracle:
+            oracle.delete("{statuswire}:present:clients")
+            oracle.delete(f"{{statuswire}}:present:node:{cluster(two).node_id}")  # its number, so that it looks
+        await until_found(one, "1")
+        with redis.oracle() as oracle:
+            oracle.delete("{statuswire}:present:clients")
+        two.node.presence.leave(someone)
+    with redis.oracle() as oracle:
+        assert not oracle.keys("{statuswire}:present:node:*")
+        assert not oracle.exists("{statuswire}:nodes")
 
 
 async def test_what_a_killed_node_leaves_is_taken_back_when_its_lease_is_over(

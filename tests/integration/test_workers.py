@@ -230,3 +230,35 @@ async def test_the_numbers_are_those_of_all_workers(redis: RedisServer, tmp_path
         with trio.fail_after(60):
             while not await told():  # noqa: ASYNC110  # other processes set no events
                 await trio.sleep(0.1)
+
+
+async def test_a_worker_that_cannot_be_replaced_keeps_nobody_waiting(redis: RedisServer, tmp_path: Path) -> None:
+    async with workers(redis, tmp_path / "home") as at, AsyncExitStack() as stack:
+        await sessions(stack, at)
+        redis.kill()
+        victim = min(children(at))
+        os.kill(victim, signal.SIGKILL)
+        await until_logged(at, '"event":"worker_ended"', 3)  # and twice because it cannot start without Redis
+        for _ in range(30):
+            assert (await at.get("/health")).status == 200
+        redis.start()
+        with trio.fail_after(60):
+            while not await spread(at):  # noqa: ASYNC110  # other processes set no events
+                await trio.sleep(0.1)
+    assert at.process.returncode == 0
+
+
+async def until_logged(at: Spawned, text: str, times: int) -> None:
+    """For what takes longer than anything else here."""
+    with trio.fail_after(90):
+        while at.log().count(text) < times:  # noqa: ASYNC110  # other processes set no events
+            await trio.sleep(0.05)
+
+
+async def spread(at: Spawned) -> bool:
+    """Whether connections go to all workers."""
+    found = set()
+    for _ in range(40):
+        async with websocket(at) as ws:
+            found.add((await ws.receive())["clientId"][:8])
+    return len(found) == WORKERS
