@@ -17,7 +17,7 @@ from server import cluster as cluster_module
 from server.cluster import Cluster
 from server.metrics import Sample
 from tests.redis_servers import RedisServer, running_cluster, running_server
-from tests.server.test_presence import Someone, presence
+from tests.server.test_presence import Someone, presence, told_of_comings_and_goings
 from tests.streams import event_stream, session, websocket
 from tests.support import AUTH, InProcess, bearer, server, spawned, token, until
 
@@ -232,6 +232,12 @@ async def test_who_came_and_went_is_told_once_whoever_saw_it(redis: RedisServer)
     ]
 
 
+async def test_those_who_ask_are_told_by_whichever_node(redis: RedisServer) -> None:
+    async with nodes(redis.url, 3, auth=AUTH) as (one, two, _):
+        await told_of_comings_and_goings(one, two)
+        await told_of_comings_and_goings(two, two)
+
+
 async def test_whatever_comes_and_goes_leaves_nothing_behind(redis: RedisServer) -> None:
     """The same as in the tables of one node, in Redis, with both nodes and Redis disturbed on the way."""
     dice = random.Random(7)
@@ -333,12 +339,11 @@ async def test_what_a_killed_node_leaves_is_taken_back_when_its_lease_is_over(
     told: list[PresenceEvent] = []
     home = tmp_path / "node"
     home.mkdir()
-    async with nodes(redis.url, auth=AUTH) as (one, two):
+    async with nodes(redis.url, auth=AUTH) as (one, two), AsyncExitStack() as stack:
         for each in (one, two):
             each.node.presence.on_event = lambda event, key: told.append(event)
-        listener = Someone("listener", "zoe")
-        one.node.presence.enter(listener)
-        one.node.presence.join(listener, "presence:user:ann")
+        listener = await stack.enter_async_context(session(one, token=token("root", admin=True)))
+        await listener.ask("subscribe", channels=["presence:user:ann"])
         async with spawned(home, auth=AUTH, store={"url": redis.url}) as doomed, session(doomed, token=token("ann")):
             await until_counted(one, Target("user", ("ann",)), 1)
             assert len(await cluster(one).peers()) == 3
@@ -347,7 +352,6 @@ async def test_what_a_killed_node_leaves_is_taken_back_when_its_lease_is_over(
             await until_peers(one, lambda peers: len(peers) == 2)
             # Who came was told by the node that died, if by anybody; who went by one of those that are left.
             await until(lambda: PresenceEvent("leave", "ann", None, 0) in told)
-        one.node.presence.leave(listener)
 
 
 async def test_a_node_that_was_taken_for_dead_writes_everything_anew(redis: RedisServer, tmp_path: Path) -> None:
