@@ -14,7 +14,7 @@ from server.auth import unauthorized
 from server.connection import Disconnected, Exchange
 from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
-from server.routes import descriptions, health, jobs, notices, operations, page
+from server.routes import descriptions, health, jobs, notices, operations, page, webhooks
 from server.routes.views import handlers_of
 from server.transports.longpoll import poll
 from server.transports.notices import notice_stream
@@ -77,6 +77,8 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
         "DELETE": Route(notices.disconnect_client, "ops"),
     },
     # Says who it is after the handshake, if not in it.
+    # Who sends it shows in its signature.
+    "/api/webhooks/{name}": {"POST": Route(webhooks.receive, public=True)},
     "/ws/jobs": {"GET": Route(jobs_socket, public=True, head=False)},
 }
 _ALWAYS: Final = frozenset(path for path, methods in ROUTES.items() if any(route.always for route in methods.values()))
