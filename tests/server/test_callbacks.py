@@ -26,7 +26,11 @@ USER: Final = bearer("alice")
 
 
 class Application:
-    """Gets callbacks. ``statuses`` are its answers in turn, the last of them for ever; ``hang`` keeps it from any."""
+    """Gets callbacks.
+
+    ``statuses`` are its answers in turn, the last of them for ever. With ``hang`` it never answers, with ``down`` it
+    closes the connection instead.
+    """
 
     def __init__(self) -> None:
         self.port = 0
@@ -34,6 +38,7 @@ class Application:
         self.statuses = [200]
         self.retry_after = ""
         self.hang = False
+        self.down = False
 
     @property
     def url(self) -> str:
@@ -59,6 +64,8 @@ class Application:
             body, received = rest[:size], rest[size:]
             if self.hang:
                 await trio.sleep_forever()
+            if self.down:
+                return
             if "x-signature-256" in headers:
                 text = headers["x-timestamp"].encode() + b"." + body
                 good = hmac.new(SECRET.encode(), text, hashlib.sha256).hexdigest()
@@ -141,7 +148,8 @@ async def test_what_fails_in_passing_is_tried_again_and_readers_do_not_wait() ->
         app.hang = False
         app.statuses = [500, 503, 429, 204]
         await settled(at)
-        assert app.jobs == ["j1"] * 4
+        assert set(app.jobs) == {"j1"}
+        assert not app.statuses[1:]  # every one of them was heard; on a slow machine the last one was, too late
         assert len({headers["idempotency-key"] for headers, _ in app.got}) == 1
         assert teller(at).counts.told == 1
 
@@ -180,27 +188,27 @@ async def test_the_application_says_when_to_come_again() -> None:
 async def test_more_than_can_wait_waits_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks, "MAX_WAITING", 3)
     monkeypatch.setattr(callbacks, "TAKE", 2)
-    async with application() as app, server(**mail(app, timeout=0.05)) as at:
-        app.hang = True
+    async with application() as app, server(**mail(app)) as at:
+        app.down = True
         for number in range(20):
             put(at, f"j{number}", status="completed")
         await until(lambda: teller(at).counts.failed > 5)
         assert teller(at).waiting <= 4  # no more than one reading of the log above the bound
-        app.hang = False
+        app.down = False
         await settled(at)
         assert Counter(app.jobs) == Counter(f"j{number}" for number in range(20))
 
 
 async def test_when_the_log_is_lost_the_records_tell() -> None:
-    async with application() as app, server(**mail(app, timeout=0.05)) as at:
+    async with application() as app, server(**mail(app)) as at:
         put(at, "j1", status="completed")
         await settled(at)
-        app.hang = True
+        app.down = True
         put(at, "j2", status="completed")
         await until(lambda: teller(at).waiting)
         put(at, "j3", status="processing")
         lose_log(at)
-        app.hang = False
+        app.down = False
         await settled(at)
         assert Counter(app.jobs) == Counter(["j1", "j2"])
 
@@ -245,10 +253,10 @@ async def test_a_restart_forgets_nothing_and_repeats_nothing(tmp_path: Path) -> 
         async with server(**store, **mail(app)) as at:
             await at.publish("told", userId="alice", status="completed")
             await settled(at)
-            app.hang = True
+            app.down = True
             await at.publish("not-told", userId="alice", status="completed")
             await until(lambda: teller(at).waiting)
-        app.hang = False
+        app.down = False
         async with server(**store) as at:
             await at.publish("meanwhile", userId="alice", status="completed")
         async with server(**store, **mail(app)) as at:
