@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -210,7 +211,9 @@ async def test_when_the_log_is_lost_the_records_tell() -> None:
         lose_log(at)
         app.down = False
         await settled(at)
-        assert Counter(app.jobs) == Counter(["j1", "j2"])
+        # A try that was under way when the log was lost may have told one of them already.
+        assert set(app.jobs) == {"j1", "j2"}
+        assert len({headers["idempotency-key"] for headers, _ in app.got}) == 2
 
 
 # --- nobody saw it ---
@@ -237,7 +240,8 @@ async def test_who_comes_in_time_has_seen_it() -> None:
     async with application() as app, server(auth=AUTH, **mail(app, unseen_after=0.5)) as at:
         put(at, "j1", user="alice", status="completed")
         assert (await at.get("/api/v2/jobs/j1", USER)).status == 200
-        put(at, "j2", user="alice", status="completed")  # after that
+        await until(lambda: time.time() * 1000 > at.node.seen._last["alice"] + 1)
+        put(at, "j2", user="alice", status="completed")
         await settled(at)
         assert app.jobs == ["j2"]
 
