@@ -229,6 +229,19 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "disconnectClient", "notifications", "end a connection", {204: Answer("it is ended")},
         errors={404: "there is none"},
     ),
+    "POST /api/webhooks/{name}": Operation(
+        "receiveWebhook", "notifications", "what another system says becomes a notification",
+        {202: Answer("it is kept, and on its way", Sent)},
+        (
+            Parameter("X-Timestamp", "unix seconds, at most 300 s off", {"type": "string"}, "header"),
+            Parameter("X-Signature-256", "`sha256=` and HMAC of `<timestamp>.<body>`", {"type": "string"}, "header"),
+        ),
+        {JSON: {}},
+        errors={
+            401: "the signature is missing, stale or wrong", 404: "no such webhook is configured",
+            409: "it was taken in before",
+        },
+    ),
     "GET /ws/jobs": Operation(
         "websocket", "reading", "a WebSocket",
         {101: Answer("see asyncapi.json", headers=(("Sec-WebSocket-Accept", "see RFC 6455"),))},
