@@ -9,7 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -50,6 +50,10 @@ class Application:
         return [body["jobId"] for _, body in self.got]
 
     async def serve(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):  # the server was killed
+            await self._serve(stream)
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
         received = b""
         while data := await stream.receive_some():
             received += bytes(data)
