@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -204,12 +205,21 @@ class Client:
             self._news.notify_all()
             return
         thread = threading.Thread(target=self._run, name="statuswire", daemon=True)
+        if not self._begin(thread):
+            return
         try:
             thread.start()
         except RuntimeError:  # the interpreter is ending, or there are too many threads: ends are on disk
+            self._thread = None
             return
-        self._thread = thread
         process.register_exit()
+
+    def _begin(self, thread: threading.Thread) -> bool:
+        """Whether this is to be the thread, and not one of a signal handler that was here just now."""
+        if self._thread is not None:
+            return False
+        self._thread = thread
+        return True
 
     def _run(self) -> None:
         while True:
@@ -451,9 +461,9 @@ def _open_spool(directory: str | os.PathLike[str] | None, url: str) -> Spool | N
         directory = os.environ.get("STATUSWIRE_SPOOL_DIR")
     if directory is None:
         state_home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        directory = os.path.join(state_home, "statuswire")
+        directory = "" if state_home.startswith("~") else os.path.join(state_home, "statuswire")
     if not os.fspath(directory):
         return None
-    # What was meant for one server is not for another.
+    # What was meant for one server is not for another: the digest tells apart what reads alike.
     readable = "".join(char if char.isalnum() else "-" for char in url.split("//", 1)[1])
-    return Spool(Path(directory) / readable[:100])
+    return Spool(Path(directory) / f"{readable[:100]}-{blake2b(url.encode(), digest_size=4).hexdigest()}")

@@ -45,6 +45,9 @@ OVER: Final = frozenset(("job_ended", "job_not_found", "stale_attempt", "owner_f
 class Outbox:
     """Everything on its way.
 
+    The lock round each call is reentrant, because a signal handler may have something to say while its own thread is in
+    here. So counters are read and written without a call in between, which is where Python runs handlers.
+
     Args:
         random: a number from 0 to 1.
         interval: seconds between two sendings of mere progress.
@@ -72,6 +75,7 @@ class Outbox:
         self._urgent = False
         self._failures = 0
         self._retry_at = 0.0
+        self._asked_until = 0.0
         self._sent_at = -1e9
         self._limit = MAX_BATCH
 
@@ -114,8 +118,8 @@ class Outbox:
             oldest = next(iter(self._open))
             self._queue.pop(self._open.pop(oldest).ticket, None)
             self.dropped += 1
-        self._ticket += 1
-        item = self._queue[self._ticket] = self._open[state.key] = Item(self._ticket, state, fields)
+        item = Item(self._next_ticket(), state, fields)
+        self._queue[item.ticket] = self._open[state.key] = item
         self._urgent = self._urgent or urgent
         return True
 
@@ -133,17 +137,18 @@ class Outbox:
 
     def put_end(self, state: State, event_id: str, at_us: int, body: bytes | None, place: Place | None) -> Item | None:
         """Take in the end of a job, which replaces the news of it that waits; None if there are too many."""
-        if self._ends >= MAX_ENDS or (body is not None and self._held + len(body) > MAX_HELD):
+        size = 0 if body is None else len(body)
+        if self._ends >= MAX_ENDS or self._held + size > MAX_HELD:
             self.dropped += 1
             return None
         waiting = self._open.pop(state.key, None)
         if waiting is not None:
             self._queue.pop(waiting.ticket, None)
-        self._ticket += 1
-        item = self._queue[self._ticket] = Item(self._ticket, state, {})
+        item = Item(self._next_ticket(), state, {})
         item.event_id, item.at_us, item.body, item.place = event_id, at_us, body, place
+        self._queue[item.ticket] = item
         self._ends += 1
-        self._held += len(body or b"")
+        self._held += size
         self._urgent = True
         return item
 
@@ -152,15 +157,17 @@ class Outbox:
         if len(self.notices) >= MAX_NOTICES:
             self.dropped += 1
             return False
-        self._ticket += 1
-        self.notices.append(Notice(self._ticket, key, body))
+        self.notices.append(Notice(self._next_ticket(), key, body))
         self._urgent = True
         return True
 
     def next_seq(self, now_us: int) -> int:
         """A number above all before, and comparable between processes whose clocks agree."""
-        self._seq = max(self._seq + 1, now_us)
-        return self._seq
+        seq = self._seq + 1
+        if seq < now_us:
+            seq = now_us
+        self._seq = seq
+        return seq
 
     # What the sender asks
 
@@ -178,7 +185,7 @@ class Outbox:
         """Whether everything up to this was answered or given up."""
         return (
             not any(item.ticket <= ticket for item in self._flying)
-            and next(iter(self._queue), ticket + 1) > ticket
+            and min(self._queue, default=ticket + 1) > ticket
             and (not self.notices or self.notices[0].ticket > ticket)
         )
 
@@ -192,8 +199,8 @@ class Outbox:
         return max(min(times), self._retry_at) if times else None
 
     def hurry(self) -> None:
-        """Try what there is without waiting for a better moment."""
-        self._retry_at = 0.0
+        """Try what there is without waiting for a better moment, unless the server itself asked for that."""
+        self._retry_at = self._asked_until
         self._urgent = True
 
     def take(self, now: float, now_us: int) -> list[Item]:
@@ -313,6 +320,10 @@ class Outbox:
         outbox.states = dict(self.states)
         return outbox
 
+    def _next_ticket(self) -> int:
+        self._ticket = ticket = self._ticket + 1
+        return ticket
+
     def _states_of(self, job_id: str, flying: Iterable[Item]) -> Iterable[State]:
         yield from (state for state in self.states.values() if state.job_id == job_id)
         yield from (item.state for item in flying if item.state.job_id == job_id)
@@ -321,8 +332,9 @@ class Outbox:
         item.settled = True
         item.error = refusal
         if item.is_end:
+            size = len(item.body) if item.body is not None and item.place is None else 0
             self._ends -= 1
-            self._held -= 0 if item.place else len(item.body or b"")
+            self._held -= size
         item.body = None
         outcome.done.append(item)
         if refusal is not None:
@@ -354,12 +366,13 @@ class Outbox:
 
     def _succeeded(self) -> None:
         self._failures = 0
-        self._retry_at = 0.0
+        self._retry_at = self._asked_until = 0.0
 
     def _hold_back(self, now: float, retry_after: float | None) -> None:
         """Full jitter: anything up to a bound that doubles, so that workers do not come back all at once."""
         self.missed += 1
         wait = self._random() * min(MAX_DELAY, BASE_DELAY * 2.0 ** min(self._failures, 16))
         self._failures += 1
-        self._retry_at = now + wait + min(retry_after or 0.0, MAX_ASKED_DELAY)
+        self._asked_until = now + min(retry_after or 0.0, MAX_ASKED_DELAY)
+        self._retry_at = self._asked_until + wait
         self._urgent = True

@@ -176,13 +176,14 @@ class Journal:
 
     def _append(self, line: bytes) -> int:
         """Write a line; where it begins. Raises OSError, with the file as it was."""
+        length = len(line)
         offset = self._size
-        self._size = offset + len(line)
+        self._size = offset + length
         try:
-            if os.pwrite(self._fd, line, offset) != len(line):
+            if os.pwrite(self._fd, line, offset) != length:
                 raise OSError(f"{self.path}: the disk is full")
         except OSError:
-            if self._fd >= 0 and self._size == offset + len(line):
+            if self._fd >= 0 and self._size == offset + length:
                 self._size = offset
                 os.ftruncate(self._fd, offset)
             raise

@@ -87,6 +87,8 @@ class Transport:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError(f"url {url!r}: expected something like http://127.0.0.1:3000")
+        if parts.username is not None:  # it would stand in every log and in the spool's name
+            raise ValueError("url: identify yourself by a token, not in the address")
         _ = parts.port  # raises for one that is no port
         self.url = url.rstrip("/")
         self._host = parts.hostname

@@ -106,6 +106,8 @@ def test_a_server_that_is_away_is_asked_less_and_less_often() -> None:
     out.failed(now, 100)
     assert out.due() == now + 30 + 100
     out.hurry()
+    assert out.due() == now + 100
+    now += 100
     out.take(now, US)
     out.failed(now, 1e9)
     assert out.due() == now + 30 + module.MAX_ASKED_DELAY

@@ -6,10 +6,12 @@ import signal
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
 from statuswire import job
+from statuswire.spool import Entry, Spool
 from tests.producer.workers import history, journals, record, run, settled, start, worker
 from tests.support import PATIENCE_S, server, spawned, until
 
@@ -221,6 +223,56 @@ if __name__ == "__main__":
 
 def spawn(file: Path) -> str:
     return f"import subprocess; sys.exit(subprocess.call([sys.executable, {str(file)!r}]))"
+
+
+async def test_a_dead_worker_shows(tmp_path: Path) -> None:
+    async with server() as at:
+        await kill_after("j = job('a', user='u', ttl=0.6); j.progress(5); flush()", at.url, tmp_path)
+        await until(lambda: [one.latest.status for one in [at.node.jobs.get("a")] if one] == ["stalled"])
+        await until(lambda: [one.latest.status for one in [at.node.jobs.get("a")] if one] == ["failed"])
+        assert (await record(at, "a"))["error"] == "lost"
+
+
+async def test_a_late_end_of_one_attempt_does_not_end_the_next(tmp_path: Path) -> None:
+    async with server() as at, worker(at.url, tmp_path) as client:
+        await at.publish("a", userId="u", status="failed")
+        j = job("a", user="u", attempt=2, client=client)
+        await settled(client)
+        assert client._spool is not None
+        left = Spool(client._spool.directory)
+        ten_minutes_ago = time.time_ns() // 1000 - 600_000_000
+        for name, attempt in (("a", None), ("b", None)):
+            update = msgspec.Raw(b'{"jobId":"%s","userId":"u","status":"failed"}' % name.encode())
+            left.keep(Entry(f"key {name}", ten_minutes_ago, name, update, attempt))
+        left.close()
+        await settled(client)
+        assert (await record(at, "a"))["status"] == "processing"
+        assert (await record(at, "b"))["status"] == "failed"
+        j.complete()
+        await settled(client)
+        assert (await record(at, "a"))["status"] == "completed"
+
+
+async def test_jobs_may_be_ended_by_a_signal_handler(tmp_path: Path) -> None:
+    script = """
+ended = 0
+def end(*_):
+    global ended
+    ended += 1
+    job(f"signal-{ended}", user="u").complete()
+signal.signal(signal.SIGALRM, end)
+for number in range(300):
+    signal.setitimer(signal.ITIMER_REAL, number % 30 * 0.00002 + 0.00001)
+    job(f"main-{number}", user="u").complete()
+    while ended <= number:
+        time.sleep(0)
+assert flush(20)
+print(ended)
+"""
+    async with server() as at:
+        ended = int(await run(script, at.url, tmp_path))
+        assert len(at.node.jobs) == ended + 300
+    assert journals(tmp_path) == []
 
 
 async def test_the_thread_ends_when_it_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
