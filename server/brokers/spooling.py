@@ -32,6 +32,7 @@ from server.brokers.keys import digest_of
 from server.brokers.redis_broker import RedisBroker
 from server.brokers.redis_calls import Batch, Doubt
 from server.brokers.redis_client import RedisClientError
+from server.brokers.redis_follower import unavailable
 from server.brokers.spool_file import SpoolFile
 from server.inbox import Inboxes
 
@@ -218,8 +219,12 @@ class SpoolingBroker:
 
     def _refused(self, operations: Sequence[Operation]) -> Submission:
         """What cannot wait must not overtake either."""
-        message = "updates that came while the store was away are being passed on first; try again"
-        error = ApiError(503, "store_unavailable", message, retry_after=2)
+        away = self._inner.refusing
+        error = (
+            unavailable(away)
+            if away is not None
+            else ApiError(503, "store_unavailable", "what waited for the store is passed on first", retry_after=2)
+        )
         submission = Submission([error] * len(operations))
         submission.settle(error)
         return submission
