@@ -35,6 +35,7 @@ from server.brokers.redis_keys import (
     LEASES,
     LOGS,
     META,
+    PROBE,
     SCHEMA,
     SHARDS,
     TICK,
@@ -351,11 +352,20 @@ class RedisBroker:
                     pass  # the next one will tell
                 else:
                     self._take_tick(meta, left_ms, due)
+                if self._publisher.refusing is not None:
+                    await self._probe()
             while trio.current_time() < self._next_tick:
                 self._hurry = trio.Event()
                 with trio.move_on_at(self._next_tick):
                     await self._hurry.wait()
             await trio.lowlevel.checkpoint()
+
+    async def _probe(self) -> None:
+        """See if Redis takes writes again: while this node is not ready nobody may come whose update would show it."""
+        assert self._client is not None
+        with suppress(RedisClientError, RedisError):
+            await self._client.call("SET", PROBE, "", "PX", 1000)
+            self._publisher.refusing = None
 
     def _take_tick(self, meta: Sequence[bytes], left_ms: int, due: Sequence[bytes]) -> None:
         self.follower.check(dict(zip(meta[::2], meta[1::2], strict=True)))

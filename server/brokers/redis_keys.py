@@ -7,6 +7,7 @@ All keys share the hash tag ``{statuswire}``: one script may touch any of them, 
   milliseconds); ``last:<k>``: offset of the newest entry of shard k; ``cut:<k>``: up to where they were too old.
 - ``jobs:<k>``, a hash: job id -> ``<rev> <created> <offset> <at> <stamp>\n`` and a msgpack ``Write``.
 - ``where``, a hash: job id -> shard.
+- ``probe``: written once a second by those who were refused, for a second.
 - ``importing``: the name of an import that is under way, for half a minute; ``importing`` in ``meta`` stays after it.
 - ``log:<k>``, a stream: one entry ``<stamp>-0`` for every call that changed something, with the message in field ``m``.
 - ``shard:<k>``, a channel: the same messages, live.
@@ -47,6 +48,7 @@ CALLBACKS: Final = f"{PREFIX}callbacks".encode()  # the node whose turn it is to
 META: Final = f"{PREFIX}meta".encode()
 WHERE: Final = f"{PREFIX}where".encode()
 LEASES: Final = f"{PREFIX}leases".encode()
+PROBE: Final = f"{PREFIX}probe".encode()
 IMPORTING: Final = f"{PREFIX}importing".encode()
 ENDED_JOBS: Final = f"{PREFIX}ended".encode()
 JOBS: Final = tuple(f"{PREFIX}jobs:{shard}".encode() for shard in range(SHARDS + 1))

@@ -204,6 +204,7 @@ async def test_a_redis_that_is_full(redis: RedisServer, tmp_path: Path) -> None:
             oracle.config_set("maxmemory", 0)
         await passed_on(at)
         assert await messages(at, "a") == ["0", "1", "2", "3"]
+        await until_answered(at, "/ready", 200)
         assert (await at.publish("a", message="4")).json["version"] == 5
 
 
@@ -353,7 +354,7 @@ async def test_any_outage_keeps_order_and_counts_once(
                 for _ in range(12):
                     goal = sum(sent.values()) + 100
                     await until(lambda goal=goal: sum(sent.values()) >= goal)  # type: ignore[misc]
-                    match dice.choice(("cut", "mute", "kill")):
+                    match dice.choice(("cut", "mute", "kill", "full")):
                         case "cut":
                             proxy.cut()
                         case "mute":
@@ -362,6 +363,13 @@ async def test_any_outage_keeps_order_and_counts_once(
                             proxy.cut()
                             await trio.sleep(dice.uniform(0, 1))
                             proxy.pass_again()
+                        case "full":
+                            with redis.oracle() as oracle:
+                                for _ in range(5):
+                                    oracle.config_set("maxmemory", 1)
+                                    await trio.sleep(dice.uniform(0, 0.05))
+                                    oracle.config_set("maxmemory", 0)
+                                    await trio.sleep(dice.uniform(0, 0.05))
                         case "kill":
                             redis.kill()
                             await trio.sleep(dice.uniform(0, 1))
