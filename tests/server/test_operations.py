@@ -39,11 +39,6 @@ ELSEWHERE = {
 ONLY_REDIS = {
     "statuswire_store_commands",
     "statuswire_store_connects",
-    "statuswire_spool_waiting",
-    "statuswire_spool_bytes",
-    "statuswire_spool_taken",
-    "statuswire_spool_passed_on",
-    "statuswire_spool_refused",
     "statuswire_ingest_dropped",
     "statuswire_ingest_dead",
     "statuswire_ingest_trimmed",
@@ -434,8 +429,7 @@ async def test_notifications_are_counted() -> None:
 
 async def test_redis_has_figures_of_its_own(tmp_path: Path) -> None:
     with running_server(tmp_path) as redis:
-        store = {"url": f"redis://127.0.0.1:{redis.port}/0", "spool": True, "spool_path": str(tmp_path / "spool")}
-        async with server(store=store) as at:
+        async with server(store={"url": f"redis://127.0.0.1:{redis.port}/0"}) as at:
             await until(lambda: at.node.broker.available is None)
             assert (await at.get("/api/v2/jobs")).status == 200  # follows everything from here on
             await at.publish("a", userId="alice")
