@@ -206,9 +206,14 @@ def process_sample() -> Sample:
     return {
         "process_cpu_seconds_total": time.process_time(),
         "process_resident_memory_bytes": resident,
-        "process_open_fds": len(os.listdir("/proc/self/fd")) - 1,  # one of them lists the others
+        "process_open_fds": _open_descriptors(),
         "process_max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
+
+
+def _open_descriptors() -> int:
+    """Linux 6.2 tells the number; listing 10,000 of them takes 10 ms."""
+    return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
 
 
 def health_at(now: float, config: Config) -> Callable[[float], str]:
