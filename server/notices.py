@@ -13,8 +13,10 @@ from protocol.notice import MAX_CHANNELS, Notice
 from protocol.position import Position, parse_cursor
 from protocol.presence import PRESENCE, PRESENCE_OF_USER
 from protocol.update import Update
+from protocol.watch import check_parameter_id
 from server.auth import Identity
 from server.brokers.base import Accepted, Acknowledge, Notify
+from server.connection import Exchange
 from server.node import Node
 from server.reading import Start, missed_notices
 
@@ -51,6 +53,21 @@ def split_channels(
         else:
             denied.append(channel)
     return good, denied
+
+
+def notified_user(exchange: Exchange) -> str:
+    """Whose notifications a request is about: the caller's, or those of ``userId``.
+
+    Raises:
+        ApiError: 400 for one that is no id, 403 for another user's by other than an admin.
+    """
+    user_id = exchange.request.query.get("userId")
+    if user_id is None:
+        return exchange.caller.user
+    check_parameter_id("userId", user_id)
+    if user_id != exchange.caller.user and not exchange.caller.admin:
+        raise ApiError(403, "forbidden", "userId: only an admin may be notified for another user", field="userId")
+    return user_id
 
 
 class Owed(NamedTuple):

@@ -207,7 +207,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     ),
     "POST /api/sse/ack": Operation(
         "acknowledge", "notifications", "stored notifications up to a cursor need not come again",
-        {204: Answer("noted")}, (), {JSON: Ack},
+        {204: Answer("noted")}, (Parameter("userId", "whose; for another's one has to be an admin", ID),), {JSON: Ack},
     ),
     "GET /api/sse/connections": Operation(
         "listConnections", "notifications", "who is connected", {200: Answer("a page", ConnectionList)},

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple
 
 from protocol.errors import ApiError
+from protocol.notice_view import VIEW as NOTICES
 from protocol.view import View
 from protocol.views import all_views
 from protocol.views.jobs import VIEW as JOBS
@@ -64,7 +65,7 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v2/jobs/{jobId}/history": {"GET": Route(jobs.history)},
     "/api/v2/jobs/{jobId}/cancel": {"POST": Route(jobs.cancel)},
     "/api/v2/updates": {"POST": Route(jobs.publish_batch, "publish")},
-    "/api/sse": {"GET": Route(notice_stream, head=False)},
+    "/api/sse": {"GET": Route(notice_stream, head=False, view=NOTICES)},
     "/api/sse/message": {"POST": Route(notices.send_message, "notify")},
     "/api/sse/ack": {"POST": Route(notices.acknowledge)},
     "/api/sse/connections": {"GET": Route(notices.list_connections, "ops")},

@@ -14,7 +14,7 @@ from protocol.update import format_time
 from server.answers import Response, json_answer
 from server.brokers.base import Acknowledge
 from server.connection import Exchange
-from server.notices import offset_of, send
+from server.notices import notified_user, offset_of, send
 from server.routes.intake import JSON_TYPES, idempotency_key, read_body, unsupported
 from server.routes.jobs import whole_number
 
@@ -36,13 +36,14 @@ async def send_message(exchange: Exchange) -> Response:
 
 
 async def acknowledge(exchange: Exchange) -> Response:
-    """``POST /api/sse/ack``: what was stored for the caller up to this cursor need not come again."""
+    """``POST /api/sse/ack?userId=``: what was stored for the caller up to this cursor need not come again."""
     node = exchange.node
+    user = notified_user(exchange)
     text = decode_ack(await _read_json(exchange, _MAX_ACK)).id
     offset = offset_of(node, text)
     if offset is None:
         raise invalid_field("id", "is no cursor of this log")
-    submission = node.broker.submit([Acknowledge(exchange.caller.user, offset)])
+    submission = node.broker.submit([Acknowledge(user, offset)])
     await submission.wait_kept()
     result = submission.results[0]
     if isinstance(result, ApiError):

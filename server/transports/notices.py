@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from protocol.errors import ApiError
 from protocol.http1 import LAST_CHUNK
-from protocol.messages import server_message, whole
+from protocol.messages import whole
 from protocol.notice import parse_channels, parse_username
-from protocol.update import Update, format_time
-from protocol.watch import check_parameter_id
+from protocol.notice_view import VIEW as NOTICES
+from protocol.update import Update
 from protocol.wire import Framing, WireForm, wire_form
 from server.connection import Exchange
 from server.ids import new_id
 from server.node import Stream
-from server.notices import check_join, owed
+from server.notices import check_join, notified_user, owed
 from server.reading import Start, start_from
 from server.socketio import all_acknowledged, receive
 from server.transports.live import DISCONNECTED, LiveReader
-from server.transports.sse import CHATTER_BYTES, GOODBYE_S, HEADERS, REPLAY_UPDATES, RETRY_MS
+from server.transports.sse import CHATTER_BYTES, GOODBYE_S, HEADERS, REPLAY_UPDATES, RETRY_MS, say
 
 # What the last event says of an end, by its reason: code and message.
 _FAREWELLS: Final = {
@@ -34,25 +32,21 @@ _FAREWELLS: Final = {
 async def notice_stream(exchange: Exchange) -> Stream:
     """``GET /api/sse?userId=&username=&channels=&last_seen=``: begins the stream."""
     node, request, identity = exchange.node, exchange.request, exchange.caller
-    user_id = request.query.get("userId")
-    if user_id is not None:
-        check_parameter_id("userId", user_id)
-        if user_id != identity.user and not identity.admin:
-            raise ApiError(403, "forbidden", "userId: only an admin may be notified for another user", field="userId")
+    user = notified_user(exchange)
     channels = parse_channels(request.query) or []
     for channel in channels:
         check_join(node, identity, channel)
     username = parse_username(request.query)
     cursor = request.header("last-event-id") or request.query.get("last_seen")
     await node.broker.follow((), cursor)
-    if user_id is not None and user_id != identity.user:
-        identity = replace(identity, user=user_id)
+    if user != identity.user:
+        identity = replace(identity, user=user)
     client_id = new_id()
     await node.presence.admit(client_id, identity.user)
     connection = exchange.connection
     head = connection.http.start_stream(200, [*exchange.headers(), *HEADERS], close=True)
     framing = Framing.SSE_CHUNKED if connection.http.chunked else Framing.SSE
-    reader = NoticeStream(exchange, wire_form(framing), client_id)
+    reader = NoticeStream(exchange, wire_form(framing, None, NOTICES), client_id)
     reader.username = username
     reader.enter(identity)
     for channel in channels:
@@ -84,25 +78,27 @@ class NoticeStream(LiveReader):
         notices, _ = owed(node, start, self.user, self.heard())
         node.counters.begin(resumed=start.after is not None, lost=start.lost)
         node.counters.replayed += len(notices)
-        connected = server_message(
+        # No cursor runs ahead of what is still to come; without that, the stream stands at the log's end.
+        cursor = start.given if notices or start.lost else self.cursor()
+        connected = say(
+            self.form,
             "connected",
+            cursor,
+            RETRY_MS,
             clientId=self.client_id,
             userId=self.user,
             username=self.username,
             channels=list(self.channels),
             heartbeat=whole(node.config.server.heartbeat),
-            timestamp=_now(),
         )
-        # No cursor runs ahead of what is still to come; without that, the stream stands at the log's end.
-        cursor = start.given if notices or start.lost else self.cursor()
-        first = head + self.form.message(connected, cursor, RETRY_MS, "connected")
+        first = head + connected
         if start.lost:
             first += self._reset(None if notices else self.cursor())
         self.post(first, self._replay(notices))
 
     def _reset(self, cursor: str | None) -> bytes:
         reason = "the log no longer reaches back to your cursor: notifications that were not stored may be missing"
-        return self.form.message(server_message("reset", reason=reason), cursor, event="reset")
+        return say(self.form, "reset", cursor, message=reason)
 
     def _replay(self, notices: list[Update]) -> Iterator[bytes]:
         """What it is owed as of now, in pieces; the last one has the cursor behind all of it."""
@@ -125,8 +121,7 @@ class NoticeStream(LiveReader):
 
     def heartbeat(self) -> None:
         """With the reader's cursor, so that a quiet reader's cursor moves with the log."""
-        message = server_message("heartbeat", timestamp=_now())
-        self.post(self.form.message(message, self.cursor(), event="heartbeat"))
+        self.post(say(self.form, "heartbeat", self.cursor()))
 
     def drain(self, delay_ms: int) -> None:
         """The server goes away: end, and have the client come back after ``delay_ms``."""
@@ -139,9 +134,7 @@ class NoticeStream(LiveReader):
             return  # gone, stalled, or too far behind: nothing more would arrive
         code, message = _FAREWELLS[self.ended]
         delay_ms = self._drain_delay_ms if self.ended == "drain" else None
-        last = self.form.message(
-            server_message("error", code=code, message=message), self.final_cursor, delay_ms, "error"
-        )
+        last = say(self.form, "error", self.final_cursor, delay_ms, code=code, message=message)
         await self.say_last(last + (LAST_CHUNK if self.form.framing is Framing.SSE_CHUNKED else b""), GOODBYE_S)
 
 
@@ -150,7 +143,3 @@ def _pieces(form: WireForm, notices: list[Update], epoch: str, end: int) -> Iter
         yield form.updates(notices[start : min(start + REPLAY_UPDATES, len(notices) - 1)], epoch)
     if notices:
         yield form.update(notices[-1], f"{epoch}:{end}")
-
-
-def _now() -> str:
-    return format_time(int(time.time() * 1000))

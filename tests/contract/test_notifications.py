@@ -24,6 +24,7 @@ from tests.streams import (
     event_stream,
     lose_log,
     narrow,
+    parse_events,
     poll,
     session,
     stream_at,
@@ -418,6 +419,9 @@ async def test_in_open_mode_anyone_says_who_they_are() -> None:
         assert (await stream.event()).name == "note"
         user = (await at.get("/api/sse/users/ann")).json
         assert user == {"userId": "ann", "online": True, "connections": 1}
+        await send(at, "user", "ann", headers=(), store=True)
+        assert (await at.post("/api/sse/ack?userId=ann", {"id": cursor(at)}, ())).status == 204
+        assert at.node.broker.inboxes.places == 0
         assert (await poll(at, userId="ann", channels="", last_seen=f"{at.node.broker.epoch}:0"))["updates"]
 
 
@@ -510,6 +514,8 @@ async def test_acknowledging_over_http_and_by_polling(at: InProcess) -> None:
     assert (await at.post("/api/sse/ack", {"id": first["id"]}, bearer("bob"))).status == 204
     assert (await at.post("/api/sse/ack", {"id": first["id"]}, bearer("ann"))).status == 204
     assert len(at.node.broker.inboxes.of_user("ann")) == 1
+    other = await at.post("/api/sse/ack?userId=ann", {"id": second["id"]}, bearer("bob"))
+    assert (other.status, other.json["error"]["field"]) == (403, "userId")
     for bad in ("", "x", "abc:1", 5):
         refused = await at.post("/api/sse/ack", {"id": bad}, bearer("ann"))
         assert (refused.status, refused.json["error"]["field"]) == (422, "id")
@@ -714,7 +720,9 @@ async def test_draining_ends_the_stream_with_a_way_back(at: InProcess) -> None:
         assert await stream.rest() == []
         turned_away = await at.get("/api/sse", {"Accept": "text/event-stream"} | bearer("ann"))
         assert turned_away.status == 200
-        assert b"try_later" in turned_away.body
+        (away,) = parse_events(turned_away.body)
+        assert (away.name, away.data["code"], away.id) == ("error", "try_later", None)
+        assert away.retry is not None
 
 
 async def test_a_token_that_expires_ends_the_stream(at: InProcess) -> None:
