@@ -173,10 +173,10 @@ def test_signatures_tell_what_differs() -> None:
 def test_presence_is_told_like_any_other() -> None:
     notice = presence_notice(PresenceEvent("join", "ann", "team", 3))
     assert (notice.target, notice.event) == (Target("channel", ("presence:team",)), "join")
-    assert json.loads(notice.data) == {"userId": "ann", "channel": "team", "count": 3}
+    assert json.loads(bytes(notice.data)) == {"userId": "ann", "channel": "team", "count": 3}
     notice = presence_notice(PresenceEvent("leave", "ann", None, 0))
     assert notice.target == Target("channel", ("presence:user:ann",))
-    assert json.loads(notice.data) == {"userId": "ann", "count": 0}
+    assert json.loads(bytes(notice.data)) == {"userId": "ann", "count": 0}
 
 
 def test_parameters() -> None:
