@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,8 @@ import redis
 import trio
 
 SLOTS = 16384
+# What dies with its parent dies with the thread that started it: this one lasts as long as the tests.
+_STARTER = ThreadPoolExecutor(1)
 
 
 def free_ports(count: int) -> list[int]:
@@ -93,7 +96,8 @@ class RedisServer:
         with (self.directory / "log").open("ab") as log:
             # It must not outlive us even if we are killed: util-linux' setpriv becomes the server.
             command = ["setpriv", "--pdeathsig", "KILL", *self.arguments]
-            self.process = subprocess.Popen(command, cwd=self.directory, stdout=log, stderr=log)
+            started = _STARTER.submit(subprocess.Popen, command, cwd=self.directory, stdout=log, stderr=log)
+            self.process = started.result()
         if wait:
             wait_for(self.answers)
 

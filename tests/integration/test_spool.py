@@ -218,7 +218,7 @@ async def test_killed_after_the_answer(redis: RedisServer, tmp_path: Path) -> No
             assert (await at.post("/api/v2/jobs/a/updates", {"message": str(number)})).status == 202
         at.signal(signal.SIGKILL)
         await at.exit_status()
-    redis.start()  # in this thread: it ends with the one that started it
+    await trio.to_thread.run_sync(redis.start)
     async with spawned(tmp_path, store=store) as at:
         await at.logged("all that waited for Redis has been passed on")
         history = (await at.get("/api/v2/jobs/a/history")).json["updates"]
@@ -373,7 +373,7 @@ async def test_any_outage_keeps_order_and_counts_once(
                         case "kill":
                             redis.kill()
                             await trio.sleep(dice.uniform(0, 1))
-                            redis.start()  # in this thread: it ends with the one that started it
+                            await trio.to_thread.run_sync(redis.start)
                 stopping.set()
             await passed_on(at)
             for job_id, count in sent.items():
