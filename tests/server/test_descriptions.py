@@ -244,3 +244,42 @@ async def test_every_error_is_of_one_form() -> None:
 
 def test_channels_are_routes() -> None:
     assert {channel.address for channel in CHANNELS.values()} <= ROUTES.keys()
+
+
+async def test_every_status_there_is_comes_as_described() -> None:
+    """One call for each status of an error, on a server that asks for tokens; the answer's status and form."""
+    alice, jobs = bearer("alice"), "/api/v2/jobs"
+    worker = [bearer(f"worker{number}", capabilities=["publish"]) for number in range(6)]
+    plain = worker[5] | {"Content-Type": "text/plain"}
+    calls: list[tuple[int, str, str, str, object, dict[str, str]]] = [
+        (400, "GET", jobs, f"{jobs}?limit=x", None, alice),
+        (401, "GET", jobs, jobs, None, {}),
+        (403, "POST", jobs, jobs, {}, alice),
+        (404, "GET", "/api/v2/jobs/{jobId}", f"{jobs}/none", None, alice),
+        (409, "POST", jobs, jobs, {"jobId": "a", "userId": "alice"}, worker[0]),
+        (411, "POST", jobs, jobs, None, worker[1]),
+        (413, "POST", jobs, jobs, b"x" * 200_000, worker[2]),
+        (415, "POST", jobs, jobs, b"x", plain),
+        (422, "POST", jobs, jobs, {"progress": "x"}, worker[3]),
+        (426, "GET", "/ws/jobs", "/ws/jobs", None, {}),
+        (429, "POST", jobs, jobs, {}, worker[4]),
+        (414, "GET", jobs, f"{jobs}?kind={'x' * 70_000}", None, alice),
+        (431, "GET", jobs, jobs, None, alice | {"X-Long": "x" * 40_000}),
+    ]
+    async with server(auth=AUTH, limits={"publishes_per_second": 0.01}) as at:
+        document = await described(at, "/openapi.json")
+        schema = {**document["components"]["schemas"]["Error"], "components": document["components"]}
+        put(at, "a")
+        assert (await at.post(jobs, {}, worker[4])).status == 201
+        for status, method, path, target, body, headers in calls:
+            answer = await at.ask(method, target, body, headers)
+            assert answer.status == status, (answer, target[:80])
+            jsonschema.Draft202012Validator(schema).validate(answer.json)
+            assert str(status) in document["paths"][path][method.lower()]["responses"], (status, path)
+            assert ("retry-after" in answer.headers) == (status == 429)
+        answer = await at.ask("PUT", jobs, {}, alice)
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, POST, HEAD, OPTIONS")
+        at.node.start_drain()
+        answer = await at.get(jobs, alice)
+        assert (answer.status, answer.error) == (503, "try_later")
+        assert "retry-after" in answer.headers
