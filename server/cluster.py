@@ -21,7 +21,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import msgspec
 import trio
 
 from protocol.errors import ApiError
@@ -34,7 +33,6 @@ from server.brokers.redis_presence import (
     ADMIT,
     BEAT,
     CLIENTS,
-    CONTROL,
     COUNT,
     NODES,
     OF_USER,
@@ -43,15 +41,13 @@ from server.brokers.redis_presence import (
     PEERS,
     REAP,
     WRITE,
-    Command,
-    Done,
     PeerInfo,
     decode_client,
-    decode_control,
     decode_event,
     decode_peer,
     encode,
 )
+from server.cluster_requests import Requests
 from server.logs import log_event
 
 if TYPE_CHECKING:
@@ -77,13 +73,11 @@ PIECE: Final = 500
 REAP_PIECE: Final = 200
 REAP_S: Final = 0.5
 EVENTS_AT_ONCE: Final = 100
-# A question to Redis, and one to other nodes, which is repeated meanwhile: they may be about to subscribe again.
+# A question to Redis.
 ANSWER_S: Final = 2.0
-NODES_ANSWER_S: Final = 3.0
 # Tokens are waited for less long; where they did not come, each node counts for itself for a while.
 TOKENS_S: Final = 0.5
 SLOW_S: Final = 5.0
-ASK_AGAIN_S: Final = 0.5
 # A user's connections that are told of at most.
 OF_USER_MOST: Final = 10_000
 # A place that was asked for and not taken by then is given back.
@@ -110,15 +104,6 @@ class _Away(Exception):
     """Redis does not answer."""
 
 
-class _Question:
-    """A request to other nodes, while their answers are awaited."""
-
-    def __init__(self, nodes: set[str]) -> None:
-        self.open = nodes
-        self.count = 0
-        self.answered = trio.Event()
-
-
 class Cluster:
     """One node's share in what all nodes know of each other.
 
@@ -129,6 +114,7 @@ class Cluster:
 
     Attributes:
         node_id: names this process.
+        requests: from node to node.
     """
 
     def __init__(self, presence: Presence, *, group: str = "", stats: Callable[[], Sample] = dict) -> None:
@@ -146,7 +132,7 @@ class Cluster:
         self._places: dict[str, float] = {}
         self._slow_until = -math.inf
         self._tell_at = -math.inf
-        self._questions: dict[str, _Question] = {}
+        self.requests = Requests(self.node_id, presence.disconnect_here)
         self._entered = trio.Event()
         self._outbox = trio.Event()
         self._wake = trio.Event()
@@ -158,7 +144,7 @@ class Cluster:
     def begin(self, client: Client) -> None:
         """Take the client, which is run by somebody else, and listen to the other nodes."""
         self._client = client
-        client.subscribe([CONTROL])
+        self.requests.begin(client)
 
     def went_up(self) -> None:
         """Redis is back."""
@@ -489,47 +475,6 @@ class Cluster:
             info = decode_peer(blob)
             peers.append(Peer(node.decode(), info.host, info.group, info.stats))
         return peers
-
-    # From node to node
-
-    async def disconnect(self, kind: str, name: str, nodes: set[str]) -> int:
-        """Have other nodes end a client's or a user's connections; how many they have ended."""
-        nodes = nodes - {self.node_id}
-        if not nodes or self._client is None:
-            return 0
-        request = secrets.token_hex(8)
-        question = self._questions[request] = _Question(nodes)
-        try:
-            with trio.move_on_after(NODES_ANSWER_S):
-                while question.open:
-                    self._tell(Command(request, sorted(question.open), "client" if kind == "client" else "user", name))
-                    with trio.move_on_after(ASK_AGAIN_S):
-                        await question.answered.wait()
-        finally:
-            del self._questions[request]
-        return question.count
-
-    def _tell(self, message: Command | Done) -> None:
-        assert self._client is not None
-        with suppress(RedisClientError):
-            self._client.send("SPUBLISH" if self._client.sharded else "PUBLISH", CONTROL, encode(message))
-
-    def take(self, data: bytes) -> None:
-        """A message of another node came."""
-        try:
-            message = decode_control(data)
-        except msgspec.DecodeError:
-            return  # of a newer version
-        if isinstance(message, Done):
-            question = self._questions.get(message.request)
-            if question is not None and message.node in question.open:
-                question.open.discard(message.node)
-                question.count += message.count
-                if not question.open:
-                    question.answered.set()
-        elif self.node_id in message.nodes:
-            count = self._presence.disconnect_here(message.kind, message.name)
-            self._tell(Done(message.request, self.node_id, count))
 
 
 def _kind(blob: bytes | None) -> str:

@@ -240,14 +240,14 @@ class Presence:
         if self.cluster is None:
             return False
         found = await self.cluster.find(client_id)
-        return found is not None and await self.cluster.disconnect("client", client_id, {found.node}) > 0
+        return found is not None and await self.cluster.requests.disconnect("client", client_id, {found.node}) > 0
 
     async def disconnect_user(self, user: str) -> int:
         """End all of a user's connections, on all nodes; how many there were."""
         count = self.disconnect_here("user", user)
         if self.cluster is not None:
             nodes = {info.node for info in await self.cluster.of_user(user)}
-            count += await self.cluster.disconnect("user", user, nodes)
+            count += await self.cluster.requests.disconnect("user", user, nodes)
         return count
 
     def disconnect_here(self, kind: Literal["client", "user"], name: str) -> int:

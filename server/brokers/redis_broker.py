@@ -323,7 +323,7 @@ class RedisBroker:
 
     def _take_other(self, channel: bytes, data: bytes) -> None:
         if channel == CONTROL and self.cluster is not None:
-            self.cluster.take(data)
+            self.cluster.requests.take(data)
 
     def _drop(self, places: Sequence[Place]) -> None:
         """Stored notifications that every node lets go of by itself: what is left of them in Redis is of no use."""
