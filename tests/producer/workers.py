@@ -59,7 +59,8 @@ def start(script: str, url: str, spool: Path) -> subprocess.Popen[bytes]:
         "PATH": "/usr/bin:/bin",
     }
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", PRELUDE + script],
+        # Newer Pythons warn of every fork of a process with threads, which is what some of these are about.
+        [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", PRELUDE + script],
         env=environ,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
