@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Set
 from typing import NamedTuple
 
 import trio
@@ -36,7 +36,7 @@ def check_join(node: Node, identity: Identity, channel: str) -> None:
 
 
 def split_channels(
-    node: Node, identity: Identity, channels: Iterable[str], joined: Sequence[str]
+    node: Node, identity: Identity, channels: Iterable[str], joined: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """Tell channels that may be joined from those denied: malformed, not allowed, or beyond ``MAX_CHANNELS``."""
     good: list[str] = []

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger("statuswire.presence")
 
 OnEvent = Callable[[PresenceEvent, str | None], Submission | None]
+# Channels of one connection up to which a tuple will do: it is a quarter of a dict, and as fast to look through.
+_FEW: Final = 16
 """Publishes an event to the members of its ``listeners``. Its second argument is an idempotency key, if it needs one:
 several nodes may publish the same event. Gives what to wait for until it is kept, if anything."""
 
@@ -117,7 +119,12 @@ class Presence:
         """It wants what is sent to a channel. How many it may join is for the caller to bound."""
         if channel in connected.channels or self.clients.get(connected.client_id) is not connected:
             return
-        connected.channels = (*connected.channels, channel)
+        channels = connected.channels
+        if isinstance(channels, dict):
+            channels[channel] = None
+        else:
+            joined = (*channels, channel)
+            connected.channels = joined if len(joined) <= _FEW else dict.fromkeys(joined)
         members = self.channels.setdefault(channel, {})
         members[connected] = None
         self._changed(connected)
@@ -128,7 +135,10 @@ class Presence:
         """The opposite of ``join``; without one it does nothing."""
         if channel not in connected.channels:
             return
-        connected.channels = tuple(name for name in connected.channels if name != channel)
+        if isinstance(connected.channels, dict):
+            del connected.channels[channel]
+        else:
+            connected.channels = tuple(name for name in connected.channels if name != channel)
         self._drop(connected, channel)
         self._changed(connected)
 

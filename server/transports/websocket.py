@@ -394,7 +394,7 @@ class Session(LiveReader):
             )
         channels: list[str] = []
         if message.channels is not None:
-            channels, refused = split_channels(self.node, identity, message.channels, tuple(self.channels))
+            channels, refused = split_channels(self.node, identity, message.channels, self.channels)
             denied += refused
         watch = Watch(None if job_ids is None else tuple(job_ids), message.user_id, wanted, fields)
         names = channels_for(identity, watch, all_jobs=message.all)
