@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 from urllib.parse import urlencode
 
@@ -19,6 +20,7 @@ from server.brokers.base import Accepted, Notify, Publish
 from tests.streams import (
     SseEvent,
     Stream,
+    WebSocket,
     clean_server,
     cursor,
     event_stream,
@@ -775,3 +777,95 @@ async def test_a_slow_reader_that_catches_up_has_all_of_them_and_the_newest_of_a
         got = await ws.updates("a", 101)
         names = [message["event"] for message in got if message["type"] == "notification"]
         assert names == [f"e{number}" for number in range(100)]
+
+
+# Whatever comes in whatever order
+
+
+class Model:
+    """What one WebSocket of a user is owed: every notification for it, once, in the order of the log at each step."""
+
+    def __init__(self, ws: WebSocket, hello: dict[str, Any]) -> None:
+        self.ws = ws
+        self.client = hello["clientId"]
+        self.channels: set[str] = set()
+        self.given: set[int] = set()
+
+    def hears(self, targets: set[str], channels: set[str]) -> bool:
+        names = {"broadcast", "user/ann", f"client/{self.client}", *(f"channel/{name}" for name in channels)}
+        return not names.isdisjoint(targets)
+
+    async def gets(self, offsets: list[int]) -> None:
+        """These come next and nothing else."""
+        got = [int((await self.ws.receive())["id"].rpartition(":")[2]) for _ in offsets]
+        assert got == offsets
+        assert self.given.isdisjoint(offsets)
+        self.given.update(offsets)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_any_interleaving_gives_each_connection_each_notification_once(seed: int) -> None:
+    random = Random(seed)
+    async with clean_server(auth=AUTH) as at, AsyncExitStack() as stack:
+        log: dict[int, set[str]] = {}
+        stored: dict[int, None] = {}  # and not acknowledged
+        open_: list[Model] = []
+
+        def acknowledge(offset: int) -> None:
+            for kept in [kept for kept in stored if kept <= offset]:
+                del stored[kept]
+
+        for _ in range(80):
+            step = random.choice(["send", "send", "send", "connect", "subscribe", "subscribe", "ack", "job"])
+            end = at.node.history.last
+            if step == "connect" and len(open_) < 4:
+                ws = await stack.enter_async_context(websocket(at, token=token("ann")))
+                model = Model(ws, await ws.receive())
+                await model.gets(list(stored))
+                open_.append(model)
+            elif step == "send":
+                kind = random.choice(["user", "users", "channel", "channels", "broadcast", "client"])
+                names = random.sample("abc", random.randint(1, 3))
+                if kind == "client":
+                    names = [random.choice(open_).client if open_ else "nobody"]
+                elif kind.startswith("user"):
+                    names = ["ann", "bob"] if kind == "users" else ["ann"]
+                store = kind.startswith("user") and random.random() < 0.5
+                name: Any = None if kind == "broadcast" else names if kind.endswith("s") else names[0]
+                sent = await send(at, kind, name, store=store)
+                offset = int(sent["id"].rpartition(":")[2])
+                assert offset == end + 1
+                singular = kind.removesuffix("s")
+                listed = names if kind.endswith("s") else names[:1]
+                log[offset] = {"broadcast"} if kind == "broadcast" else {f"{singular}/{one}" for one in listed}
+                if store:
+                    stored[offset] = None
+                reached = [model for model in open_ if model.hears(log[offset], model.channels)]
+                assert sent["delivered"] == len(reached)
+                for model in reached:
+                    await model.gets([offset])
+            elif step == "subscribe" and open_:
+                model = random.choice(open_)
+                channels = set(random.sample("abc", random.randint(0, 3)))
+                cursor_at = random.randint(0, end) if random.random() < 0.6 else None
+                more = {} if cursor_at is None else {"last_seen": f"{at.node.history.epoch}:{cursor_at}"}
+                answer = await model.ws.subscribe(jobIds=[], channels=sorted(channels), **more)
+                assert answer["channels"] == sorted(channels)
+                if cursor_at is not None:
+                    acknowledge(cursor_at)
+                    missed = [
+                        offset
+                        for offset, targets in log.items()
+                        if offset > cursor_at and offset not in model.given and model.hears(targets, channels)
+                    ]
+                    await model.gets(missed)
+                model.channels |= channels
+            elif step == "ack" and open_ and log:
+                acked = random.choice(list(log))
+                await random.choice(open_).ws.send("ack", id=f"{at.node.history.epoch}:{acked}")
+                acknowledge(acked)
+            elif step == "job":
+                await put(at, "job", "ann", progress=random.random())
+            for model in open_:
+                await model.ws.quiet()
+            assert [notice.offset for notice in at.node.broker.inboxes.of_user("ann")] == list(stored)

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import pytest
 import trio
 
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer, running_cluster, running_server
 from tests.streams import SseEvent, Stream, poll, session, stream_at, websocket
 from tests.support import ADMIN, AUTH, Headers, InProcess, bearer, server, token, until
 
@@ -323,3 +323,19 @@ async def test_connections_are_found_and_ended_from_the_other_node(redis: RedisS
         assert (await one.ask("DELETE", client, headers=ADMIN)).status == 204
         assert (await stream.event()).data["code"] == "disconnected"
         await until_online(one, "ann", 0)
+
+
+async def test_on_a_cluster(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as cluster:
+        async with two_nodes(cluster.url) as (one, two), notified(two, "ann", channels="news") as (stream, _):
+            sent = await send(one, "channel", "news", eventId="k")
+            assert (await send(two, "channel", "news", eventId="k"))["id"] == sent["id"]
+            assert (await stream.event()).id == sent["id"]
+            stored = await send(one, "users", ["ann", "bob"], store=True)
+            assert (await stream.event()).id == stored["id"]
+            await until(lambda: two.node.broker.inboxes.places == 2)
+            assert (await one.post("/api/sse/ack", {"id": stored["id"]}, bearer("ann"))).status == 204
+            await until(lambda: two.node.broker.inboxes.places == 1)
+        async with two_nodes(cluster.url) as (one, two), notified(two, "bob") as (stream, _):
+            assert (await stream.event()).name == "note"
+            assert one.node.broker.inboxes.of_user("ann") == []
