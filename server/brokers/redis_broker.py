@@ -6,6 +6,7 @@ Every node decides by itself (``redis_publisher``) and shows what Redis tells it
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import trio
 
+from protocol.errors import ApiError
 from protocol.resp import RedisError
 from protocol.update import Job, Update
 from server.brokers.base import Deliver, Expire, Operation, StoreError, Submission
@@ -53,6 +55,8 @@ from server.history import History
 from server.inbox import Inboxes, Place
 from server.jobs import Jobs
 
+log = logging.getLogger("statuswire.broker")
+
 # What a user in Redis has to be given.
 NEEDED: Final = "+@all -@dangerous +info ~{statuswire}:* &{statuswire}:* ~statuswire:ingest* &job_*_updates"
 # How often a node looks for leases that ran out, and whether it missed anything.
@@ -61,6 +65,8 @@ TICK_S: Final = 1.0
 _LEASE_JITTER_S: Final = 0.05
 _LEASES_AT_ONCE: Final = 500
 _ENTRIES_AT_ONCE: Final = 500
+# A clock that differs less from Redis' is left as it is.
+_CLOCK_OFF_S: Final = 1.0
 # How often those who wait are looked through for some that have waited too long.
 _PATIENCE_STEP_S: Final = 0.25
 # No entry is taken out of Redis for its age sooner, however short ``history.max_age`` is.
@@ -119,13 +125,15 @@ class RedisBroker:
             on_evicted=self._drop,
         )
         self._publisher = Publisher(
-            jobs, history, self.follower, self.inboxes, clock=lambda: self._clock(), on_lease=self._expect_lease
+            jobs, history, self.follower, self.inboxes, clock=self._now, on_lease=self._expect_lease
         )
         self.cluster: Cluster | None = None
         self._client: Client | None = None
+        self._clock_off_s = 0.0
         self._next_tick = 0.0
         self._up_since = 0.0
         self._connects = 0
+        self._leases_from = 0  # so many that have run out are passed over
         self._hurry = trio.Event()
 
     @property
@@ -191,6 +199,7 @@ class RedisBroker:
             async with open_client(url, options=self._options) as client:
                 try:
                     begin = await client.call_script(BEGIN, [META], [new_epoch(), SCHEMA, SHARDS])
+                    await self._compare_clocks(client)
                 except (RedisError, RedisClientError) as error:  # beyond the client's nursery it would be a group
                     problem = error
         except RedisStartError as error:
@@ -345,13 +354,13 @@ class RedisBroker:
             self._next_tick = trio.current_time() + TICK_S * random.uniform(0.75, 1.0)
             if self._client.away is None:
                 try:
-                    meta, left_ms, *due = await self._client.call_script(
-                        TICK, [META, WHERE, LEASES], [_LEASES_AT_ONCE, self._keep_s, SHARDS + 1]
-                    )
+                    await self._tick()
+                    await self._compare_clocks(self._client)
                 except (RedisClientError, RedisError):
                     pass  # the next one will tell
-                else:
-                    self._take_tick(meta, left_ms, due)
+                except Exception:
+                    # Something in Redis that is not ours, say.
+                    log.exception("what Redis has cannot be looked at")
                 if self._publisher.refusing is not None:
                     await self._probe()
             while trio.current_time() < self._next_tick:
@@ -360,6 +369,26 @@ class RedisBroker:
                     await self._hurry.wait()
             await trio.lowlevel.checkpoint()
 
+    async def _compare_clocks(self, client: Client) -> None:
+        """Where this machine's clock is off, Redis' counts.
+
+        Times in the log never go back: one server that is an hour ahead would stop the clock of all others for as long.
+        """
+        before = self._clock()
+        seconds, micros = await client.call("TIME", key=META)
+        after = self._clock()
+        redis_s = int(seconds) + int(micros) / 1e6
+        off = max(redis_s - after, 0.0) or min(redis_s - before, 0.0)
+        if abs(off) < _CLOCK_OFF_S:
+            off = 0.0
+        if abs(off - self._clock_off_s) >= _CLOCK_OFF_S:
+            log.warning("this machine's clock differs from Redis' by %.1f s; updates get Redis' time", off)
+        self._clock_off_s = off
+
+    def _now(self) -> float:
+        """Unix time in seconds, as all nodes have it."""
+        return self._clock() + self._clock_off_s
+
     async def _probe(self) -> None:
         """See if Redis takes writes again: while this node is not ready nobody may come whose update would show it."""
         assert self._client is not None
@@ -367,9 +396,14 @@ class RedisBroker:
             await self._client.call("SET", PROBE, "", "PX", 1000)
             self._publisher.refusing = None
 
-    def _take_tick(self, meta: Sequence[bytes], left_ms: int, due: Sequence[bytes]) -> None:
+    async def _tick(self) -> None:
+        """Look if anything was missed, and at the leases that ran out."""
+        assert self._client is not None
+        meta, left_ms, *due = await self._client.call_script(
+            TICK, [META, WHERE, LEASES], [_LEASES_AT_ONCE, self._keep_s, SHARDS + 1, self._leases_from]
+        )
         self.follower.check(dict(zip(meta[::2], meta[1::2], strict=True)))
-        now_ms = int(self._clock() * 1000)
+        now_ms = int(self._now() * 1000)
         self._history.trim(now_ms)
         self._drop(self.inboxes.trim(now_ms))
         if left_ms >= 0:
@@ -382,5 +416,13 @@ class RedisBroker:
             if job is not None and up_for >= (job.private.ttl or 0.0):
                 # With what Redis has: a lease that was renewed since has another ``heard``, and is left alone.
                 operations.append(Expire(job.latest.job_id, job.private.heard))
-        if operations:
-            self._publisher.submit(operations)
+        submission = self._publisher.submit(operations) if operations else None
+        if len(due) < _LEASES_AT_ONCE:
+            self._leases_from = 0
+            return
+        # There may be more behind those that are not to be declared yet.
+        self._leases_from += len(due) - len(operations)
+        if submission is not None:
+            with trio.move_on_after(TICK_S), suppress(ApiError):
+                await submission.wait_kept()
+        self._expect_lease(_LEASE_JITTER_S)

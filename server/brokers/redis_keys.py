@@ -384,7 +384,8 @@ end
 return answer
 """)
 
-# Once a second. KEYS: meta, where, leases. ARGV: how many jobs at most, seconds that entries are kept, SHARDS.
+# Once a second. KEYS: meta, where, leases. ARGV: how many jobs at most, seconds that entries are kept, SHARDS, how many
+# jobs to pass over.
 # Takes entries out of the logs that are too old, but of each log leaves the newest: who has read it knows by it that
 # nothing is missing. About 50 µs where there are none.
 # Answers: meta, milliseconds until the next lease runs out (-1 without one), and the states of jobs whose lease has.
@@ -415,7 +416,7 @@ for shard = 0, ARGV[3] - 1 do
   end
 end
 local answer = {redis.call('HGETALL', KEYS[1]), -1}
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, ARGV[1])) do
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', ARGV[4], ARGV[1])) do
   local shard = redis.call('HGET', KEYS[2], id)
   local blob = shard and redis.call('HGET', prefix .. 'jobs:' .. shard, id)
   if blob then answer[#answer + 1] = blob else redis.call('ZREM', KEYS[3], id) end

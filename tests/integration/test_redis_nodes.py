@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import trio
 from protocol.errors import ApiError
 from protocol.fields import decode_fields
 from server.app import StartError
-from server.brokers import redis_follower
+from server.brokers import redis_broker, redis_follower
 from server.brokers.base import Accepted, Cancel, Delete, Publish
 from server.brokers.redis_keys import NOTICES, SHARDS, shard_of
 from tests.redis_servers import (
@@ -498,6 +499,55 @@ async def test_a_dead_nodes_leases_are_declared_by_another(redis: RedisServer) -
         async with server(store={"url": redis.url}) as one:
             await publish(one, "a", userId="u", ttl=1.0, status="processing")
         assert [(await ws.receive())["status"] for _ in range(3)] == ["processing", "stalled", "failed"]
+
+
+@pytest.mark.slow
+async def test_leases_that_are_not_to_be_declared_yet_hold_up_no_others(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many ran out while no server could be reached: each worker has the length of its lease to come back."""
+    monkeypatch.setattr(redis_broker, "_LEASES_AT_ONCE", 4)
+    async with server(store={"url": redis.url}) as one:
+        await one.node.broker.follow(["*"])
+        for number in range(7):
+            await publish(one, f"long-{number}", userId="u", ttl=600)
+            with redis.oracle() as oracle:
+                oracle.zadd("{statuswire}:leases", {f"long-{number}": 1})
+        # As many as it would take a minute to declare, if only some were looked at each second.
+        for number in range(100):
+            await publish(one, f"short-{number}", userId="u", ttl=0.2)
+        await eventually(lambda: one.node.jobs.by_status["failed"] == 100, within=LONG_S / 2)
+        assert one.node.jobs.by_status["queued"] == 7
+
+
+async def test_what_cannot_be_read_in_redis_ends_no_server(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with server(store={"url": redis.url}) as one:
+        with redis.oracle() as oracle:
+            oracle.hset("{statuswire}:jobs:0", "x", "somebody else's")
+            oracle.hset("{statuswire}:where", "x", 0)
+            oracle.zadd("{statuswire}:leases", {"x": 1})
+        await until(lambda: "cannot be looked at" in caplog.text)
+        await publish(one, "a", userId="u")
+        assert (await one.get("/ready")).status == 200
+
+
+async def test_a_clock_that_is_ahead_does_not_stop_the_others(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with two_nodes(redis.url) as (one, two):
+        shared = one.node.shared
+        assert shared is not None
+        shared._clock = lambda: time.time() + 3600
+        await until(lambda: "this machine's clock differs" in caplog.text)
+        for at in (one, two):
+            await publish(at, "a", userId="u")
+            record = (await at.get("/api/v2/jobs/a")).json
+            stamp = datetime.fromisoformat(record["timestamp"])
+            assert abs(stamp.timestamp() - time.time()) < LONG_S
+        shared._clock = time.time
+        await until(lambda: shared._clock_off_s == 0.0)
 
 
 async def test_room_is_made_on_all_nodes(redis: RedisServer) -> None:
