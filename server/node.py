@@ -127,10 +127,14 @@ class Node:
             )
             self.limits.common = self.cluster
             if config.store.spool:
+                from server.brokers.spool_file import left_by_others
                 from server.brokers.spooling import SpoolingBroker
 
                 self.broker = self.spool = SpoolingBroker(
-                    self.shared, config.store.spool_file(worker), config.store.spool_max_bytes
+                    self.shared,
+                    config.store.spool_file(worker),
+                    config.store.spool_max_bytes,
+                    left_by_others(config.store.spool_path, worker, config.server.workers),
                 )
         else:
             self.broker = SqliteBroker(

@@ -5,6 +5,7 @@ Runs in worker threads, one call at a time. Nothing here knows Trio or Redis.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from server.brokers.base import StoreError
 from server.brokers.sqlite_file import chunks
 
 SCHEMA_VERSION: Final = 1
+# Moved from one file to another at a time.
+_ROWS: Final = 500
+_BYTES: Final = 8 * 1024 * 1024
 
 _TABLES: Final = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -27,6 +31,23 @@ class Held(NamedTuple):
     operations: int
     bytes: int
     last: int
+
+
+def left_by_others(base: str, worker: int | None, workers: int) -> list[str]:
+    """Files of workers that there are not any more, or of a time without workers.
+
+    Args:
+        base: ``store.spool_path``.
+        worker: who asks, None without workers; all but the first are told nothing.
+        workers: how many there are.
+    """
+    if worker not in (None, 1):
+        return []
+    path = Path(base)
+    used = {path.name} if worker is None else {f"{path.name}.{number}" for number in range(1, workers + 1)}
+    name = re.compile(re.escape(path.name) + r"(\.[1-9][0-9]*)?")
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(str(each) for each in found if name.fullmatch(each.name) and each.name not in used)
 
 
 class SpoolFile:
@@ -130,6 +151,27 @@ class SpoolFile:
                 break
             found.append((seq, data))
         return found
+
+    def take_over(self, path: str) -> Held:
+        """Move what waits in another file behind what is in this one; both are open to nobody else meanwhile.
+
+        Cut off in the middle it leaves some in both: they have keys, and count once.
+
+        Raises:
+            StoreError: the other file cannot be used.
+        """
+        other = SpoolFile(path)
+        moved = other.open()
+        try:
+            (last,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM waiting").fetchone()
+            while rows := other.first(_ROWS, _BYTES):
+                self.append([(last + place, data) for place, (_, data) in enumerate(rows, 1)])
+                other.remove([number for number, _ in rows])
+                last += len(rows)
+            other.shrink()
+        finally:
+            other.close()
+        return Held(moved.operations, moved.bytes, last)
 
     def remove(self, numbers: Sequence[int]) -> None:
         """Forget operations."""

@@ -26,14 +26,14 @@ from msgspec import UNSET
 from protocol.errors import ApiError
 from protocol.fields import check_id, decode_fields
 from protocol.resp import RedisError
-from server.brokers.base import Accepted, Cancel, Claim, Delete, Operation, Publish, Submission
+from server.brokers.base import Accepted, Cancel, Claim, Delete, Operation, Publish, StoreError, Submission
 from server.brokers.deciding import identify, new_target
 from server.brokers.keys import digest_of
 from server.brokers.redis_broker import RedisBroker
 from server.brokers.redis_calls import Batch, Doubt
 from server.brokers.redis_client import RedisClientError
 from server.brokers.redis_follower import unavailable
-from server.brokers.spool_file import SpoolFile
+from server.brokers.spool_file import Held, SpoolFile
 from server.inbox import Inboxes
 
 log = logging.getLogger("statuswire.spool")
@@ -92,6 +92,7 @@ class SpoolingBroker:
         inner: Redis.
         path: of the spool's file.
         max_bytes: most bytes that wait in it; beyond, publishes are refused.
+        left: files that nobody uses any more: what waits in them is passed on too.
 
     Attributes:
         pending: operations that wait, on disk or on their way there, or that are being passed on.
@@ -101,10 +102,11 @@ class SpoolingBroker:
         rejected: those that were refused then.
     """
 
-    def __init__(self, inner: RedisBroker, path: str, max_bytes: int) -> None:
+    def __init__(self, inner: RedisBroker, path: str, max_bytes: int, left: Sequence[str] = ()) -> None:
         self._inner = inner
         self._file = SpoolFile(path)
         self._max_bytes = max_bytes
+        self._left = left
         self.pending = self.bytes = 0
         self.spooled = self.replayed = self.rejected = 0
         self._next = 1  # number of the next operation
@@ -161,6 +163,8 @@ class SpoolingBroker:
         held = await trio.to_thread.run_sync(self._file.open)
         self._open = True
         try:
+            for path in self._left:
+                held = await self._take_over(path, held)
             await self._inner.start()
         except BaseException:
             await self._close_file()
@@ -170,6 +174,16 @@ class SpoolingBroker:
         if held.operations:
             self._waiting = True
             log.warning("%d updates of an earlier run wait in %s for Redis", held.operations, self._file.path)
+
+    async def _take_over(self, path: str, held: Held) -> Held:
+        try:
+            more = await trio.to_thread.run_sync(self._file.take_over, path)
+        except (StoreError, sqlite3.Error) as error:
+            log.error("what may wait in %s is not passed on: %s", path, error)
+            return held
+        if more.operations:
+            log.warning("%d updates that waited in %s, which nobody uses, wait here now", more.operations, path)
+        return Held(held.operations + more.operations, held.bytes + more.bytes, more.last)
 
     async def run(self) -> None:
         """Keep and pass on, until cancelled."""

@@ -17,6 +17,7 @@ import trio
 
 from server.app import StartError
 from server.brokers import redis_publisher
+from server.brokers.spool_file import left_by_others
 from server.brokers.spooling import SpoolingBroker
 from tests.redis_servers import Proxy, RedisServer, eventually, running_proxy, running_server
 from tests.streams import session
@@ -223,6 +224,32 @@ async def test_killed_after_the_answer(redis: RedisServer, tmp_path: Path) -> No
         await at.logged("all that waited for Redis has been passed on")
         history = (await at.get("/api/v2/jobs/a/history")).json["updates"]
         assert [update["message"] for update in history] == ["0", "1", "2", "3", "4", "5"]
+
+
+async def test_what_waits_in_files_of_fewer_workers_is_passed_on(redis: RedisServer, tmp_path: Path) -> None:
+    """Answered by the third of some workers; after that there are none, or fewer."""
+    async with running_proxy(redis.port) as proxy:
+        url = f"redis://127.0.0.1:{proxy.port}"
+        for path in ("spool.3", "spool.12"):
+            async with spooling(url, tmp_path, spool_path=str(tmp_path / path)) as at:
+                await at.publish(path, userId="u", message="0")
+                await outage(at, proxy)
+                for number in range(1, 4):
+                    await at.post(f"/api/v2/jobs/{path}/updates", {"message": str(number)})
+            proxy.pass_again()
+        shutil.copy(tmp_path / "spool.3", tmp_path / "spool.4")  # as if it had been cut off half-way
+        (tmp_path / "spool.5").write_text("no database")
+        (tmp_path / "spool.old").write_text("not ours")
+        async with spooling(url, tmp_path) as at:
+            await passed_on(at)
+            assert spool_of(at).replayed == 9
+            for path in ("spool.3", "spool.12"):
+                assert await messages(at, path) == ["0", "1", "2", "3"]
+    base = str(tmp_path / "spool")
+    assert left_by_others(base, None, 1) == [f"{base}.{number}" for number in (12, 3, 4, 5)]
+    assert left_by_others(base, 1, 4) == [base, f"{base}.12", f"{base}.5"]
+    assert left_by_others(base, 2, 4) == []
+    assert left_by_others(str(tmp_path / "nowhere" / "spool"), 1, 4) == []
 
 
 async def test_killed_half_way_through_passing_on(redis: RedisServer, tmp_path: Path) -> None:
