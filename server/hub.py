@@ -357,9 +357,12 @@ class Hub:
         for reader, parts in shared.items():
             if self.history.epoch != epoch:
                 return
-            merged = {update.offset: update for part in parts for update in part}
+            updates = parts[0]
+            if len(parts) > 1:
+                merged = {update.offset: update for part in parts for update in part}
+                updates = [merged[offset] for offset in sorted(merged)]
             try:
-                for batch in _split([merged[offset] for offset in sorted(merged)]):
+                for batch in _split(updates):
                     last = batch[-1].offset
                     if reader.offset >= last:
                         continue

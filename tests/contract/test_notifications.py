@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -32,7 +33,7 @@ from tests.streams import (
     stream_at,
     websocket,
 )
-from tests.support import ADMIN, AUTH, Address, Answer, Headers, InProcess, bearer, server, token, until
+from tests.support import ADMIN, AUTH, Address, Answer, Headers, InProcess, bearer, server, spawned, token, until
 
 SENDER = bearer("app", capabilities=["notify"])
 
@@ -869,3 +870,20 @@ async def test_any_interleaving_gives_each_connection_each_notification_once(see
             for model in open_:
                 await model.ws.quiet()
             assert [notice.offset for notice in at.node.broker.inboxes.of_user("ann")] == list(stored)
+
+
+async def test_what_was_answered_is_there_after_a_sudden_death(tmp_path: Path) -> None:
+    async with spawned(tmp_path) as at:
+        sent = await send(at, "user", "ann", "kept", headers=(), store=True)
+        at.signal(signal.SIGKILL)
+        await at.exit_status()
+    async with spawned(tmp_path) as at:
+        async with notified(at, userId="ann") as (stream, _):
+            assert (await stream.event()).name == "kept"
+        async with notified(at, userId="bob", last_seen=sent["id"]) as (_, hello):
+            assert hello.id == sent["id"]  # the log goes on under its name
+        assert (await at.post("/api/sse/ack?userId=ann", {"id": sent["id"]})).status == 204
+        at.signal(signal.SIGKILL)
+        await at.exit_status()
+    async with spawned(tmp_path) as at, notified(at, userId="ann") as (_, hello):
+        assert hello.id == sent["id"]

@@ -737,6 +737,23 @@ def test_reload_takes_new_keys_and_forgets_tokens() -> None:
     assert_bad(authority, signed)
 
 
+def test_channels_of_those_who_have_no_claim() -> None:
+    authority = authenticator(default_channels=("open-*",))
+    bare, some, none = (
+        authority.verify(token(**claims)) for claims in ({}, {"channels": ["team-*", "all"]}, {"channels": []})
+    )
+    for channel, allowed in (
+        ("open-1", (True, False, False)),
+        ("team-1", (False, True, False)),
+        ("all", (False, True, False)),
+        ("alle", (False, False, False)),
+    ):
+        found = tuple(identity.may_join(channel, authority.default_channels) for identity in (bare, some, none))
+        assert found == allowed, channel
+    assert authority.verify(token(admin=True, channels=[])).may_join("any", authority.default_channels)
+    assert authority.verify(token(channels=["*"])).may_join("any", authority.default_channels)
+
+
 def test_a_bad_reload_keeps_the_old_keys() -> None:
     authority = authenticator()
     kept = authority.verify(token())
