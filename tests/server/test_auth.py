@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -738,7 +739,9 @@ def test_reload_takes_new_keys_and_forgets_tokens() -> None:
 
 
 def test_channels_of_those_who_have_no_claim() -> None:
-    authority = authenticator(default_channels=("open-*",))
+    authority = Authenticator(
+        msgspec.structs.replace(configured("HS256"), default_channels=("open-*",)), clock=lambda: NOW
+    )
     bare, some, none = (
         authority.verify(token(**claims)) for claims in ({}, {"channels": ["team-*", "all"]}, {"channels": []})
     )
