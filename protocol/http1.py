@@ -18,19 +18,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from http import HTTPStatus
 from typing import Final
 
 import h11
 
 from protocol.errors import ApiError
+from protocol.http1_head import bad_request, check_fields, check_lines, encode_head, read_headers
 from protocol.request import Request, parse_target, valid_authority
 
 # A thousand job ids of 36 characters in a query, with their commas percent-encoded, are 39 KiB.
 MAX_REQUEST_LINE = 65536
 # nginx and Node take 16 to 32 KiB; big cookies are the usual reason to need that much.
 MAX_HEADER_SECTION = 32768
-MAX_HEADERS = 100
 # Holds until the caller names a limit of its own with ``limit_body``.
 DEFAULT_BODY_LIMIT = 1024 * 1024
 # RFC 9112 section 2.2: at least one empty line before a request line is skipped; old clients send one after a body.
@@ -46,18 +45,7 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 _HEAD_END = re.compile(rb"\n\r?\n")
 _REQUEST_LINE = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9]+)(?:\.([0-9]+))?")
 _METHOD_START = frozenset(b"-!#$%&'*+.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([^\r]*)")
-# More digits than this is an exabyte: too large whatever the limit, and never handed to int().
-_MAX_LENGTH_DIGITS = 18
-# Two of these would leave it to chance which one counts. (Two of the others joined fail their own syntax.)
-_SINGLE = frozenset({"authorization", "content-type", "origin"})
-_STATUS_LINES: Final = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n"
-    for status in HTTPStatus
-    if status == 101 or status >= 200
-}
 _BODILESS = frozenset({204, 304})
-_FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +224,7 @@ class HttpConnection:
         if buffer[0] not in _METHOD_START:
             # 0x16 opens a TLS handshake. Said at once, for such a peer may never send a line end.
             hint = "; this port speaks plain HTTP, not TLS" if buffer[0] == 0x16 else ""
-            raise _bad_request(f"a request begins with a method{hint}")
+            raise bad_request(f"a request begins with a method{hint}")
         end = _HEAD_END.search(buffer, self._searched)
         length = end.end() if end else len(buffer)
         # All limits are judged in the same way for a part and for the whole, so that it never matters how the
@@ -254,20 +242,11 @@ class HttpConnection:
         return self._parse_head(head)
 
     def _parse_head(self, head: bytes) -> Request:
-        # h11 would take a bare LF for a line end and unfold obs-fold (RFC 9112 sections 2.2 and 5.2).
-        lines = head.count(b"\r\n")
-        if head.count(b"\n") != lines or head.count(b"\r") != lines or b"\0" in head:
-            raise _bad_request("lines of a request head end in CR LF, and CR, LF and NUL appear nowhere else")
-        if b"\r\n " in head or b"\r\n\t" in head:
-            raise _bad_request("a header field must not be continued on a second line")
+        lines = check_lines(head)
         method, target = self._parse_request_line(head[: head.index(b"\r\n")])
-        if lines - 2 > MAX_HEADERS:
-            raise ApiError(431, "header_too_large", f"there are more than {MAX_HEADERS} header fields")
-        request_lengths = _CONTENT_LENGTH.findall(head.lower())
-        if request_lengths:
-            _check_content_length(request_lengths)
+        check_fields(head, lines - 2)
         parser = h11.Connection(h11.SERVER, self._max_line + self._max_head)
-        headers = _read_headers(parser, head)
+        headers = read_headers(parser, head)
         self._check_framing(headers, parser)
         path, authority = parse_target(method, target)
         if authority is not None:
@@ -280,15 +259,15 @@ class HttpConnection:
         match = _REQUEST_LINE.fullmatch(line)
         if match is None:
             if not line.isascii():
-                raise _bad_request("the request line must be ASCII: percent-encode other characters as UTF-8")
-            raise _bad_request("the request line is malformed: it must be METHOD SP target SP HTTP/1.1")
+                raise bad_request("the request line must be ASCII: percent-encode other characters as UTF-8")
+            raise bad_request("the request line is malformed: it must be METHOD SP target SP HTTP/1.1")
         method, target, major, minor = match.groups()
         # Known from here on even if the rest is refused: the answer to a bad HEAD has no body either.
         self._method = method.decode("ascii")
         if major != b"1":
             raise ApiError(505, "http_version_not_supported", "this server speaks HTTP/1.1 and HTTP/1.0")
         if minor is None or len(minor) != 1:
-            raise _bad_request("the HTTP version is malformed: it must be HTTP/1.1 or HTTP/1.0")
+            raise bad_request("the HTTP version is malformed: it must be HTTP/1.1 or HTTP/1.0")
         self._http_10 = minor == b"0"
         return self._method, target.decode("ascii")
 
@@ -296,16 +275,16 @@ class HttpConnection:
         host = headers.get("host")
         if host is None:
             if not self._http_10:
-                raise _bad_request("an HTTP/1.1 request needs a Host header")
+                raise bad_request("an HTTP/1.1 request needs a Host header")
         elif not valid_authority(host):
-            raise _bad_request("the Host header is malformed: it must be host or host:port")
+            raise bad_request("the Host header is malformed: it must be host or host:port")
         if "transfer-encoding" in headers:
             # RFC 9112 section 6.1: both together "ought to be handled as an error", and the connection closed; in
             # HTTP/1.0 a Transfer-Encoding means faulty framing.
             if "content-length" in headers:
-                raise _bad_request("Transfer-Encoding and Content-Length exclude each other")
+                raise bad_request("Transfer-Encoding and Content-Length exclude each other")
             if self._http_10:
-                raise _bad_request("HTTP/1.0 has no Transfer-Encoding")
+                raise bad_request("HTTP/1.0 has no Transfer-Encoding")
             self._reading = _Reading.CHUNKED
             self._h11 = parser
         else:
@@ -375,7 +354,7 @@ class HttpConnection:
             except h11.RemoteProtocolError as error:
                 if error.error_status_hint == 431:
                     raise ApiError(431, "header_too_large", "the trailer section is too large") from error
-                raise _bad_request("the chunked body is malformed") from error
+                raise bad_request("the chunked body is malformed") from error
             if isinstance(event, h11.Data):
                 data = bytes(event.data)
                 self._received += len(data)
@@ -386,7 +365,7 @@ class HttpConnection:
                 self._end_chunked(parser)
                 return END_OF_BODY
             if self._wire > self._received * _WIRE_BYTES_PER_BYTE + _WIRE_SLACK:
-                raise _bad_request("the chunked body is nearly all chunk headers")
+                raise bad_request("the chunked body is nearly all chunk headers")
             if not self._buffer:
                 return self._waiting()
             data = bytes(self._buffer)
@@ -400,7 +379,7 @@ class HttpConnection:
         rest = parser.trailing_data[0]
         # h11 also ends the trailer section at an empty line that is a bare LF.
         if not self._fed.endswith(b"\r\n\r\n" + rest):
-            raise _bad_request("the chunked body must end in an empty line of CR LF")
+            raise bad_request("the chunked body must end in an empty line of CR LF")
         self._buffer[:0] = rest
         self._reading = _Reading.COMPLETE
         self._h11 = None
@@ -452,15 +431,15 @@ class HttpConnection:
         if status == 101:
             if not self._is_complete() or self._http_10:
                 raise RuntimeError("only a complete HTTP/1.1 request can switch protocols")
-            wire = _encode_head(101, headers, [])
+            wire = encode_head(101, headers, [])
             self._reading = _Reading.SWITCHED
             self._answer = _Answer.SENT
             return wire
         extra = self._connection_options(close)
         if status in _BODILESS:
-            wire = _encode_head(status, headers, extra)
+            wire = encode_head(status, headers, extra)
         else:
-            wire = _encode_head(status, headers, extra, f"Content-Length: {len(body)}\r\n")
+            wire = encode_head(status, headers, extra, f"Content-Length: {len(body)}\r\n")
             if self._method != "HEAD":
                 wire += body
         self._answer = _Answer.SENT
@@ -478,7 +457,7 @@ class HttpConnection:
         chunked = not self._http_10 and status not in _BODILESS
         # Only the close ends a stream to HTTP/1.0.
         extra = self._connection_options(close or (self._http_10 and not self._no_body))
-        wire = _encode_head(status, headers, extra, "Transfer-Encoding: chunked\r\n" if chunked else "")
+        wire = encode_head(status, headers, extra, "Transfer-Encoding: chunked\r\n" if chunked else "")
         self.chunked = chunked and not self._no_body
         self._answer = _Answer.STREAMING
         return wire
@@ -540,71 +519,3 @@ class HttpConnection:
 def encode_chunk(data: bytes) -> bytes:
     """One chunk (RFC 9112 section 7.1): depends on the data only, so many streams can share it. Empty for no data."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-
-
-def _bad_request(message: str) -> ApiError:
-    return ApiError(400, "bad_request", message)
-
-
-def _check_content_length(values: list[bytes]) -> None:
-    # h11 takes several equal ones for one (RFC 9110 section 8.6 permits it, but does not demand it).
-    value = values[0].rstrip(b" \t")
-    if len(values) > 1 or not value.isdigit():
-        raise _bad_request("Content-Length must be one decimal number, given once")
-    if len(value) > _MAX_LENGTH_DIGITS:
-        raise ApiError(413, "payload_too_large", "the announced body is too large")
-
-
-def _read_headers(parser: h11.Connection, head: bytes) -> dict[str, str]:
-    """Let h11 read the head; lower-case names, Latin-1 values."""
-    parser.receive_data(head)
-    try:
-        parsed = parser.next_event()
-    except h11.RemoteProtocolError as error:
-        if error.error_status_hint == 501:
-            message = "chunked is the only Transfer-Encoding possible here, once"
-            raise ApiError(501, "not_supported", message) from error
-        # h11 quotes a malformed line: that could be somebody's token, and messages are logged.
-        text = str(error)
-        message = "a header field is malformed: it must be Name: value" if text.startswith("illegal") else text
-        raise _bad_request(message) from error
-    assert isinstance(parsed, h11.Request)
-    headers: dict[str, str] = {}
-    for raw_name, raw_value in parsed.headers:
-        name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
-        if name in headers:
-            if name in _SINGLE:
-                raise _bad_request(f"the header {name} must not be repeated")
-            value = f"{headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
-        headers[name] = value
-    return headers
-
-
-def _encode_head(status: int, headers: Sequence[tuple[str, str]], connection: list[str], framing: str = "") -> bytes:
-    """A response head. One line per header, counted: a header that brings its own line end is found out (section 11.1).
-
-    Raises:
-        ValueError: see ``HttpConnection.respond``.
-    """
-    status_line = _STATUS_LINES.get(status)
-    if status_line is None:
-        raise ValueError(f"{status} is not a final status")
-    lines = [status_line]
-    for name, value in headers:
-        lower = name.lower()
-        if lower == "connection":
-            connection = [value, *connection]
-            continue
-        if lower in _FRAMING:
-            raise ValueError(f"{name} is set by the connection itself")
-        lines.append(f"{name}: {value}\r\n")
-    if connection:
-        lines.append(f"Connection: {', '.join(connection)}\r\n")
-    expected = len(lines)
-    if framing:
-        lines.append(framing)
-        expected += 1
-    text = "".join(lines)
-    if text.count("\r") != expected or text.count("\n") != expected or "\0" in text:
-        raise ValueError("a response header contains CR, LF or NUL")
-    return f"{text}\r\n".encode("latin-1")

@@ -17,10 +17,11 @@ from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
 from server.routes import descriptions, health, jobs, notices, operations, page, webhooks
 from server.routes.views import handlers_of
+from server.transports.echo import echo_socket
 from server.transports.longpoll import poll
 from server.transports.notices import notice_stream
 from server.transports.sse import stream, try_later
-from server.transports.websocket import echo_socket, jobs_socket
+from server.transports.websocket import jobs_socket
 
 Handler = Callable[[Exchange], Awaitable[Response | Stream | None]]
 

@@ -12,7 +12,7 @@ from msgspec.json import encode
 
 from protocol.errors import ApiError, CloseCode
 from protocol.fields import is_id
-from protocol.frames import binary_frame, close_frame, deflated_text_frame, ping_frame, pong_frame, text_frame
+from protocol.frames import close_frame, ping_frame, pong_frame
 from protocol.messages import (
     Ack,
     AuthMessage,
@@ -72,7 +72,7 @@ from server.reading import (
     snapshot,
     start_from,
 )
-from server.socketio import linger, receive, send_all
+from server.socketio import linger, receive
 from server.transports.live import DISCONNECTED, LiveReader
 from server.transports.sse import REPLAY_UPDATES
 from server.wheel import Timer
@@ -87,7 +87,6 @@ MAX_UNANSWERED: Final = 64
 GOODBYE_S: Final = 5.0
 # Read at most this much before others have a turn: some 10 µs a frame, of six bytes at worst, is 30 ms.
 TURN_BYTES: Final = 16384
-MAX_ECHO: Final = 16 * 1024 * 1024
 _NONE: Final[frozenset[int]] = frozenset()
 # Why a session ended, where its close code says so; the others are about broken frames.
 _ENDS: Final = {
@@ -104,7 +103,7 @@ _ENDS: Final = {
 async def jobs_socket(exchange: Exchange) -> Stream:
     """``GET /ws/jobs``: shake hands and greet; what follows is messages."""
     node, connection = exchange.node, exchange.connection
-    handshake = _accept(exchange)
+    handshake = accept(exchange)
     client_id = new_id()
     identity: Identity | None = None
     refusal: ApiError | None = None
@@ -114,7 +113,7 @@ async def jobs_socket(exchange: Exchange) -> Stream:
             await node.presence.admit(client_id, identity.user)
     except ApiError as error:  # a browser cannot read a refused handshake, but it can read a close code
         refusal = error
-    switch = _switch(exchange, handshake)
+    switch = switch_protocol(exchange, handshake)
     session = Session(exchange, handshake, connection.http.hand_over(), client_id)
     session.post(switch)
     if refusal is not None:
@@ -126,12 +125,13 @@ async def jobs_socket(exchange: Exchange) -> Stream:
     return session
 
 
-def _accept(exchange: Exchange) -> Handshake:
+def accept(exchange: Exchange) -> Handshake:
+    """Check a handshake. Raises ApiError 400, 403, 405, 426."""
     check_origin(exchange.request, exchange.node.origins, websocket=True)
     return accept_handshake(exchange.request, protocols=(PROTOCOL,), echo_prefix="bearer.", deflate=True)
 
 
-def _switch(exchange: Exchange, handshake: Handshake) -> bytes:
+def switch_protocol(exchange: Exchange, handshake: Handshake) -> bytes:
     """The 101 answer; from here on the connection is no longer HTTP."""
     exchange.connection.take_over()
     return exchange.connection.http.respond(101, [*exchange.headers(), *handshake.headers])
@@ -589,38 +589,3 @@ _HANDLERS: Final[dict[type[ClientMessage], _Handler]] = {
     AuthMessage: Session._auth,
     PingMessage: Session._ping,
 }
-
-
-async def echo_socket(exchange: Exchange) -> None:
-    """``GET /ws/echo``: returns every message, for compliance suites."""
-    connection, sock = exchange.connection, exchange.connection.sock
-    handshake = _accept(exchange)
-    await send_all(sock, _switch(exchange, handshake))
-    incoming = WebSocketReader(handshake.deflate, MAX_ECHO)
-    text = deflated_text_frame if handshake.deflate else text_frame
-    data = connection.http.hand_over()
-    while True:
-        failure: WebSocketError | None = None
-        try:
-            events = incoming.receive(data)
-        except WebSocketError as error:
-            events, failure = error.events, error
-        for event in events:
-            if isinstance(event, Text):
-                await send_all(sock, text(event.data.encode()))
-            elif isinstance(event, Binary):
-                await send_all(sock, binary_frame(event.data))
-            elif isinstance(event, Ping):
-                await send_all(sock, pong_frame(event.payload))
-            elif isinstance(event, CloseReceived):
-                await send_all(sock, close_reply(event))
-                await linger(sock)
-                return
-        if failure is not None:
-            await send_all(sock, close_frame(failure.code, failure.reason))
-            await linger(sock)
-            return
-        await trio.lowlevel.checkpoint()
-        data = await receive(sock)
-        if not data:
-            return
