@@ -12,7 +12,6 @@ from protocol.errors import ApiError
 from protocol.http1 import (
     CONTINUE,
     END_OF_BODY,
-    MAX_HEADERS,
     NEED_DATA,
     PAUSED,
     PEER_CLOSED,
@@ -21,6 +20,7 @@ from protocol.http1 import (
     HttpConnection,
     encode_chunk,
 )
+from protocol.http1_head import MAX_HEADERS
 from protocol.request import Request
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
