@@ -93,7 +93,8 @@ async def _open(address: Address, url: RedisUrl) -> Stream:
     try:
         plain = await trio.open_tcp_stream(address.host, address.port)  # sets TCP_NODELAY
     except OSError as error:
-        reason = error.__cause__ or error
+        tried = error.__cause__
+        reason = tried.exceptions[0] if isinstance(tried, ExceptionGroup) else tried or error
         raise RedisStartError(
             f"Redis at {address} cannot be reached ({reason}): is it running, are host and port right?", passing=True
         ) from error

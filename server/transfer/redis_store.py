@@ -81,8 +81,8 @@ _FILLED: Final = (WHERE, LEASES, ENDED_JOBS, STORED, *JOBS, *LOGS)
 
 @asynccontextmanager
 async def _connected(config: Config) -> AsyncIterator[Client]:
-    """A client. Whatever fails becomes a TransferError."""
-    problem: Exception | None = None
+    """A client. Whatever fails at Redis becomes a TransferError."""
+    problem: BaseException | None = None
     url = parse_redis_url(config.store.url)
     try:
         async with open_client(url) as client:
@@ -90,7 +90,7 @@ async def _connected(config: Config) -> AsyncIterator[Client]:
                 yield client
             except (RedisError, RedisClientError) as error:  # beyond the client's nursery it would be a group
                 problem = TransferError(f"store.url: {url} failed ({error})")
-            except TransferError as error:
+            except (TransferError, OSError, KeyboardInterrupt) as error:
                 problem = error
     except RedisStartError as error:
         raise TransferError(f"store.url: {error}") from None

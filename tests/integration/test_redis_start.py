@@ -71,7 +71,11 @@ async def test_where_redis_is_not(tmp_path: Path) -> None:
         await all_refused(
             tmp_path,
             [
-                (f"redis://:{IN_URL}@127.0.0.1:{port}", f"127.0.0.1:{port} cannot be reached", "is it running"),
+                (
+                    f"redis://:{IN_URL}@127.0.0.1:{port}",
+                    f"127.0.0.1:{port} cannot be reached ([Errno 111]",
+                    "is it running",
+                ),
                 (f"redis://:{IN_URL}@redis.invalid", "redis.invalid:6379 cannot be reached", "host and port"),
                 (f"redis+cluster://:{IN_URL}@127.0.0.1:{port}", "cannot be reached", "is it running"),
                 (f"redis+sentinel://:{IN_URL}@127.0.0.1:{port}/main", "cannot be reached", "is it running"),

@@ -379,6 +379,18 @@ async def test_standard_streams(tmp_path: Path, lines: bytes) -> None:
     assert (tmp_path / "copy").read_bytes() == lines
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_reader_that_leaves(store_of: Callable[[str, str], str], tmp_path: Path, kind: str) -> None:
+    """As ``head`` does: that is no error of the export's."""
+    url = store_of(kind, "source")
+    async with server(store={"url": url}) as at:
+        await at.post("/api/v2/updates", [{"jobId": f"j{n}", "userId": "u", "message": "m" * 1000} for n in range(500)])
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    script = f"{sys.executable} -m server export --store {url} | head -c 10"
+    done = await trio.run_process(["sh", "-c", script], env=environment, capture_stdout=True, capture_stderr=True)
+    assert (len(done.stdout), done.stderr) == (10, b"")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), PAIRS[:2])
 async def test_many(store_of: Callable[[str, str], str], tmp_path: Path, source: str, target: str) -> None:
