@@ -20,6 +20,7 @@ from protocol.errors import ApiError
 from protocol.position import Position, parse_cursor
 from protocol.resp import RedisError
 from protocol.update import Job, Update
+from protocol.watch import NOTICES
 from server.brokers.base import Deliver
 from server.brokers.local import new_epoch
 from server.brokers.redis_client import Client, RedisClientError
@@ -31,7 +32,7 @@ from server.brokers.redis_keys import (
     LOAD,
     LOGS,
     META,
-    NOTICES,
+    NOTICES_SHARD,
     RENEW,
     SCHEMA,
     SHARD_OF_CHANNEL,
@@ -121,7 +122,7 @@ class Follower:
         self.arrived = False
         self._seen_data: list[bytes | None] = [None] * (SHARDS + 1)  # the newest message shown, as it is in the stream
         self._behind = [0] * (SHARDS + 1)  # what ``check`` found in Redis a second ago
-        self._wanted: set[int] = {NOTICES}
+        self._wanted: set[int] = {NOTICES_SHARD}
         self._asked = [0.0] * (SHARDS + 1)  # when a reader was last known to need it (Trio's clock)
         self._buffer: deque[tuple[int, bytes]] | None = None  # while reading from the streams
         self._overflowed = False
@@ -133,9 +134,11 @@ class Follower:
 
     def shards_of(self, names: Iterable[str]) -> set[int]:
         """The shards on which these channels can have something."""
-        shards = {NOTICES}
+        shards = {NOTICES_SHARD}
         for name in names:
             kind, _, rest = name.partition("/")
+            if name == NOTICES:
+                continue
             if kind == "u":
                 shards.add(shard_of(rest))
             elif kind == "j" and "/" in rest:
@@ -226,7 +229,7 @@ class Follower:
         jobs, revs = self._jobs, self.revs
         self.seen[shard] = message.stamp
         self._seen_data[shard] = data
-        if shard == NOTICES:
+        if shard == NOTICES_SHARD:
             self._show_notices(message)
             return
         kept: list[tuple[Update, Job | None]] = []
@@ -349,7 +352,7 @@ class Follower:
         """Followed shards that nobody has asked for lately, nor watches."""
         if self.client.away is not None:
             return set()  # what is known here is all that there is to be read
-        candidates = {shard for shard in self.followed if shard != NOTICES and now - self._asked[shard] > IDLE_S}
+        candidates = {shard for shard in self.followed if shard != NOTICES_SHARD and now - self._asked[shard] > IDLE_S}
         idle = set(candidates)
         if idle:
             for name in self._watched():
@@ -383,11 +386,11 @@ class Follower:
             messages = await read_log(self.client, shard, self._history.first, limit)
             newest[shard] = await newest_of(self.client, shard, messages, limit)
             entries += [update for message, _ in messages for update in entries_of(message)]
-        inboxes = await load_stored(self.client) if NOTICES in shards else []
+        inboxes = await load_stored(self.client) if NOTICES_SHARD in shards else []
         cut = await cut_of(self.client, shards)
         # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up.
         self._history.fill(entries)
-        if NOTICES in shards:
+        if NOTICES_SHARD in shards:
             self._load_inboxes(inboxes, limit)
         self._history.forget(cut)
         jobs = list(self._jobs.jobs.values())

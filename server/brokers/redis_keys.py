@@ -37,7 +37,7 @@ from server.brokers.redis_client import Script
 SCHEMA: Final = 1
 SHARDS: Final = 16
 # Notifications have a shard of their own, which every node follows.
-NOTICES: Final = SHARDS
+NOTICES_SHARD: Final = SHARDS
 KEY_MS: Final = 600_000  # promised are five minutes; the rest covers slow retries
 LASTING_KEY_MS: Final = (
     86_400_000  # for what a spool passes on: its server may be killed, and be away for long, half-way

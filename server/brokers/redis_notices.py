@@ -20,7 +20,7 @@ from server.brokers.redis_keys import (
     KEY_MS,
     LOGS,
     META,
-    NOTICES,
+    NOTICES_SHARD,
     PREFIX,
     NoticeWrite,
     decode_write,
@@ -34,7 +34,7 @@ from server.inbox import KEPT_S, Place
 HELD: Final = "/notices"
 STORED: Final = f"{PREFIX}stored".encode()
 _KEPT_MS: Final = int(KEPT_S * 1000)
-_KEYS: Final = (META, LOGS[NOTICES], CHANNELS[NOTICES])
+_KEYS: Final = (META, LOGS[NOTICES_SHARD], CHANNELS[NOTICES_SHARD])
 # Stored notifications read at once: they may have 64 KiB each.
 _PAGE: Final = 100
 # Places given up at once.
@@ -70,7 +70,7 @@ local message = '\\152' .. pack(ARGV[1], tonumber(state[4] or 0), stamp, stamp, 
 call('XADD', KEYS[2], 'MINID', '~', math.max(0, stamp - ARGV[3]), stamp .. '-0', 'm', message)
 call(ARGV[4], KEYS[3], message)
 return {0, stamp, at, stamp}
-""".replace("SHARD'", f"{NOTICES}'")
+""".replace("SHARD'", f"{NOTICES_SHARD}'")
     .replace("KEPT", str(_KEPT_MS))
     .replace("KEY_MS", str(KEY_MS))
 )
@@ -104,7 +104,7 @@ if ARGV[3] ~= '' then
   call(ARGV[3], KEYS[3], message)
 end
 return {0}
-""".replace("SHARD'", f"{NOTICES}'")
+""".replace("SHARD'", f"{NOTICES_SHARD}'")
 )
 
 # KEYS: stored. ARGV: from which one on, how many. Answers: how many there were, and of each that is left its offset,
@@ -128,7 +128,7 @@ return answer
 def decide_notice(call: Call, operation: Notify, rev: str, now_ms: int) -> None:
     """Fill in what a notification writes."""
     entry = operation.notice.entry(0, now_ms)
-    call.shard = NOTICES
+    call.shard = NOTICES_SHARD
     call.changes.append(Change("", None, None, entry, True, "", rev))
 
 

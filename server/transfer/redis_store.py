@@ -26,7 +26,7 @@ from server.brokers.redis_keys import (
     LEASES,
     LOGS,
     META,
-    NOTICES,
+    NOTICES_SHARD,
     SCHEMA,
     SHARDS,
     WHERE,
@@ -267,7 +267,7 @@ class _Filling:
         # What the server knew of the job then is not exported: nobody is shown old entries but as entries.
         write = _write(update, None if update.type == JOB_DELETED else Private(), rev)
         if update.targets is not None:
-            shard, write = NOTICES, write_of_notice(update, rev, store=False)
+            shard, write = NOTICES_SHARD, write_of_notice(update, rev, store=False)
         message = Message(
             self._header.epoch,
             self._last[shard],
