@@ -22,7 +22,7 @@ from protocol.fields import decode_fields
 from server.app import StartError
 from server.brokers import redis_broker, redis_follower
 from server.brokers.base import Accepted, Cancel, Delete, Publish
-from server.brokers.redis_keys import NOTICES, SHARDS, shard_of
+from server.brokers.redis_keys import NOTICES_SHARD, SHARDS, shard_of
 from tests.redis_servers import (
     RedisServer,
     eventually,
@@ -307,7 +307,7 @@ async def test_a_node_lets_go_of_what_nobody_watches_any_more(
             assert two.node.jobs.get("of-user-1") is None
         # Followed again it is whole: what came before, what nobody followed, and what comes now.
         cursor = f"{one.node.history.epoch}:{first.offset}"
-        await until(lambda: follower.followed == {NOTICES})
+        await until(lambda: follower.followed == {NOTICES_SHARD})
         async with session(two, token=token("user-1")) as ws:
             begun = await ws.subscribe(last_seen=cursor)
             assert begun["recovered"]
