@@ -38,6 +38,7 @@ from server.brokers.redis_keys import (
     SHARD_OF_CHANNEL,
     SHARDS,
     Message,
+    Stored,
     decode_message,
     shard_of,
     update_of,
@@ -123,6 +124,7 @@ class Follower:
         self._seen_data: list[bytes | None] = [None] * (SHARDS + 1)  # the newest message shown, as it is in the stream
         self._behind = [0] * (SHARDS + 1)  # what ``check`` found in Redis a second ago
         self._wanted: set[int] = {NOTICES_SHARD}
+        self._loaded: set[int] = set()  # of the followed ones: their records are ahead of what is shown
         self._asked = [0.0] * (SHARDS + 1)  # when a reader was last known to need it (Trio's clock)
         self._buffer: deque[tuple[int, bytes]] | None = None  # while reading from the streams
         self._overflowed = False
@@ -166,7 +168,7 @@ class Follower:
         now = trio.current_time()
         for shard in shards:
             self._asked[shard] = now
-        missing = shards - self.followed
+        missing = self._missing(shards)
         if not missing and not self.ahead(cursor):
             return
         if self.client.away is not None and self.arrived:
@@ -177,9 +179,12 @@ class Follower:
             while True:
                 self._wanted |= missing
                 await self.synchronise()
-                if missing <= self.followed:
+                if not self._missing(missing):
                     return
         raise unavailable("Redis does not answer in time")
+
+    def _missing(self, shards: set[int]) -> set[int]:
+        return {shard for shard in shards if shard not in self.followed or shard in self._loaded}
 
     async def synchronise(self) -> None:
         """Return when everything that is in Redis by now is shown, as far as it is followed."""
@@ -319,6 +324,7 @@ class Follower:
                 await self._subscribe(missing)
                 await self._load(missing)
             await self._catch_up()
+            self._loaded.clear()
         finally:
             if self._buffer is not None:
                 self._drain()
@@ -373,11 +379,11 @@ class Follower:
 
     async def _load(self, shards: set[int]) -> None:
         """Take shards in: their jobs as they are now, their part of the log as far as others have been shown."""
-        epoch, offset, _, *tables = await self.client.call_script(
-            LOAD, [META, *(JOBS[shard] for shard in shards)], [], patience=FOLLOW_S
-        )
-        self._check_epoch(epoch)
-        loaded = await decode_jobs(tables, offset)
+        loaded: list[Stored] = []
+        for shard in sorted(shards):  # one by one: Redis does nothing else meanwhile
+            epoch, offset, _, table = await self.client.call_script(LOAD, [META, JOBS[shard]], [], patience=FOLLOW_S)
+            self._check_epoch(epoch)
+            loaded += await decode_jobs([table], offset)
         entries: list[Update] = []
         newest: dict[int, tuple[int, bytes | None]] = {}
         self._buffer = deque()  # from here on nothing else is shown
@@ -388,7 +394,8 @@ class Follower:
             entries += [update for message, _ in messages for update in entries_of(message)]
         inboxes = await load_stored(self.client) if NOTICES_SHARD in shards else []
         cut = await cut_of(self.client, shards)
-        # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up.
+        # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up, among it
+        # what is in these records already.
         self._history.fill(entries)
         if NOTICES_SHARD in shards:
             self._load_inboxes(inboxes, limit)
@@ -401,6 +408,7 @@ class Follower:
         self._jobs.load(sorted(jobs, key=lambda job: job.created))
         for shard, (stamp, data) in newest.items():
             self.seen[shard], self._seen_data[shard] = stamp, data
+        self._loaded |= shards
         self.followed |= shards
 
     def _load_inboxes(self, stored: list[tuple[Update, list[str]]], limit: int) -> None:

@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from protocol.errors import ApiError
 from protocol.fields import decode_fields
 from server.app import StartError
 from server.brokers import redis_broker, redis_follower
 from server.brokers.base import Accepted, Cancel, Delete, Publish
-from server.brokers.redis_keys import NOTICES_SHARD, SHARDS, shard_of
+from server.brokers.redis_client import Script
+from server.brokers.redis_keys import AFTER, LOAD, NOTICES_SHARD, SHARDS, shard_of
 from tests.redis_servers import (
     RedisServer,
     eventually,
@@ -280,6 +282,45 @@ async def test_a_node_follows_only_what_its_readers_watch(redis: RedisServer) ->
         history = two.node.history
         assert [update.offset for update in history.everything(0)] == list(range(1, 41))
         assert [update.job_id for update in history.of_user("user-3", 0)] == ["job-3"]
+
+
+async def test_what_is_being_loaded_is_read_when_all_of_it_is_shown(redis: RedisServer) -> None:
+    """Updates that come while a shard is loaded are in its records before they are shown."""
+    async with two_nodes(redis.url) as (one, two):
+        shared = one.node.shared
+        assert shared is not None
+        await until(lambda: shared.follower.followed)
+        client = shared.client
+        call_script = client.call_script
+        loaded, go_on = trio.Event(), trio.Event()
+        tries = itertools.count(2)
+
+        async def slowly(script: Script, keys: Any, arguments: Any, **options: Any) -> Any:
+            if script is LOAD and not loaded.is_set():
+                await publish(two, "a", progress=next(tries))
+            elif script is AFTER and len(keys) > 2:
+                loaded.set()
+                await go_on.wait()
+            return await call_script(script, keys, arguments, **options)
+
+        async def read(at: InProcess, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            async with session(at) as ws:
+                task_status.started()
+                versions = [job["version"] for job in (await ws.subscribe())["snapshot"]]
+                newest = (await publish(two, "a", progress=99)).version
+                while versions[-1] < newest:
+                    versions.append((await ws.receive())["version"])
+                assert versions == sorted(set(versions))
+
+        made = await publish(two, "a", userId="u", progress=1)
+        await until(lambda: one.node.history.last >= made.offset)
+        client.call_script = slowly  # type: ignore[method-assign]
+        async with trio.open_nursery() as readers:
+            readers.start_soon(read, one)
+            await loaded.wait()
+            await readers.start(read, one)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            go_on.set()
 
 
 async def test_a_node_lets_go_of_what_nobody_watches_any_more(
