@@ -4,6 +4,8 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
+# What the browser's side is built and tested with, from npm.
+WEB := $(VENV)/web
 # The least coverage, in percent, of each of the packages.
 COVERAGE := 90
 
@@ -13,7 +15,7 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: help setup setup-dev system run test test-fast bench lint types format clean
+.PHONY: help setup setup-dev system run test test-fast bench web sizes lint types format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -40,6 +42,13 @@ test-fast: setup-dev  ## the tests that take under a minute
 bench: setup  ## measure speed beside this machine's bare limit (needs gcc; see perf/README.md)
 	$(BIN)/python -m perf.bench $(BENCH_ARGS)
 
+web: $(WEB)/.done  ## make what browsers are given in server/web/ from server/web/src/ (needs node; `make system`)
+	node tools/web/build.mjs $(WEB)
+
+sizes: web  ## the same, and what it weighs
+	@for file in $$(cd server/web && ls client.* react.js job-progress.js 2>/dev/null); do \
+		printf '%-16s %6d bytes, %5d gzipped\n' $$file $$(wc -c < server/web/$$file) $$(gzip -9c server/web/$$file | wc -c); done
+
 lint: setup-dev  ## style
 	$(BIN)/ruff check .
 
@@ -62,6 +71,12 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[test,lint]'
 	@touch $(BIN)/statuswire $@
 
+$(WEB)/.done: tools/web/package.json tools/web/package-lock.json
+	@mkdir -p $(WEB)
+	@cp $^ $(WEB)
+	cd $(WEB) && npm ci --silent --no-audit --no-fund --ignore-scripts
+	@touch $@
+
 # The first Python that is new enough. Debian and Ubuntu ship it without `ensurepip`, which `venv` needs.
 $(BIN)/python:
 	@for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -81,6 +96,8 @@ system:  ## install what the tests need from the system
 	command -v gcc >/dev/null && test -e /usr/include/stdio.h || missing+=(gcc libc6-dev); \
 	browser=$$(command -v chromium chromium-browser google-chrome google-chrome-stable | head -n 1); \
 	nginx=$$(PATH="$$PATH:/usr/sbin" command -v nginx || ls $(VENV)/nginx/usr/sbin/nginx 2>/dev/null); \
+	command -v node >/dev/null || missing+=(nodejs); \
+	command -v npm >/dev/null || missing+=(npm); \
 	redis=$$(command -v redis-server redis-sentinel | wc -l); \
 	if test "$$redis" != 2; then command -v redis-check-rdb >/dev/null || missing+=(redis-tools); fi; \
 	if test "$${#missing[@]}" != 0 -o -z "$$browser" -o -z "$$nginx"; then $(APT_GET) update; fi; \
@@ -90,3 +107,4 @@ system:  ## install what the tests need from the system
 	if test -z "$$browser"; then $(INSTALL) chromium || $(INSTALL) chromium-browser || exit; fi; \
 	if test -z "$$nginx"; then \
 		mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && apt-get -qq -o APT::Sandbox::User=root download nginx && dpkg -x nginx_*.deb . || exit; fi
+	@$(MAKE) --silent $(WEB)/.done

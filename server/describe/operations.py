@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from protocol.fields import Fields
@@ -100,8 +101,16 @@ def _file(name: str, what: str, content_type: str) -> Operation:
 
 OPERATIONS: Final[dict[str, Operation]] = {
     "GET /": _file("page", "the page of live jobs", "text/html"),
-    "GET /page.js": _file("pageScript", "its script", "text/javascript"),
-    "GET /page.css": _file("pageStyle", "its style", "text/css"),
+    **{
+        f"GET /{name}": _file(re.sub(r"\W(\w)", lambda dot: dot[1].upper(), name), what, content_type)
+        for name, what, content_type in (
+            ("page.js", "the page's script", "text/javascript"),
+            ("page.css", "the page's style", "text/css"),
+            ("client.js", "the client for browsers and Node, a module", "text/javascript"),
+            ("client.cjs", "the same as a CommonJS module", "text/javascript"),
+            ("client.iife.js", "the same as a script that sets `statuswire`", "text/javascript"),
+        )
+    },
     "GET /openapi.json": Operation(
         "openapi", "descriptions", "this description",
         {200: Answer("OpenAPI 3.1", {"type": "object"}, headers=TAGGED), 304: UNCHANGED}, (IF_NONE_MATCH,),

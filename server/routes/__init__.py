@@ -50,8 +50,7 @@ class Route(NamedTuple):
 # are added below.
 ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/": {"GET": Route(page.index, public=True)},
-    "/page.js": {"GET": Route(page.script, public=True)},
-    "/page.css": {"GET": Route(page.style, public=True)},
+    **{f"/{name}": {"GET": Route(page.file, public=True)} for name in page.FILES},
     "/openapi.json": {"GET": Route(descriptions.openapi, public=True)},
     "/asyncapi.json": {"GET": Route(descriptions.asyncapi, public=True)},
     "/health": {"GET": Route(health.health, public=True, always=True)},

@@ -1,4 +1,4 @@
-"""The page at ``/``: static files, read once, that load nothing from elsewhere."""
+"""What browsers are given: the page at ``/`` and the client. Files, read once, that load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ _SECURITY = (
     ),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
+)
+
+_SCRIPT = "text/javascript; charset=utf-8"
+# By all that comes after the first dot.
+_TYPES = {
+    "css": "text/css; charset=utf-8",
+    "js": _SCRIPT,
+    "iife.js": _SCRIPT,
+    "cjs": _SCRIPT,
+    "d.ts": "text/plain; charset=utf-8",
+}
+# The page's own, and those that pages of others load; see docs/client.md.
+FILES = (
+    *("page.js", "page.css"),
+    *("client.js", "client.cjs", "client.iife.js"),
 )
 
 
@@ -43,11 +58,7 @@ async def index(exchange: Exchange) -> Response:
     return _static(exchange, "index.html", "text/html; charset=utf-8")
 
 
-async def script(exchange: Exchange) -> Response:
-    """``GET /page.js``."""
-    return _static(exchange, "page.js", "text/javascript; charset=utf-8")
-
-
-async def style(exchange: Exchange) -> Response:
-    """``GET /page.css``."""
-    return _static(exchange, "page.css", "text/css; charset=utf-8")
+async def file(exchange: Exchange) -> Response:
+    """``GET /page.js`` and the like: the file of that name."""
+    name = exchange.request.path.rpartition("/")[2]
+    return _static(exchange, name, _TYPES[name.partition(".")[2]])

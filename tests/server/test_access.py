@@ -15,6 +15,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+from server.routes.page import FILES
 from tests.support import ADMIN, AUTH, SECRET, WORKER, Answer, InProcess, bearer, in_seconds, server, token, until
 
 JOBS = "/api/v2/jobs"
@@ -60,8 +61,20 @@ async def test_without_a_token_it_is_401_with_a_challenge() -> None:
 
 async def test_health_and_the_page_are_public() -> None:
     async with server(auth=AUTH) as at:
-        for target in ("/health", "/ready", "/", "/page.js", "/page.css"):
+        for target in ("/health", "/ready", "/", *(f"/{name}" for name in FILES)):
             assert (await at.get(target)).status == 200, target
+
+
+async def test_the_client_may_be_loaded_from_listed_origins_and_is_sent_once() -> None:
+    page = {"Origin": "https://app.example.com"}
+    async with server(auth=AUTH, cors={"origins": [page["Origin"]]}, server={"base_path": "/status"}) as at:
+        answer = await at.get("/status/client.js", page)
+        assert answer.headers["content-type"] == "text/javascript; charset=utf-8"
+        assert answer.headers["access-control-allow-origin"] == page["Origin"]
+        assert answer.headers["cache-control"] == "no-cache"
+        again = await at.get("/status/client.js", {**page, "If-None-Match": answer.headers["etag"]})
+        assert (again.status, again.body) == (304, b"")
+        assert "access-control-allow-origin" not in (await at.get("/status/client.js")).headers
 
 
 @pytest.mark.parametrize(

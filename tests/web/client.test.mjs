@@ -1,0 +1,130 @@
+// The client in Node, against the server at STATUSWIRE_URL. Run by test_node.py.
+
+import assert from "node:assert/strict";
+import { createRequire } from "node:module";
+import { test } from "node:test";
+
+import { connect } from "../../server/web/client.js";
+
+const url = process.env.STATUSWIRE_URL;
+const transports = globalThis.WebSocket ? ["websocket", "sse", "longpoll", "poll"] : ["sse", "longpoll", "poll"];
+let number = 0;
+
+async function say(method, path, body) {
+  const headers = { "content-type": "application/json" };
+  const answer = await fetch(url + path, { method, headers, body: body && JSON.stringify(body) });
+  assert.ok(answer.ok, `${method} ${path}: ${answer.status}`);
+  return answer.status === 204 ? null : answer.json();
+}
+
+const publish = (jobId, fields) => say("POST", `/api/v2/jobs/${jobId}/updates`, { userId: "anonymous", ...fields });
+const newId = (name) => `${name}-${(number += 1)}`;
+const within = (promise) => Promise.race([promise, new Promise((_, reject) => setTimeout(reject, 20_000, new Error("too late")).unref())]);
+
+/** A client that is disconnected when the test ends. */
+function client(t, options) {
+  const made = connect({ url, reconnectDelay: 50, onError: (error) => t.diagnostic(String(error)), ...options });
+  t.after(() => made.disconnect());
+  return made;
+}
+
+const until = (made, state) =>
+  within(
+    new Promise((resolve) => {
+      const look = () => made.state === state && (off(), resolve());
+      const off = made.onState(look);
+      look();
+    }),
+  );
+
+for (const transport of transports) {
+  test(`${transport}: from the first state to the end, each version once`, async (t) => {
+    const jobId = newId(transport);
+    await publish(jobId, { status: "processing", progress: 5 });
+    const made = client(t, { transports: [transport] });
+    const seen = [];
+    for await (const job of made.watch(jobId)) {
+      seen.push(job.version);
+      if (seen.length < 4) await publish(jobId, seen.length < 3 ? { progress: 10 * seen.length } : { status: "completed" });
+    }
+    assert.deepEqual(seen, [1, 2, 3, 4]);
+    assert.equal((await within(made.done(jobId))).status, "completed");
+    assert.equal(made.transport, transport);
+    assert.equal(made.state, transport === "sse" || transport === "websocket" ? "open" : "polling");
+  });
+
+  test(`${transport}: jobs that come later, a user's jobs, and one that is deleted`, async (t) => {
+    const [one, two, user] = [newId("one"), newId("two"), newId("user")];
+    const made = client(t, { transports: [transport] });
+    const heard = [];
+    const waiters = [];
+    const note = (job) => {
+      heard.push(`${job.jobId}:${job.type === "job_deleted" ? "gone" : job.version}`);
+      for (const waiter of waiters) waiter();
+    };
+    const come = (text) => within(new Promise((resolve) => {
+      const look = () => heard.includes(text) && resolve();
+      waiters.push(look);
+      look();
+    }));
+    made.watch(one, note);
+    await until(made, transport === "sse" || transport === "websocket" ? "open" : "polling");
+    await publish(one, { userId: user, progress: 1 });
+    await come(`${one}:1`);
+    await publish(two, { userId: user, progress: 1 });
+    made.watch({ user }, note);
+    await come(`${two}:1`);
+    await publish(two, { progress: 2, userId: user });
+    await come(`${two}:2`);
+    await say("DELETE", `/api/v2/jobs/${two}`);
+    await come(`${two}:gone`);
+    assert.deepEqual(made.watch({ user }).jobs.map((job) => job.jobId), [one]);
+  });
+
+  test(`${transport}: notifications of a channel, once each`, async (t) => {
+    const channel = newId("channel");
+    const made = client(t, { transports: [transport] });
+    const heard = [];
+    const three = new Promise((resolve) => made.watch({ channel }, ({ event, data }) => {
+      heard.push(`${event} ${data}`);
+      if (heard.length === 3) resolve();
+    }));
+    await until(made, transport === "sse" || transport === "websocket" ? "open" : "polling");
+    for (const data of [1, 2, 3]) await say("POST", "/api/sse/message", { target: "channel", targetId: channel, event: "news", data });
+    await within(three);
+    assert.deepEqual(heard, ["news 1", "news 2", "news 3"]);
+  });
+}
+
+test("a cancel is asked for", async (t) => {
+  const jobId = newId("cancel");
+  await publish(jobId, { status: "processing" });
+  const made = client(t);
+  assert.equal((await made.cancel(jobId)).cancelRequested, true);
+  assert.equal((await made.snapshot(jobId)).cancelRequested, true);
+  await assert.rejects(made.cancel("nothing-like-it"), { code: "job_not_found", status: 404 });
+});
+
+test("an aborted watch hears nothing more", async (t) => {
+  const jobId = newId("abort");
+  const made = client(t);
+  const stopped = new AbortController();
+  const heard = [];
+  made.watch(jobId, (job) => heard.push(job.version), { signal: stopped.signal });
+  const other = made.watch(jobId)[Symbol.asyncIterator]();
+  await publish(jobId, { progress: 1 });
+  await within(other.next());
+  stopped.abort();
+  await publish(jobId, { progress: 2 });
+  await within(other.next());
+  assert.deepEqual(heard, [1]);
+  const waiting = other.next();
+  await other.return();
+  assert.equal((await within(waiting)).done, true);
+});
+
+test("the other forms of the file have the same in them", () => {
+  const common = createRequire(import.meta.url)("../../server/web/client.cjs");
+  assert.equal(typeof common.connect, "function");
+  assert.equal(new common.StatusError("code", "text").code, "code");
+});
