@@ -188,12 +188,15 @@ class Authenticator:
             token = credential(request)
             return None if token is None else self.verify(token)
         token = bearer_of(request) or _other_credential(request)
-        if token is not None:
-            return await self.introduce(token)
-        return await self.hook.identify(request)
+        if token is None:
+            return await self.hook.identify(request)
+        return await self.introduce(token, request.headers.get("cookie"))
 
-    async def introduce(self, token: str) -> Identity:
+    async def introduce(self, token: str, cookie: str | None = None) -> Identity:
         """The identity a token vouches for; without a key of our own, the application is asked about it.
+
+        Args:
+            cookie: the caller's, for the application.
 
         Raises:
             ApiError: see ``identify``.
@@ -201,7 +204,8 @@ class Authenticator:
         if self._keys is None and self.hook is not None:
             if len(token) > MAX_TOKEN or not _TOKEN.fullmatch(token):
                 raise bad_token()
-            return await self.hook.ask({"authorization": f"Bearer {token}"})
+            credentials = {"authorization": f"Bearer {token}"}
+            return await self.hook.ask(credentials | {"cookie": cookie} if cookie else credentials)
         return self.verify(token)
 
     def verify(self, token: str) -> Identity:

@@ -215,6 +215,16 @@ async def test_without_a_key_the_application_is_asked_about_tokens_wherever_they
             assert (await ws.receive())["userId"] == "alice"
 
 
+async def test_the_application_sees_cookies_beside_tokens() -> None:
+    async with application() as app, server(auth={"hook_url": app.url}) as at:
+        assert (await at.get(JOBS, {**COOKIE, "Authorization": "Bearer opaque"})).status == 200
+        assert (await at.get(f"{JOBS}?access_token=opaque", COOKIE)).status == 200
+        assert (await at.get(JOBS, {"Authorization": "Bearer opaque"})).status == 200
+        seen = [(headers.get("authorization"), headers.get("cookie")) for headers in app.asked]
+        # The first two are one question; without the cookie it may be somebody else's session.
+        assert seen == [("Bearer opaque", COOKIE["Cookie"]), ("Bearer opaque", None)]
+
+
 async def test_a_live_connection_ends_with_the_session_and_may_renew_it() -> None:
     async with application() as app, server(auth={"hook_url": app.url, "hook_cache": 0}) as at:
         app.reply = lambda headers: (200, {"userId": "alice", "expiresAt": in_seconds(0.3)})
