@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 # Buckets of one table, about 300 bytes each. When it is full the one longest unused is forgotten, so an attacker with
 # this many addresses gets fresh buckets, but no memory.
 MAX_BUCKETS = 65_536
+# Events of one user's comings and goings that others are told, at once and then per second. Each is an entry of the
+# log, and it takes no capability to make them: whoever joined and left channels in a loop could push everybody's
+# updates out of it. A connection that comes with all the channels it may have, and comes again, stays within.
+EVENTS_AT_ONCE = 2000
+EVENTS_PER_SECOND = 20.0
 # When a user's connection will end is unknown; soon enough to be no nuisance, late enough to be no load.
 CONNECTION_RETRY = 5  # seconds
 # More proxies in a row than anyone has; a forwarded list longer than this comes from somebody who wants us to work.
@@ -66,6 +71,7 @@ class Limits:
         self._connects = Rates(limits.connects_per_second, "connections from your address")
         self._messages = Rates(limits.messages_per_second, "messages")
         self._publishes = Rates(limits.publishes_per_second, "updates")
+        self._events = Rates(EVENTS_PER_SECOND, "presence events", burst=EVENTS_AT_ONCE)
         self._shares: OrderedDict[tuple[str, str], Share] = OrderedDict()  # the longest unused first
 
     def check_connections(self, held: int) -> None:
@@ -104,6 +110,10 @@ class Limits:
         if self._publishes.rate:
             await self._take(self._publishes, user, now, n)
 
+    def may_tell(self, user: str, now: float) -> bool:
+        """Take one of the presence events that a user may cause; whether there was one."""
+        return self._events.wait(user, now, 1) <= 0.0
+
     async def _take(self, rates: Rates, user: str, now: float, n: int) -> None:
         """From what this node has of the common bucket, from that itself, or, where nobody can ask it, from our own."""
         if self.common is None:
@@ -133,7 +143,7 @@ class Limits:
 
     def sweep(self, now: float) -> None:
         """Forget all who have been quiet long enough. For a server without traffic; taking does the same in passing."""
-        for rates in (self._connects, self._messages, self._publishes):
+        for rates in (self._connects, self._messages, self._publishes, self._events):
             rates.sweep(now)
         for key in [key for key, share in self._shares.items() if share.idle(now)]:
             del self._shares[key]
@@ -141,17 +151,20 @@ class Limits:
     @property
     def entries(self) -> int:
         """How many table entries there are, over all tables."""
-        return len(self._connects) + len(self._messages) + len(self._publishes) + len(self._shares)
+        rates = (self._connects, self._messages, self._publishes, self._events)
+        return sum(len(each) for each in rates) + len(self._shares)
 
 
 class Rates:
-    """A token bucket per key, each with a burst of one second's worth. A rate of 0 is no limit: do not take then."""
+    """A token bucket per key. A rate of 0 is no limit: do not take then."""
 
-    __slots__ = ("_buckets", "rate", "what")
+    __slots__ = ("_buckets", "burst", "rate", "what")
 
-    def __init__(self, rate: float, what: str) -> None:
-        """``rate`` per second; ``what`` is counted, in words for the refusal."""
+    def __init__(self, rate: float, what: str, *, burst: float = 1.0) -> None:
+        """``rate`` per second, and ``burst`` at once, a second's worth at least; ``what`` is counted, in words for
+        the refusal."""
         self.rate = rate
+        self.burst = max(rate, burst)
         self.what = what
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()  # the longest unused first
 
@@ -164,18 +177,22 @@ class Rates:
         Raises:
             ApiError: 429 ``rate_limited``; nothing was taken.
         """
+        wait = self.wait(key, now, n)
+        if wait > 0.0:
+            raise self.too_many(wait)
+
+    def wait(self, key: str, now: float, n: int) -> float:
+        """Take ``n`` tokens of ``key``: 0.0; or take nothing: the seconds until they are there."""
         buckets = self._buckets
         bucket = buckets.get(key)
         if bucket is None:
             self.sweep(now)
             if len(buckets) >= MAX_BUCKETS:
                 buckets.popitem(last=False)
-            bucket = buckets[key] = TokenBucket(self.rate, max(self.rate, 1.0))
+            bucket = buckets[key] = TokenBucket(self.rate, self.burst)
         else:
             buckets.move_to_end(key)
-        wait = bucket.take(now, n)
-        if wait > 0.0:
-            raise self.too_many(wait)
+        return bucket.take(now, n)
 
     def too_many(self, wait: float) -> ApiError:
         """The refusal, for so many seconds."""

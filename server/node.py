@@ -196,8 +196,10 @@ class Node:
         self.counters.logs_lost += 1
         self.hub.log_lost()
 
-    def _tell_presence(self, event: PresenceEvent, key: str | None) -> Submission:
-        """Somebody came or went, and somebody wants to know."""
+    def _tell_presence(self, event: PresenceEvent, key: str | None) -> Submission | None:
+        """Somebody came or went, and somebody wants to know; not every time of one who does nothing else."""
+        if not self.limits.may_tell(event.user, trio.current_time()):
+            return None
         return self.broker.submit([Notify(presence_notice(event), "", key)])
 
     def _audience(self, notice: Update) -> Iterable[Reader]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import ApiError
 from protocol.presence import Target, Transport
-from server import config
+from server import config, limits
 from server.limits import Limits
 from server.presence import Presence
 from tests.streams import clean_server, event_stream, session, websocket
@@ -275,3 +275,22 @@ async def told_of_comings_and_goings(at: InProcess, there: InProcess) -> None:
             ("leave", {"userId": "bob", "count": 0, "channel": "room"}),
         ]
         await ws.quiet()
+
+
+async def test_one_who_comes_and_goes_all_the_time_fills_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "EVENTS_AT_ONCE", 5)
+    monkeypatch.setattr(limits, "EVENTS_PER_SECOND", 0.001)
+    async with clean_server(auth=AUTH) as at, websocket(at, token=token("root", admin=True)) as ws:
+        await ws.receive()
+        await ws.ask("subscribe", channels=["presence:room"])
+        async with websocket(at, token=token("ann")) as restless, websocket(at, token=token("bob")) as other:
+            await restless.receive()
+            for _ in range(20):
+                await restless.ask("subscribe", channels=["room"])
+                await restless.ask("unsubscribe", channels=["room"])
+            assert at.node.history.last == 5
+            await other.receive()
+            await other.ask("subscribe", channels=["room"])
+            told = [await ws.receive() for _ in range(6)]
+            assert [message["data"]["userId"] for message in told] == ["ann"] * 5 + ["bob"]
+            assert told[-1]["data"]["count"] == 1
