@@ -249,9 +249,10 @@ class Hub:
             await self._send_shared(shared, epoch, started)
             for reader in heard:
                 reader.multi = len(reader.wants) > 1
-            if batches and self.counters.delivered > sent:
+            first = [batch[0].at_ms for _, batch in batches[:1]] + [notice.at_ms for notice in notices[:1]]
+            if first and self.counters.delivered > sent:
                 # One sample for each flush, of what waited longest for it: an upper bound for all the others.
-                self.counters.delays.add(batches[0][1][0].at_ms)
+                self.counters.delays.add(min(first))
             if self.history.epoch == epoch:  # else log_lost has said from where on it is being given
                 self.flushed = target
             self._flushing = False

@@ -7,6 +7,7 @@ import hmac
 import json
 import signal
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +24,7 @@ from tests.streams import event_stream, lose_log, put, session
 from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, until
 
 SECRET: Final = "a secret that is shared"
+MIB: Final = 1024 * 1024
 USER: Final = bearer("alice")
 
 
@@ -30,7 +32,7 @@ class Application:
     """Gets callbacks.
 
     ``statuses`` are its answers in turn, the last of them for ever. With ``hang`` it never answers, with ``down`` it
-    closes the connection instead.
+    closes the connection instead. ``size`` is the length of its answers.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,7 @@ class Application:
         self.got: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.statuses = [200]
         self.retry_after = ""
+        self.size = 0
         self.hang = False
         self.down = False
 
@@ -78,7 +81,9 @@ class Application:
             self.got.append((headers, json.loads(body)))
             status = self.statuses[0] if len(self.statuses) == 1 else self.statuses.pop(0)
             more = f"Retry-After: {self.retry_after}\r\n" if self.retry_after else ""
-            await stream.send_all(f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\n{more}\r\n".encode())
+            await stream.send_all(f"HTTP/1.1 {status} X\r\nContent-Length: {self.size}\r\n{more}\r\n".encode())
+            for start in range(0, self.size, MIB):
+                await stream.send_all(bytes(min(MIB, self.size - start)))
 
 
 @asynccontextmanager
@@ -170,6 +175,20 @@ async def test_what_will_not_pass_is_given_up(status: int, caplog: pytest.LogCap
         assert app.jobs == ["j1", "j2"]
         assert (teller(at).counts.told, teller(at).counts.given_up) == (1, 1)
         assert "callback_given_up" in caplog.text
+
+
+async def test_an_answer_may_be_as_long_as_it_likes() -> None:
+    async with application() as app, server(**mail(app)) as at:
+        app.size = 64 * MIB
+        tracemalloc.start()
+        try:
+            put(at, "a", status="completed")
+            await until(lambda: teller(at).counts.told)
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert most < 16 * MIB
+        assert app.jobs == ["a"]
 
 
 async def test_there_is_an_end_to_trying() -> None:

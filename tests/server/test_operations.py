@@ -160,6 +160,14 @@ async def test_connections_updates_and_jobs_are_counted(store: str, tmp_path: Pa
         assert seen["readings"] == {"snapshot": 2, "resume": 1, "reset": 0}
 
 
+async def test_notifications_alone_have_a_delivery_time_too() -> None:
+    async with server() as at, websocket(at) as ws:
+        await ws.receive()
+        await at.post("/api/sse/message", {"target": "broadcast", "event": "e", "data": 1})
+        assert (await ws.receive())["type"] == "notification"
+        assert sum(at.node.counters.delays.counts) == 1
+
+
 async def test_what_is_delivered_is_what_readers_get() -> None:
     """Written directly, joined from several channels, filtered, spaced out, replayed: all count, once a reader."""
     async with server() as at, session(at) as direct, session(at) as several, session(at) as picky, session(at) as lazy:
