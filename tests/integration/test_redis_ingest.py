@@ -18,6 +18,8 @@ from tests.ingesting import LONG_S, channels_of, nodes, record, steps, stream_of
 from tests.redis_servers import RedisServer, eventually, running_server
 from tests.support import server, spawned
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
@@ -109,7 +111,6 @@ async def test_bad_messages_are_counted_and_harm_nobody(
     assert "secret" not in caplog.text
 
 
-@pytest.mark.slow
 async def test_equal_messages_within_the_window_count_as_one(redis: RedisServer, oracle: redis_py.Redis) -> None:
     async with nodes(redis.url) as running:
         for each in running:
@@ -189,7 +190,6 @@ async def test_poison_is_set_aside(redis: RedisServer, oracle: redis_py.Redis) -
         assert (counters.received, counters.accepted, counters.dead, counters.trimmed) == (9, 3, 6, 1)
 
 
-@pytest.mark.slow
 async def test_what_dead_consumers_left_is_taken_over(redis: RedisServer, oracle: redis_py.Redis) -> None:
     oracle.xgroup_create(STREAM, GROUP, "0", mkstream=True)
     ids = [oracle.xadd(STREAM, {"data": text(jobId="a", userId="u", message=f"step {n}")}) for n in range(6)]
@@ -207,7 +207,6 @@ async def test_what_dead_consumers_left_is_taken_over(redis: RedisServer, oracle
         assert len(oracle.xinfo_consumers(STREAM, GROUP)) == 1
 
 
-@pytest.mark.slow
 async def test_an_entry_that_was_accepted_but_not_acknowledged_counts_once(
     redis: RedisServer, oracle: redis_py.Redis
 ) -> None:
@@ -228,7 +227,6 @@ async def test_an_entry_that_was_accepted_but_not_acknowledged_counts_once(
         assert version(one, "b") == 1
 
 
-@pytest.mark.slow
 async def test_what_will_pass_is_waited_for(redis: RedisServer, oracle: redis_py.Redis) -> None:
     """Entries are acknowledged after they were accepted, and those of a job stay in order."""
     async with nodes(redis.url, 1, history={"max_jobs": 1}) as (one,):
@@ -246,7 +244,6 @@ async def test_what_will_pass_is_waited_for(redis: RedisServer, oracle: redis_py
         assert oracle.xlen(DEAD) == 0
 
 
-@pytest.mark.slow
 async def test_keys_that_have_served_are_taken_away(
     redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +257,6 @@ async def test_keys_that_have_served_are_taken_away(
         await eventually(lambda: not oracle.keys("{statuswire}:key:*"))
 
 
-@pytest.mark.slow
 async def test_other_groups_keep_their_entries(redis: RedisServer, oracle: redis_py.Redis) -> None:
     oracle.xgroup_create(STREAM, "others", "0", mkstream=True)
     async with nodes(redis.url, 1) as (one,):
@@ -270,7 +266,6 @@ async def test_other_groups_keep_their_entries(redis: RedisServer, oracle: redis
         assert oracle.xlen(STREAM) == 1
 
 
-@pytest.mark.slow
 async def test_a_stream_that_is_lost_or_something_else(redis: RedisServer, oracle: redis_py.Redis) -> None:
     oracle.set(STREAM, "no stream")
     async with nodes(redis.url, 1) as (one,):
@@ -285,7 +280,6 @@ async def test_a_stream_that_is_lost_or_something_else(redis: RedisServer, oracl
         await eventually(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
 
 
-@pytest.mark.slow
 async def test_sources_can_be_off(redis: RedisServer, oracle: redis_py.Redis) -> None:
     async with server(store={"url": redis.url}, ingest={"channels": False}) as one:
         await one.node.broker.follow(["*"])
@@ -296,7 +290,6 @@ async def test_sources_can_be_off(redis: RedisServer, oracle: redis_py.Redis) ->
         assert oracle.pubsub_numsub(*CHANNELS) == [(channel, 0) for channel in CHANNELS]
 
 
-@pytest.mark.slow
 async def test_a_drain_finishes_what_was_taken(redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path) -> None:
     async with spawned(tmp_path, store={"url": redis.url}) as going:
         await eventually(lambda: oracle.get("{statuswire}:ingest:stream"), within=LONG_S)

@@ -36,6 +36,8 @@ from tests.redis_servers import (
 from tests.streams import WebSocket, event_stream, session
 from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, token, until, until_answered
 
+pytestmark = pytest.mark.slow
+
 LONG_S = 60.0  # for everything of a test with failures; reached only by what would never end
 
 
@@ -542,7 +544,6 @@ async def test_a_dead_nodes_leases_are_declared_by_another(redis: RedisServer) -
         assert [(await ws.receive())["status"] for _ in range(3)] == ["processing", "stalled", "failed"]
 
 
-@pytest.mark.slow
 async def test_leases_that_are_not_to_be_declared_yet_hold_up_no_others(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -777,7 +778,6 @@ async def test_a_log_that_went_back_is_another_epoch(tmp_path: Path, how: str) -
                 assert answer.json["reset"]
 
 
-@pytest.mark.slow
 async def test_sentinels_replace_a_master_under_load(tmp_path: Path) -> None:
     with running_sentinels(tmp_path) as sentinels:
         async with two_nodes(sentinels.url) as nodes:
@@ -790,7 +790,6 @@ async def test_sentinels_replace_a_master_under_load(tmp_path: Path) -> None:
             assert len({watcher.resets > 0 for watcher in watchers}) == 1
 
 
-@pytest.mark.slow
 async def test_a_cluster_loses_a_master_under_load(tmp_path: Path) -> None:
     with running_cluster(tmp_path, replicas=True) as cluster:
         with cluster.masters[0].oracle() as oracle:

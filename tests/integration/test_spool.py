@@ -23,6 +23,8 @@ from tests.redis_servers import Proxy, RedisServer, eventually, running_proxy, r
 from tests.streams import session
 from tests.support import InProcess, request_bytes, server, spawned, until, until_answered
 
+pytestmark = pytest.mark.slow
+
 LONG_S = 60.0
 NDJSON = {"Content-Type": "application/x-ndjson"}
 
@@ -333,7 +335,6 @@ async def test_a_part_waits_for_its_parent(redis: RedisServer, tmp_path: Path) -
         assert (parent["status"], parent["steps"]) == ("completed", {"done": 2, "total": 2, "failed": 0})
 
 
-@pytest.mark.slow
 async def test_any_outage_keeps_order_and_counts_once(
     redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

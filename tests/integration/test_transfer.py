@@ -22,13 +22,15 @@ from tests.redis_servers import RedisServer, running_server
 from tests.streams import event_stream, session, stream_at
 from tests.support import InProcess, server, until
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [
     ("sqlite", "redis"),
     ("redis", "sqlite"),
-    pytest.param("sqlite", "sqlite", marks=pytest.mark.slow),
-    pytest.param("redis", "redis", marks=pytest.mark.slow),
+    pytest.param("sqlite", "sqlite"),
+    pytest.param("redis", "redis"),
 ]
-KINDS = ["sqlite", pytest.param("redis", marks=pytest.mark.slow)]
+KINDS = ["sqlite", pytest.param("redis")]
 
 
 @pytest.fixture
@@ -391,7 +393,6 @@ async def test_a_reader_that_leaves(store_of: Callable[[str, str], str], tmp_pat
     assert (len(done.stdout), done.stderr) == (10, b"")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), PAIRS[:2])
 async def test_many(store_of: Callable[[str, str], str], tmp_path: Path, source: str, target: str) -> None:
     old, new, lines = store_of(source, "source"), store_of(target, "target"), str(tmp_path / "lines")

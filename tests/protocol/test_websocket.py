@@ -552,6 +552,7 @@ def test_the_flush_at_the_end_counts() -> None:
     assert read([frame(0xC1, data)], DEFLATE, 300) == ([Text("a" * 300)], None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agreed", [None, DEFLATE])
 def test_65536_fragments_take_linear_time(agreed: DeflateParameters | None) -> None:
     part = b"x" * 256

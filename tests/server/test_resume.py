@@ -298,6 +298,7 @@ async def follow(server: InProcess, readers: list[Reader], script: list[tuple[An
     assert fresh.known == readers[0].known
 
 
+@pytest.mark.slow
 @settings(
     max_examples=300,
     deadline=None,

@@ -26,6 +26,8 @@ from server.commands.display import Lines, _most_alive, describe
 from server.commands.watch import READ_TIMEOUT, Watched, _Stream
 from tests.server.commands.scripted import Answer, ScriptedServer, error, scripted, sse, stream
 
+pytestmark = pytest.mark.slow
+
 DONE = Answer(204)
 
 
