@@ -199,8 +199,9 @@ def test_what_is_kept_of_a_report_is_bounded() -> None:
     assert state(settled(odd, message="fine"))["message"] == "fine"
 
 
+NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["captured", "total", "a"]), inner),
     max_leaves=5,
 )
