@@ -248,8 +248,6 @@ class Teller:
         Returns:
             What went wrong, None if nothing; and how many seconds the application asks for, -1 to try no more.
         """
-        import httpx
-
         config = self._config
         cursor = f"{self._epoch}:{update.offset}"
         body = update_message(update, cursor)[:-1] + b',"callback":"%b","unseen":%b,"sentAt":"%b"}' % (
@@ -266,6 +264,7 @@ class Teller:
         }
         if config.secret:
             headers["X-Signature-256"] = sign(config.secret, now, body)
+        answer: httpx.Response | None = None
         try:
             with trio.fail_after(config.timeout):
                 async with client.stream(
@@ -274,8 +273,9 @@ class Teller:
                     async for _ in answer.aiter_raw():  # to its end, so that the connection can be used again
                         pass  # only the status counts, and nobody knows how long it is
         except trio.TooSlowError:
-            return f"no answer within {config.timeout:g} s", 0.0
-        except (httpx.HTTPError, OSError) as error:
+            if answer is None:
+                return f"no answer within {config.timeout:g} s", 0.0
+        except Exception as error:  # whatever the application or the library does, the others are told
             return f"{type(error).__name__}: {error}", 0.0
         if answer.is_success:
             return None, 0.0

@@ -32,7 +32,7 @@ class Application:
     """Gets callbacks.
 
     ``statuses`` are its answers in turn, the last of them for ever. With ``hang`` it never answers, with ``down`` it
-    closes the connection instead. ``size`` is the length of its answers.
+    closes the connection instead. ``size`` is the length of its answers, with ``endless`` they have no end.
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,7 @@ class Application:
         self.size = 0
         self.hang = False
         self.down = False
+        self.endless = False
 
     @property
     def url(self) -> str:
@@ -81,6 +82,10 @@ class Application:
             self.got.append((headers, json.loads(body)))
             status = self.statuses[0] if len(self.statuses) == 1 else self.statuses.pop(0)
             more = f"Retry-After: {self.retry_after}\r\n" if self.retry_after else ""
+            if self.endless:
+                await stream.send_all(b"HTTP/1.1 200 X\r\n\r\n")
+                while True:
+                    await stream.send_all(bytes(MIB))
             await stream.send_all(f"HTTP/1.1 {status} X\r\nContent-Length: {self.size}\r\n{more}\r\n".encode())
             for start in range(0, self.size, MIB):
                 await stream.send_all(bytes(min(MIB, self.size - start)))
@@ -135,6 +140,14 @@ async def test_endings_are_told_once_and_signed() -> None:
         extra = {"type": "job_completed", "callback": "mail", "unseen": False}
         assert body == record | extra | {"id": f"{at.node.history.epoch}:2", "sentAt": body["sentAt"]}
         assert teller(at).counts.told == 3
+
+
+async def test_of_an_answer_without_end_only_the_status_counts() -> None:
+    async with application() as app, server(**mail(app, timeout=1)) as at:
+        app.endless = True
+        put(at, "j1", status="completed")
+        await settled(at)
+        assert (teller(at).counts.told, app.jobs) == (1, ["j1"])
 
 
 async def test_only_what_was_asked_for_is_told() -> None:
