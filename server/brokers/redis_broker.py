@@ -321,6 +321,8 @@ class RedisBroker:
 
     def _went_up(self, node: NodeInfo) -> None:
         self._connects += 1
+        if node.evicts is not None:
+            log.warning("Redis at %s drops keys when it is full: set its maxmemory-policy to noeviction", node.address)
         assert self._client is not None
         if self._client.away is None:  # a cluster has several connections to wait for
             self.follower.arrived = True

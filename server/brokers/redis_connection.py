@@ -51,6 +51,7 @@ class NodeInfo:
         replication_offset: bytes of that history.
         replicas: connected now.
         master_link: ``"up"`` or ``"down"`` on a replica, None on a master.
+        evicts: its ``maxmemory-policy`` if that lets it drop keys, else None.
     """
 
     address: Address
@@ -63,6 +64,7 @@ class NodeInfo:
     replication_offset: int
     replicas: int
     master_link: str | None
+    evicts: str | None
 
 
 async def connect(address: Address, url: RedisUrl, options: Options, kind: Kind = "master") -> tuple[Stream, NodeInfo]:
@@ -205,6 +207,7 @@ def _examine(info: str, address: Address, url: RedisUrl, kind: Kind) -> NodeInfo
     fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     version = tuple(int(part) for part in fields.get("redis_version", "0").split(".") if part.isdigit())
     mode = fields.get("redis_mode", "standalone")
+    policy = fields.get("maxmemory_policy", "noeviction")
     node = NodeInfo(
         address=address,
         run_id=fields.get("run_id", ""),
@@ -216,6 +219,7 @@ def _examine(info: str, address: Address, url: RedisUrl, kind: Kind) -> NodeInfo
         replication_offset=int(fields.get("master_repl_offset", 0)),
         replicas=int(fields.get("connected_slaves", 0)),
         master_link=fields.get("master_link_status"),
+        evicts=None if policy == "noeviction" or fields.get("maxmemory", "0") == "0" else policy,
     )
     oldest = OLDEST_CLUSTER if url.topology == "cluster" else OLDEST
     if version < oldest:

@@ -581,6 +581,18 @@ async def test_what_cannot_be_read_in_redis_ends_no_server(
         assert (await one.get("/ready")).status == 200
 
 
+async def test_a_redis_that_drops_keys_is_warned_of(redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    with redis.oracle() as oracle:
+        oracle.config_set("maxmemory-policy", "allkeys-lru")
+        async with server(store={"url": redis.url}) as one:
+            await publish(one, "a", userId="u")
+            assert "noeviction" not in caplog.text  # without a bound it drops nothing
+        oracle.config_set("maxmemory", "1gb")
+        async with server(store={"url": redis.url}) as one:
+            await publish(one, "a", userId="u")
+            assert "set its maxmemory-policy to noeviction" in caplog.text
+
+
 async def test_a_clock_that_is_ahead_does_not_stop_the_others(
     redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
