@@ -18,6 +18,7 @@ MAX_USERS: Final = 100_000
 # Other nodes are told of the same user once in so long.
 TELL_EVERY_MS: Final = 1000
 KEPT_S: Final = 86_400.0
+_NEVER: Final = (-1, 0)
 
 
 class Seen:
@@ -41,24 +42,26 @@ class Seen:
         self._presence = presence
         self._shared = shared
         self._clock = clock
-        self._last: OrderedDict[str, int] = OrderedDict()  # user to unix milliseconds, the longest ago first
+        # When each was seen, and when other nodes were last told so: unix milliseconds; the longest ago first.
+        self._last: OrderedDict[str, tuple[int, int]] = OrderedDict()
 
     def note(self, user: str) -> None:
         """This user was shown something just now. Never waits."""
         if not self.wanted:
             return
         now = int(self._clock() * 1000)
-        before = self._last.get(user, 0)
-        self._last[user] = now
+        _, told = self._last.get(user, _NEVER)
+        if self._shared is not None and now - told >= TELL_EVERY_MS:
+            self._shared.remember(_name(user), str(now + TELL_EVERY_MS), KEPT_S)
+            told = now
+        self._last[user] = now, told
         self._last.move_to_end(user)
         if len(self._last) > MAX_USERS:
             self._last.popitem(last=False)
-        if self._shared is not None and now - before >= TELL_EVERY_MS:
-            self._shared.remember(_name(user), str(now + TELL_EVERY_MS), KEPT_S)
 
     async def since(self, user: str, unix_ms: int) -> bool:
         """Whether this user is there now, on any node, or was at some moment from ``unix_ms`` on."""
-        if user in self._presence.users or self._last.get(user, -1) >= unix_ms:
+        if user in self._presence.users or self._last.get(user, _NEVER)[0] >= unix_ms:
             return True
         if self._shared is None:
             return False

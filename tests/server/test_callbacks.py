@@ -19,6 +19,7 @@ import pytest
 import trio
 
 from server import callbacks
+from server.seen import Seen
 from tests.redis_servers import RedisServer, running_server
 from tests.streams import event_stream, lose_log, put, session
 from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, until
@@ -276,7 +277,7 @@ async def test_who_comes_in_time_has_seen_it() -> None:
     async with application() as app, server(auth=AUTH, **mail(app, unseen_after=0.5)) as at:
         put(at, "j1", user="alice", status="completed")
         assert (await at.get("/api/v2/jobs/j1", USER)).status == 200
-        await until(lambda: time.time() * 1000 > at.node.seen._last["alice"] + 1)
+        await until(lambda: time.time() * 1000 > at.node.seen._last["alice"][0] + 1)
         put(at, "j2", user="alice", status="completed")
         await settled(at)
         assert app.jobs == ["j2"]
@@ -350,6 +351,23 @@ async def test_of_several_nodes_one_tells(redis: RedisServer, monkeypatch: pytes
             wanted = {f"{letter}{number}" for letter in "ab" for number in range(20)} | {"last"}
             await until(lambda: wanted <= set(app.jobs))
             assert max(Counter(app.jobs).values()) <= 2
+
+
+async def test_who_asks_again_and_again_is_seen_by_other_nodes_all_the_time(redis: RedisServer) -> None:
+    store = {"store": {"url": redis.url}}
+    async with application() as app, server(**store, **mail(app, unseen_after=60)) as at, server(**store) as other:
+        assert at.node.shared is not None
+        assert other.node.shared is not None
+        now = 1000.0
+        seen = Seen(at.node.presence, at.node.shared, wanted=True, clock=lambda: now)
+        elsewhere = Seen(other.node.presence, other.node.shared, wanted=True)
+        for _ in range(10):
+            now += 0.6
+            seen.note("ann")
+            told = partial(elsewhere.since, "ann", int(now * 1000))
+            with trio.fail_after(10):
+                while not await told():  # noqa: ASYNC110 - it is on its way
+                    await trio.sleep(0.005)
 
 
 async def _node(tables: dict[str, Any], task_status: trio.TaskStatus[InProcess]) -> None:
