@@ -23,10 +23,11 @@ from server.reading import Start, missed_notices
 
 def may_join(node: Node, identity: Identity, channel: str) -> bool:
     """Whether this identity may hear a channel, or who is on it; who is there of a user, that user and ``ops``."""
-    default = node.authenticator.default_channels
-    if channel.startswith(PRESENCE_OF_USER):
-        return identity.can("ops") or channel.removeprefix(PRESENCE_OF_USER) == identity.user
-    return identity.may_join(channel.removeprefix(PRESENCE), default)
+    while channel.startswith(PRESENCE):  # who listens to who is there is for those who may listen themselves
+        if channel.startswith(PRESENCE_OF_USER):
+            return identity.can("ops") or channel.removeprefix(PRESENCE_OF_USER) == identity.user
+        channel = channel.removeprefix(PRESENCE)
+    return identity.may_join(channel, node.authenticator.default_channels)
 
 
 def check_join(node: Node, identity: Identity, channel: str) -> None:

@@ -350,6 +350,8 @@ async def test_channels_by_claim_and_by_default(tmp_path: Path) -> None:
             (bearer("ann", channels=["team-*"]), "presence:user:ann", 200),
             (bearer("ann", channels=["*"]), "presence:user:bob", 403),
             (bearer("ann", capabilities=["ops"]), "presence:user:bob", 200),
+            (bearer("ann", channels=["*"]), "presence:presence:user:bob", 403),
+            (bearer("ann", channels=["team-*"]), "presence:presence:team-1", 200),
         ]
         for headers, channel, status in cases:
             async with stream_at(at, f"/api/sse?channels={channel}", headers=headers) as stream:
