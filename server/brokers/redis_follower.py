@@ -379,6 +379,9 @@ class Follower:
 
     async def _load(self, shards: set[int]) -> None:
         """Take shards in: their jobs as they are now, their part of the log as far as others have been shown."""
+        # From here on nothing else is shown: no record may be older than the place in the log that it is read at.
+        self._buffer = deque()
+        limit = self._history.last
         loaded: list[Stored] = []
         for shard in sorted(shards):  # one by one: Redis does nothing else meanwhile
             epoch, offset, _, table = await self.client.call_script(LOAD, [META, JOBS[shard]], [], patience=FOLLOW_S)
@@ -386,8 +389,6 @@ class Follower:
             loaded += await decode_jobs([table], offset)
         entries: list[Update] = []
         newest: dict[int, tuple[int, bytes | None]] = {}
-        self._buffer = deque()  # from here on nothing else is shown
-        limit = self._history.last
         for shard in shards:
             messages = await read_log(self.client, shard, self._history.first, limit)
             newest[shard] = await newest_of(self.client, shard, messages, limit)

@@ -331,6 +331,39 @@ async def test_what_is_being_loaded_is_read_when_all_of_it_is_shown(redis: Redis
             go_on.set()
 
 
+async def test_records_are_not_older_than_the_place_that_they_are_read_at(redis: RedisServer) -> None:
+    """While a shard is loaded the node shows what others have, and so comes past an update of the loaded one."""
+    assert shard_of("u") != shard_of("v")
+    async with two_nodes(redis.url, auth=AUTH) as (one, two):
+        shared = one.node.shared
+        assert shared is not None
+        client = shared.client
+        call_script = client.call_script
+        async with session(one, token=token("v")) as other:
+            await other.subscribe()
+            made = await publish(two, "a", userId="u")
+            await until(lambda: one.node.history.last >= made.offset)
+
+            async def behind(script: Script, keys: Any, arguments: Any, **options: Any) -> Any:
+                answer = await call_script(script, keys, arguments, **options)
+                if script is LOAD:
+                    await publish(two, "a", progress=50)
+                    last = (await publish(two, "b", userId="v")).offset
+                    with trio.move_on_after(0.5):
+                        while one.node.history.last < last:  # noqa: ASYNC110  # it need not
+                            await trio.sleep(0.01)
+                return answer
+
+            client.call_script = behind  # type: ignore[method-assign]
+            async with session(one, token=token("u")) as ws:
+                (job,) = (await ws.subscribe())["snapshot"]
+                newest = (await publish(two, "a", progress=99)).version
+                versions = [job["version"]]
+                while versions[-1] < newest:
+                    versions.append((await ws.receive())["version"])
+                assert versions == list(range(versions[0], newest + 1))
+
+
 async def test_a_node_lets_go_of_what_nobody_watches_any_more(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
