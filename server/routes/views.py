@@ -107,7 +107,12 @@ async def health(view: View, call: Call, exchange: Exchange) -> Response:
     for name, value in exchange.params.items():
         check_parameter_id(name, value)
     answer: dict[str, object] = {"status": "healthy" if node.broker.available is None else "unhealthy"}
-    identity = await node.authenticator.identify(exchange.request)
+    try:
+        identity = await node.authenticator.identify(exchange.request)
+    except ApiError as error:
+        if error.status != 503:
+            raise
+        identity = None  # the application cannot say who asks: it is not its health that is asked for
     if identity is not None and identity.can("ops"):
         answer |= await stats(node)
     return json_answer(200, answer)

@@ -180,6 +180,8 @@ async def test_an_application_that_is_away_or_slow_is_503() -> None:
         assert b'"code":"try_later"' in stream.body
         async with websocket(at, headers={"Cookie": "a=b"}) as ws:
             assert (await ws.closed()).code == 1013
+        health = await at.get("/api/brand-monitor/health", {"Cookie": "a=b"})
+        assert (health.status, health.json) == (200, {"status": "healthy"})
 
 
 async def test_tokens_come_first_where_there_is_a_key() -> None:
