@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
 
-from protocol.http1 import LAST_CHUNK
 from protocol.messages import whole
 from protocol.notice import parse_channels, parse_username
 from protocol.notice_view import VIEW as NOTICES
@@ -17,16 +15,7 @@ from server.ids import new_id
 from server.node import Stream
 from server.notices import check_join, notified_user, owed
 from server.reading import Start, start_from
-from server.socketio import all_acknowledged, receive
-from server.transports.live import DISCONNECTED, LiveReader
-from server.transports.sse import CHATTER_BYTES, GOODBYE_S, HEADERS, REPLAY_UPDATES, RETRY_MS, say
-
-# What the last event says of an end, by its reason: code and message.
-_FAREWELLS: Final = {
-    "expired": ("token_expired", "the token has expired"),
-    "disconnected": ("disconnected", DISCONNECTED),
-    "drain": ("try_later", "this server is going away; reconnect"),
-}
+from server.transports.sse import HEADERS, REPLAY_UPDATES, RETRY_MS, SseReader
 
 
 async def notice_stream(exchange: Exchange) -> Stream:
@@ -55,20 +44,12 @@ async def notice_stream(exchange: Exchange) -> Stream:
     return reader
 
 
-class NoticeStream(LiveReader):
+class NoticeStream(SseReader):
     """One stream of notifications."""
 
-    __slots__ = ("_drain_delay_ms",)
+    __slots__ = ()
 
-    transport = "sse"
     takes_notices = True
-
-    def __init__(self, exchange: Exchange, form: WireForm, client_id: str) -> None:
-        connection = exchange.connection
-        super().__init__(
-            exchange.node, connection.sock, connection.nursery, form, client_id=client_id, address=exchange.address
-        )
-        self._drain_delay_ms = 0
 
     def begin(self, head: bytes, start: Start) -> None:
         """Greet, and queue what it is owed. It is in ``presence`` by now, so what comes later comes live."""
@@ -80,8 +61,7 @@ class NoticeStream(LiveReader):
         node.counters.replayed += len(notices)
         # No cursor runs ahead of what is still to come; without that, the stream stands at the log's end.
         cursor = start.given if notices or start.lost else self.cursor()
-        connected = say(
-            self.form,
+        connected = self._say(
             "connected",
             cursor,
             RETRY_MS,
@@ -98,7 +78,7 @@ class NoticeStream(LiveReader):
 
     def _reset(self, cursor: str | None) -> bytes:
         reason = "the log no longer reaches back to your cursor: notifications that were not stored may be missing"
-        return say(self.form, "reset", cursor, message=reason)
+        return self._say("reset", cursor, message=reason)
 
     def _replay(self, notices: list[Update]) -> Iterator[bytes]:
         """What it is owed as of now, in pieces; the last one has the cursor behind all of it."""
@@ -108,34 +88,6 @@ class NoticeStream(LiveReader):
         """Tell the client that its cursor is void, and what is stored for it."""
         notices = self.node.broker.inboxes.of_user(self.user)
         self.post(self._reset(None if notices else self.cursor()), self._replay(notices))
-
-    async def serve(self) -> None:
-        """Read until the client closes; what it says meanwhile means nothing."""
-        left = CHATTER_BYTES
-        while left > 0 and (data := await receive(self.sock)):
-            left -= len(data)
-
-    def alive(self) -> bool:
-        """An event stream has no answers; that its kernel acknowledged everything has to do."""
-        return self.caught_up and all_acknowledged(self.sock)
-
-    def heartbeat(self) -> None:
-        """With the reader's cursor, so that a quiet reader's cursor moves with the log."""
-        self.post(say(self.form, "heartbeat", self.cursor()))
-
-    def drain(self, delay_ms: int) -> None:
-        """The server goes away: end, and have the client come back after ``delay_ms``."""
-        self._drain_delay_ms = delay_ms
-        self.finish("drain")
-
-    async def goodbye(self) -> None:
-        """Say why the stream ends, if the client can still hear it, and end it."""
-        if self.ended not in _FAREWELLS:
-            return  # gone, stalled, or too far behind: nothing more would arrive
-        code, message = _FAREWELLS[self.ended]
-        delay_ms = self._drain_delay_ms if self.ended == "drain" else None
-        last = say(self.form, "error", self.final_cursor, delay_ms, code=code, message=message)
-        await self.say_last(last + (LAST_CHUNK if self.form.framing is Framing.SSE_CHUNKED else b""), GOODBYE_S)
 
 
 def _pieces(form: WireForm, notices: list[Update], epoch: str, end: int) -> Iterator[bytes]:

@@ -91,27 +91,75 @@ def say(form: WireForm, name: str, cursor: str | None = None, retry_ms: int | No
     return b"" if message is None else form.message(message.text, cursor, retry_ms, message.event)
 
 
-class EventStream(LiveReader):
-    """One event stream."""
+# Ends of which the client is told: code and message of the error.
+_REASONS: Final = {
+    "expired": ("token_expired", "the token has expired"),
+    "disconnected": ("disconnected", DISCONNECTED),
+    "drain": ("try_later", "this server is going away; reconnect"),
+}
 
-    __slots__ = ("_drain_delay_ms", "_names", "_watch")
+
+class SseReader(LiveReader):
+    """One event stream, whatever it tells of."""
+
+    __slots__ = ("_drain_delay_ms",)
 
     transport = "sse"
+
+    def __init__(self, exchange: Exchange, form: WireForm, client_id: str) -> None:
+        connection = exchange.connection
+        super().__init__(
+            exchange.node, connection.sock, connection.nursery, form, client_id=client_id, address=exchange.address
+        )
+        self._drain_delay_ms = 0
+
+    def _say(self, name: str, cursor: str | None, retry_ms: int | None = None, **facts: object) -> bytes:
+        """One of the server's own messages, framed."""
+        return say(self.form, name, cursor, retry_ms, **facts)
+
+    async def serve(self) -> None:
+        """Read until the client closes; what it says meanwhile means nothing."""
+        left = CHATTER_BYTES
+        while left > 0 and (data := await receive(self.sock)):
+            left -= len(data)
+
+    def alive(self) -> bool:
+        """An event stream has no answers; that its kernel acknowledged everything has to do."""
+        return self.caught_up and all_acknowledged(self.sock)
+
+    def heartbeat(self) -> None:
+        """With the reader's cursor, so that a quiet reader's cursor moves with the log."""
+        self.post(self._say("heartbeat", self.cursor()))
+
+    def drain(self, delay_ms: int) -> None:
+        """The server goes away: end, and have the client come back after ``delay_ms``."""
+        self._drain_delay_ms = delay_ms
+        self.finish("drain")
+
+    async def goodbye(self) -> None:
+        """Say why the stream ends, if the client can still hear it, and end it."""
+        if self.ended == "finished":
+            last = b""
+        elif self.ended in _REASONS:
+            code, message = _REASONS[self.ended]
+            delay_ms = self._drain_delay_ms if self.ended == "drain" else None
+            last = self._say("error", self.final_cursor, delay_ms, code=code, message=message)
+        else:
+            return  # gone, stalled, or too far behind: nothing more would arrive
+        await self.say_last(last + (LAST_CHUNK if self.form.framing is Framing.SSE_CHUNKED else b""), GOODBYE_S)
+
+
+class EventStream(SseReader):
+    """The event stream of some jobs."""
+
+    __slots__ = ("_names", "_watch")
+
     takes_notices = False
 
     def __init__(self, exchange: Exchange, watch: Watch, names: list[str], form: WireForm, client_id: str) -> None:
-        connection = exchange.connection
-        super().__init__(
-            exchange.node,
-            connection.sock,
-            connection.nursery,
-            form,
-            client_id=client_id,
-            address=exchange.address,
-        )
+        super().__init__(exchange, form, client_id)
         self._watch = watch
         self._names = names
-        self._drain_delay_ms = 0
 
     def begin(self, head: bytes, start: Start) -> None:
         """Register and queue the beginning, in one step: nothing can fall between snapshot and tail."""
@@ -145,7 +193,7 @@ class EventStream(LiveReader):
         view = self.form.view
         if view.render is not None and self._watch.job_ids is not None:
             facts["id"] = view.id_of(self._watch.job_ids[0])
-        return say(self.form, name, cursor, retry_ms, clientId=self.client_id, **facts)
+        return super()._say(name, cursor, retry_ms, clientId=self.client_id, **facts)
 
     def _still_open(self) -> set[str]:
         assert self._watch.job_ids is not None
@@ -189,45 +237,6 @@ class EventStream(LiveReader):
         if self.form.view.render is not None and not snapshot(self.node.jobs, self._names, self._watch.filter):
             lost = self._say("error", None, code="lost", message="the store has lost what was known of it")
         self.post(lost, self._snapshot())
-
-    async def serve(self) -> None:
-        """Read until the client closes; what it says meanwhile means nothing."""
-        left = CHATTER_BYTES
-        while left > 0 and (data := await receive(self.sock)):
-            left -= len(data)
-
-    def alive(self) -> bool:
-        """An event stream has no answers; that its kernel acknowledged everything has to do."""
-        return self.caught_up and all_acknowledged(self.sock)
-
-    def heartbeat(self) -> None:
-        """With the reader's cursor, so that a quiet reader's cursor moves with the log."""
-        self.post(self._say("heartbeat", self.cursor()))
-
-    def drain(self, delay_ms: int) -> None:
-        """The server goes away: end, and have the client come back after ``delay_ms``."""
-        self._drain_delay_ms = delay_ms
-        self.finish("drain")
-
-    async def goodbye(self) -> None:
-        """Say why the stream ends, if the client can still hear it, and end it."""
-        if self.ended == "finished":
-            last = b""
-        elif self.ended in _REASONS:
-            code, message = _REASONS[self.ended]
-            delay_ms = self._drain_delay_ms if self.ended == "drain" else None
-            last = self._say("error", self.final_cursor, delay_ms, code=code, message=message)
-        else:
-            return  # gone, stalled, or too far behind: nothing more would arrive
-        await self.say_last(last + (LAST_CHUNK if self.form.framing is Framing.SSE_CHUNKED else b""), GOODBYE_S)
-
-
-# Ends of which the client is told: code and message of the error.
-_REASONS: Final = {
-    "expired": ("token_expired", "the token has expired"),
-    "disconnected": ("disconnected", DISCONNECTED),
-    "drain": ("try_later", "this server is going away; reconnect"),
-}
 
 
 async def try_later(exchange: Exchange, error: ApiError, view: View, view_id: str | None = None) -> None:
