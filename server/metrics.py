@@ -101,6 +101,7 @@ METRICS: Final = (
     Metric("statuswire_inbox_places", "gauge", "Notifications stored for users, each user's counted.", (), "max"),
     Metric("statuswire_callbacks_total", "counter", "What became of ends of jobs that an application was to be told.",
            ("callback", "outcome")),
+    Metric("statuswire_callbacks_waiting", "gauge", "Ends of jobs that an application is yet to be told.", ("callback",)),
     Metric("statuswire_auth_hook_asked_total", "counter", "Questions to the application who a caller is."),
     Metric("statuswire_auth_hook_failed_total", "counter", "Those of them without a usable answer."),
     Metric("statuswire_loop_lag_seconds", "gauge", "How late the loop was at most within the last minute.", (), "max"),
@@ -192,6 +193,10 @@ def _told(node: Node) -> Sample:
             f"{teller.name} {outcome}": getattr(teller.counts, outcome)
             for teller in node.callbacks.tellers
             for outcome in ("told", "failed", "given_up", "seen")
+        }
+        # A node whose turn is over leaves them to the next one.
+        found["statuswire_callbacks_waiting"] = {
+            teller.name: teller.waiting if node.callbacks.active else 0 for teller in node.callbacks.tellers
         }
     if (hook := node.authenticator.hook) is not None:
         found["statuswire_auth_hook_asked_total"] = hook.asked

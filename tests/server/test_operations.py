@@ -32,6 +32,7 @@ ELSEWHERE = {
     "statuswire_spool_replayed",
     "statuswire_spool_rejected",
     "statuswire_callbacks",
+    "statuswire_callbacks_waiting",
     "statuswire_auth_hook_asked",
     "statuswire_auth_hook_failed",
 }
@@ -411,6 +412,11 @@ async def test_what_the_application_is_asked_and_told_has_rows_of_its_own() -> N
         assert value(families, "statuswire_auth_hook_asked_total") == 1
         assert value(families, "statuswire_auth_hook_failed_total") == 1
         assert value(families, "statuswire_callbacks_total", callback="app one", outcome="told") == 0
+        put(at, "a", status="completed")
+        await until(lambda: at.node.callbacks and at.node.callbacks.tellers[0].counts.failed)
+        answer = await at.get("/metrics", OPS)
+        families = {family.name: family for family in parse_text(answer.body.decode())}
+        assert value(families, "statuswire_callbacks_waiting", callback="app one") == 1
 
 
 async def test_a_spool_has_figures_of_its_own(tmp_path: Path) -> None:
