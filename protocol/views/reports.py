@@ -53,6 +53,8 @@ PHASES: Final = {
 }
 CAPTURE: Final = "snapshot_capture"
 _CAPTURED: Final = "competitorSnapshotsStatus"
+# What a publisher may say of it without the object around.
+_SHORT: Final = ("captured", "total")
 # What a report takes, until its progress tells.
 USUAL_S: Final = 45
 
@@ -89,6 +91,8 @@ class Published(Details):
         Literal["validation", "snapshot_capture", "data_collection", "analysis", "report_generation", "completed"]
         | UnsetType
     ) = UNSET
+    captured: Count | UnsetType = UNSET
+    total: Count | UnsetType = UNSET
 
 
 class Status(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True):
@@ -128,6 +132,11 @@ def _unpack(values: dict[str, Any]) -> dict[str, Any]:
         phase = msgspec.json.decode(values["phase"])
         if not isinstance(phase, str) or phase not in PHASES:
             raise invalid_field("phase", f"must be one of {', '.join(PHASES)}")
+    short = {name: values.pop(name) for name in _SHORT if name in values}
+    if short:
+        around = msgspec.json.decode(values.get(_CAPTURED, b"null"))
+        if around is None or isinstance(around, dict):
+            values[_CAPTURED] = short | (around or {})
     given = {name: values.pop(name) for name in _DETAILS if name in values}
     if given:
         details = decode_checked(msgspec.json.encode(given), _details, _DETAILS, _SNAPSHOTS)
@@ -305,6 +314,7 @@ VIEW: Final = View(
         "estimatedCompletionTime": "estimatedCompletionTime",
         "estimatedTimeRemaining": "estimatedTimeRemaining",
         **_DETAILS,
+        **dict.fromkeys(_SHORT, ""),
         **{name: name for name in ("attempt", "reset", "seq", "eventId", "ttl", "timestamp", "workerId")},
     },
     statuses={"not_started": QUEUED, "generating": PROCESSING, "completed": COMPLETED, "failed": FAILED},

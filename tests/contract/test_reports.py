@@ -206,6 +206,17 @@ async def test_progress_follows_from_the_phase_unless_it_is_given(at: InProcess)
     assert (await status(at))["phase"] == "completed"
 
 
+async def test_how_many_are_captured_may_stand_beside_the_phase(at: InProcess) -> None:
+    await register(at)
+    await publish(at, phase="snapshot_capture", captured=1, total=4)
+    state = await status(at)
+    assert (state["progress"], state["competitorSnapshotsStatus"]) == (20, {"captured": 1, "total": 4})
+    await publish(at, captured=2, competitorSnapshotsStatus={"current": "acme"})
+    state = await status(at)
+    assert state["progress"] == 30
+    assert state["competitorSnapshotsStatus"] == {"captured": 2, "total": 4, "current": "acme"}
+
+
 async def test_the_time_of_completion_is_45_s_at_first_then_what_progress_tells(at: InProcess) -> None:
     await register(at)
     assert "estimatedCompletionTime" not in (await at.get(STATUS)).json
@@ -261,6 +272,8 @@ async def test_bad_fields_are_named(at: InProcess) -> None:
         ({"competitorSnapshotsStatus": 5}, "competitorSnapshotsStatus"),
         ({"competitorSnapshotsStatus": {"captured": -1}}, "competitorSnapshotsStatus.captured"),
         ({"competitorSnapshotsStatus": {"capture": 1}}, "competitorSnapshotsStatus.capture"),
+        ({"captured": -1}, "competitorSnapshotsStatus.captured"),
+        ({"captured": 1, "competitorSnapshotsStatus": 5}, "competitorSnapshotsStatus"),
         ({"metadata": {}}, "metadata"),
     ):
         answer = await at.post(STATUS, fields)
