@@ -41,6 +41,14 @@ class NotReady(Struct):
     error: ErrorDetail
 
 
+class Me(Struct, rename="camel"):
+    """``admin`` includes every capability."""
+
+    user_id: str
+    admin: bool
+    capabilities: list[Literal["publish", "notify", "ops"]]
+
+
 class Created(Struct):
     """A new job, and the cursor behind it."""
 

@@ -21,6 +21,7 @@ from server.describe.answers import (
     Health,
     JobHistory,
     JobList,
+    Me,
     NotReady,
     PollAnswer,
     Ready,
@@ -94,18 +95,21 @@ NO_JOB: Final = "there is no such job, or none that one may see"
 UNAVAILABLE: Final = "not now: the store is away, the server is full or goes away"
 
 
+PAGE_SCRIPTS: Final = ("dashboard", "dom", "jobs", "list", "playground", "session", "stats", "timeline", "wire")
+
+
 def _file(name: str, what: str, content_type: str) -> Operation:
     answers = {200: Answer(what, {"type": "string"}, content_type, TAGGED), 304: UNCHANGED}
     return Operation(name, "page", what, answers, (IF_NONE_MATCH,))
 
 
 OPERATIONS: Final[dict[str, Operation]] = {
-    "GET /": _file("page", "the page of live jobs", "text/html"),
+    "GET /": _file("page", "the dashboard", "text/html"),
     **{
         f"GET /{name}": _file(re.sub(r"\W(\w)", lambda dot: dot[1].upper(), name), what, content_type)
         for name, what, content_type in (
-            ("page.js", "the page's script", "text/javascript"),
-            ("page.css", "the page's style", "text/css"),
+            ("dashboard.css", "the page's style", "text/css"),
+            *((f"{name}.js", "a part of the page's script", "text/javascript") for name in PAGE_SCRIPTS),
             ("client.js", "the client for browsers and Node, a module", "text/javascript"),
             ("client.cjs", "the same as a CommonJS module", "text/javascript"),
             ("client.iife.js", "the same as a script that sets `statuswire`", "text/javascript"),
@@ -130,6 +134,9 @@ OPERATIONS: Final[dict[str, Operation]] = {
         text="In the format that Accept asks for: the text format, or OpenMetrics.",
     ),
     "GET /api/v2/stats": Operation("stats", "operations", "numbers as JSON", {200: Answer("of all nodes", Stats)}),
+    "GET /api/v2/me": Operation(
+        "whoAmI", "operations", "who the caller is, and what it may do", {200: Answer("as its token has it", Me)}
+    ),
     "GET /api/v2/jobs": Operation(
         "listJobs", "reading", "jobs, newest first",
         {200: Answer("a page of them", JobList)},

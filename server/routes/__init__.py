@@ -57,6 +57,7 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/ready": {"GET": Route(health.ready, public=True, always=True)},
     "/metrics": {"GET": Route(operations.metrics, "ops", always=True)},
     "/api/v2/stats": {"GET": Route(operations.stats, "ops")},
+    "/api/v2/me": {"GET": Route(operations.me)},
     "/api/v2/jobs": {"GET": Route(jobs.list_jobs), "POST": Route(jobs.create, "publish")},
     "/api/v2/jobs/poll": {"GET": Route(poll, head=False)},
     "/api/v2/jobs/stream": {"GET": Route(stream, head=False)},

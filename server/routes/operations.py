@@ -8,6 +8,7 @@ import trio
 
 from server import stats as statistics
 from server.answers import NO_STORE, Response, json_answer
+from server.auth import CAPABILITIES
 from server.connection import Exchange
 from server.metrics import Sample, merged
 
@@ -24,6 +25,13 @@ async def metrics(exchange: Exchange) -> Response:
 async def stats(exchange: Exchange) -> Response:
     """``GET /api/v2/stats``."""
     return json_answer(200, await statistics.stats(exchange.node))
+
+
+async def me(exchange: Exchange) -> Response:
+    """``GET /api/v2/me``: who the caller is, so that a page need not offer what would be refused."""
+    caller = exchange.caller
+    capabilities = sorted(CAPABILITIES if caller.admin else caller.capabilities)
+    return json_answer(200, {"userId": caller.user, "admin": caller.admin, "capabilities": capabilities})
 
 
 def _renderer() -> Callable[[Sample, str], tuple[str, bytes]]:

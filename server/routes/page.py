@@ -30,7 +30,8 @@ _TYPES = {
 }
 # The page's own, and those that pages of others load; see docs/client.md.
 FILES = (
-    *("page.js", "page.css"),
+    *("dashboard.css", "dashboard.js", "dom.js", "jobs.js", "list.js", "playground.js"),
+    *("session.js", "stats.js", "timeline.js", "wire.js"),
     *("client.js", "client.cjs", "client.iife.js"),
 )
 
@@ -59,6 +60,6 @@ async def index(exchange: Exchange) -> Response:
 
 
 async def file(exchange: Exchange) -> Response:
-    """``GET /page.js`` and the like: the file of that name."""
+    """``GET /client.js`` and the like: the file of that name."""
     name = exchange.request.path.rpartition("/")[2]
     return _static(exchange, name, _TYPES[name.partition(".")[2]])

@@ -7,8 +7,9 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,49 +146,63 @@ def find_chromium() -> str:
     return found
 
 
-@asynccontextmanager
-async def open_browser(profile: Path) -> AsyncIterator[Callable[[], Any]]:
-    """Run Chromium; yields an async function that opens a new tab, each with storage of its own."""
-    process = await trio.lowlevel.open_process(
-        [
-            find_chromium(),
-            *FLAGS,
-            "--remote-debugging-port=0",
-            f"--user-data-dir={profile}",
-            "about:blank",
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+@contextmanager
+def started_chromium(directory: Path) -> Iterator[str]:
+    """Run Chromium; yields the address of its debugger. Its profile, and what it complains of, are in ``directory``."""
+    complaints = directory / "chromium.log"
+    with complaints.open("wb") as stderr:
+        process = subprocess.Popen(
+            [
+                find_chromium(),
+                *FLAGS,
+                "--remote-debugging-port=0",
+                f"--user-data-dir={directory / 'profile'}",
+                "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
     try:
-        async with trio.open_nursery() as nursery:
-            with trio.fail_after(60):
-                address = await _debugger_address(process)
-            nursery.start_soon(_discard, process)
-            async with trio_websocket.open_websocket_url(
-                address, max_message_size=MAX_MESSAGE, message_queue_size=1000
-            ) as socket:
-                pages: dict[str | None, Page] = {}
-                browser = pages[None] = Page(socket, None)
-                nursery.start_soon(_dispatch, socket, pages)
-
-                async def new_page() -> Page:
-                    context = await browser.call("Target.createBrowserContext")
-                    target = await browser.call("Target.createTarget", url="about:blank", **context)
-                    attached = await browser.call("Target.attachToTarget", flatten=True, targetId=target["targetId"])
-                    page = pages[attached["sessionId"]] = Page(socket, attached["sessionId"])
-                    for domain in ("Page", "Runtime", "Log", "Network"):
-                        await page.call(f"{domain}.enable")
-                    return page
-
-                yield new_page
-            nursery.cancel_scope.cancel()
+        deadline = time.monotonic() + 60
+        while not (match := re.search(rb"DevTools listening on (ws://\S+)\n", complaints.read_bytes())):
+            assert process.poll() is None, complaints.read_text(errors="replace")
+            assert time.monotonic() < deadline, complaints.read_text(errors="replace")
+            time.sleep(0.02)
+        yield match[1].decode()
     finally:
         process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
-            if process.stderr is not None:
-                await process.stderr.aclose()
+        process.wait()
+
+
+@asynccontextmanager
+async def using_browser(address: str) -> AsyncIterator[Callable[[], Any]]:
+    """Use a browser that runs; yields an async function that opens a new tab, each with storage of its own."""
+    async with (
+        trio_websocket.open_websocket_url(address, max_message_size=MAX_MESSAGE, message_queue_size=1000) as socket,
+        trio.open_nursery() as nursery,
+    ):
+        pages: dict[str | None, Page] = {}
+        browser = pages[None] = Page(socket, None)
+        contexts: list[dict[str, Any]] = []
+        nursery.start_soon(_dispatch, socket, pages)
+
+        async def new_page() -> Page:
+            context = await browser.call("Target.createBrowserContext")
+            contexts.append(context)
+            target = await browser.call("Target.createTarget", url="about:blank", **context)
+            attached = await browser.call("Target.attachToTarget", flatten=True, targetId=target["targetId"])
+            page = pages[attached["sessionId"]] = Page(socket, attached["sessionId"])
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                await page.call(f"{domain}.enable")
+            return page
+
+        try:
+            yield new_page
+        finally:
+            with trio.CancelScope(shield=True):
+                for context in contexts:
+                    await browser.call("Target.disposeBrowserContext", **context)
+        nursery.cancel_scope.cancel()
 
 
 async def _dispatch(socket: trio_websocket.WebSocketConnection, pages: dict[str | None, Page]) -> None:
@@ -198,22 +213,4 @@ async def _dispatch(socket: trio_websocket.WebSocketConnection, pages: dict[str 
             if page is not None:
                 page.hear(message)
     except trio_websocket.ConnectionClosed:
-        pass
-
-
-async def _debugger_address(process: trio.Process) -> str:
-    assert process.stderr is not None
-    said = b""
-    while True:
-        data = await process.stderr.receive_some()
-        assert data, said.decode(errors="replace")
-        said += data
-        if match := re.search(rb"DevTools listening on (ws://\S+)\n", said):
-            return match[1].decode()
-
-
-async def _discard(process: trio.Process) -> None:
-    # A pipe that nobody reads would stop the browser once it is full.
-    assert process.stderr is not None
-    while await process.stderr.receive_some():
         pass
