@@ -68,6 +68,9 @@ class Presence:
         self.clients: dict[str, Connected] = {}
         self.users: dict[str, Collection[Connected]] = {}
         self.channels: dict[str, dict[Connected, None]] = {}
+        # Of the channels about which somebody wants to know, how many users are on each: counted once, then kept, or
+        # ten thousand that come together would be counted ten thousand times.
+        self._users_on: dict[str, int] = {}
         self.cluster: Cluster | None = None
         self.on_event: OnEvent | None = None
 
@@ -128,8 +131,13 @@ class Presence:
         members = self.channels.setdefault(channel, {})
         members[connected] = None
         self._changed(connected)
-        if self._listened(channel) and self._alone(connected, channel):
-            self._tell("join", connected.user, channel, len({each.user for each in members}))
+        if channel in self._users_on and self._alone(connected, channel):
+            self._users_on[channel] += 1
+            self._tell("join", connected.user, channel, self._users_on[channel])
+        # Over several nodes it is not for this one to tell.
+        if channel.startswith(PRESENCE) and len(members) == 1 and self.cluster is None:
+            name = channel.removeprefix(PRESENCE)
+            self._users_on[name] = len({each.user for each in self.channels.get(name, ())})
 
     def part(self, connected: Connected, channel: str) -> None:
         """The opposite of ``join``; without one it does nothing."""
@@ -147,16 +155,15 @@ class Presence:
         del members[connected]
         if not members:
             del self.channels[channel]
-        if self._listened(channel) and self._alone(connected, channel):
-            self._tell("leave", connected.user, channel, len({each.user for each in members}))
+            if channel.startswith(PRESENCE):
+                self._users_on.pop(channel.removeprefix(PRESENCE), None)
+        if channel in self._users_on and self._alone(connected, channel):
+            self._users_on[channel] -= 1
+            self._tell("leave", connected.user, channel, self._users_on[channel])
 
     def _changed(self, connected: Connected) -> None:
         if self.cluster is not None:
             self.cluster.touch(connected.client_id)
-
-    def _listened(self, channel: str) -> bool:
-        """Whether it falls to this node to tell who is on the channel, and anybody wants to know."""
-        return self.cluster is None and PRESENCE + channel in self.channels
 
     def _alone(self, connected: Connected, channel: str) -> bool:
         """Whether its user has no other connection on the channel."""

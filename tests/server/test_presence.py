@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import ApiError
-from protocol.presence import Target, Transport
+from protocol.presence import PresenceEvent, Target, Transport
 from server import config, limits
 from server.limits import Limits
 from server.presence import Presence
@@ -54,7 +54,7 @@ _NAMES = st.sampled_from("abcd")
 _STEPS = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["enter", "leave"]), _NAMES),
-        st.tuples(st.sampled_from(["join", "part"]), _NAMES, st.sampled_from(["x", "y"])),
+        st.tuples(st.sampled_from(["join", "part"]), _NAMES, st.sampled_from(["x", "y", "presence:x"])),
     ),
     max_size=40,
 )
@@ -63,6 +63,13 @@ _STEPS = st.lists(
 @given(_STEPS)
 def test_whatever_the_order_the_tables_say_who_is_there_and_keep_nothing_of_who_left(steps: list[Any]) -> None:
     these = presence()
+    told: list[tuple[str | None, int, int]] = []
+
+    def tell(event: PresenceEvent, key: str | None) -> None:
+        on = {each.user for each in these.channels.get(event.channel or "", ())}
+        told.append((event.channel, event.count, len(on)))
+
+    these.on_event = tell
     people = {name: Someone(f"client-{name}", "ann" if name < "c" else "bob") for name in "abcd"}
     there: dict[str, set[str]] = {}
     for step, name, *rest in steps:
@@ -93,6 +100,8 @@ def test_whatever_the_order_the_tables_say_who_is_there_and_keep_nothing_of_who_
     for name in there:
         these.leave(people[name])
     assert tables(these) == {"clients": set(), "users": {}, "channels": {}}
+    assert not these._users_on
+    assert all(channel == "x" and count == on for channel, count, on in told)
     assert all(not someone.channels for someone in people.values())
 
 
