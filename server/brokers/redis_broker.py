@@ -225,7 +225,7 @@ class RedisBroker:
             options=self._options,
             on_up=self._went_up,
             on_message=self.follower.take,
-            on_subscribed=lambda channels: self.follower.wake(),
+            on_subscribed=self.follower.resubscribed,
             on_lost=lambda channels: self._publisher.answers.release_all(),
         )
         if self.cluster is not None:

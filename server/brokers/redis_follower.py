@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, Literal
 
 import trio
@@ -126,8 +126,9 @@ class Follower:
         self._wanted: set[int] = {NOTICES_SHARD}
         self._loaded: set[int] = set()  # of the followed ones: their records are ahead of what is shown
         self._asked = [0.0] * (SHARDS + 1)  # when a reader was last known to need it (Trio's clock)
-        self._buffer: deque[tuple[int, bytes]] | None = None  # while reading from the streams
+        self._buffer: deque[tuple[int, bytes]] | None = None  # messages that wait while the streams are read
         self._overflowed = False
+        self._gap = False  # messages may be missing: until the streams were read, none that came later is shown
         self._reload: Literal["", "load", "renew"] = ""
         self._work = trio.Event()
         self._waiters: list[trio.Event] = []
@@ -210,24 +211,38 @@ class Follower:
         except KeyError:
             self._on_other(channel, data)
             return
+        self._take(shard, data)
+
+    def _take(self, shard: int, data: bytes) -> None:
         if self._buffer is not None:
             if len(self._buffer) < _MAX_BUFFERED:
                 self._buffer.append((shard, data))
             else:
                 self._overflowed = True
-        elif shard in self.followed:
-            self._take(shard, data)
-
-    def _take(self, shard: int, data: bytes) -> None:
+            return
+        if shard not in self.followed:
+            return
         message = decode_message(data)
         if message.epoch != self._history.epoch:
             self.wake()  # what Redis has now decides: it may be an old one that was under way
         elif message.stamp > self.seen[shard]:
             if message.prev != self.seen[shard] or message.first <= self._history.last:
-                self.wake()
+                self._hold()
             else:
                 self._show(shard, message, data)
                 self._on_shown(shard)
+
+    def resubscribed(self, channels: Collection[bytes]) -> None:
+        """Messages of these channels come from now on; what was published before may have been missed."""
+        if any(SHARD_OF_CHANNEL.get(channel) in self.followed for channel in channels):
+            self._hold()
+
+    def _hold(self) -> None:
+        """Show nothing until the streams were read: other shards must not get past what this one has missed."""
+        self._gap = True
+        if self._buffer is None:
+            self._buffer = deque()
+        self.wake()
 
     def _show(self, shard: int, message: Message, data: bytes) -> None:
         """Show one message. It is the shard's next, and nothing after it has been shown."""
@@ -319,6 +334,8 @@ class Follower:
             await self._unfollow_idle()
             if self._reload:
                 await self._begin_anew()
+            if self._gap:
+                await self._catch_up()  # should loading fail, what is followed goes on
             missing = self._wanted - self.followed
             if missing:
                 await self._subscribe(missing)
@@ -326,7 +343,7 @@ class Follower:
             await self._catch_up()
             self._loaded.clear()
         finally:
-            if self._buffer is not None:
+            if self._buffer is not None and not self._gap:
                 self._drain()
 
     async def _unfollow_idle(self) -> None:
@@ -380,7 +397,8 @@ class Follower:
     async def _load(self, shards: set[int]) -> None:
         """Take shards in: their jobs as they are now, their part of the log as far as others have been shown."""
         # From here on nothing else is shown: no record may be older than the place in the log that it is read at.
-        self._buffer = deque()
+        if self._buffer is None:
+            self._buffer = deque()
         limit = self._history.last
         loaded: list[Stored] = []
         for shard in sorted(shards):  # one by one: Redis does nothing else meanwhile
@@ -417,6 +435,14 @@ class Follower:
 
     async def _catch_up(self) -> None:
         """Show what came after the newest that was shown, over all followed shards, in log order."""
+        gap, self._gap = self._gap, False
+        try:
+            await self._show_what_came()
+        except BaseException:
+            self._gap = self._gap or gap
+            raise
+
+    async def _show_what_came(self) -> None:
         shards = sorted(self.followed)
         while True:
             if self._buffer is None:
@@ -467,11 +493,10 @@ class Follower:
         buffer, self._buffer = self._buffer, None
         assert buffer is not None
         for shard, data in buffer:
-            if shard in self.followed:
-                self._take(shard, data)
+            self._take(shard, data)
         if self._overflowed:
             self._overflowed = False
-            self.wake()
+            self._hold()
 
     # Epochs
 

@@ -24,7 +24,7 @@ from server.app import StartError
 from server.brokers import redis_broker, redis_follower
 from server.brokers.base import Accepted, Cancel, Delete, Publish
 from server.brokers.redis_client import Script
-from server.brokers.redis_keys import AFTER, LOAD, NOTICES_SHARD, SHARDS, shard_of
+from server.brokers.redis_keys import AFTER, CHANNELS, LOAD, NOTICES_SHARD, SHARDS, shard_of
 from tests.redis_servers import (
     RedisServer,
     eventually,
@@ -362,6 +362,33 @@ async def test_records_are_not_older_than_the_place_that_they_are_read_at(redis:
                 while versions[-1] < newest:
                     versions.append((await ws.receive())["version"])
                 assert versions == list(range(versions[0], newest + 1))
+
+
+async def test_what_comes_after_a_gap_waits_until_it_is_filled(redis: RedisServer) -> None:
+    """A subscription that is back may bring the next message at once; what was missed before it may be of others."""
+    missed, next_one = CHANNELS[shard_of("u")], CHANNELS[shard_of("v")]
+    assert missed != next_one
+    async with two_nodes(redis.url) as (one, two), session(one) as ws:
+        await ws.subscribe()
+        assert one.node.shared is not None
+        client = one.node.shared.client
+        link = client._subscription
+        assert link is not None
+        pass_on = link._on_message
+
+        def come_back(channel: bytes, data: bytes) -> None:
+            if channel == next_one:
+                client._confirmed(frozenset((missed, next_one)))
+            if channel != missed:
+                pass_on(channel, data)
+
+        link._on_message = come_back
+        for job_id, user in (("a", "u"), ("b", "v")):
+            await publish(two, job_id, userId=user)
+        assert [(await ws.receive())["jobId"] for _ in range(2)] == ["a", "b"]
+        link._on_message = pass_on
+        await publish(two, "a", progress=1)
+        assert (await ws.receive())["version"] == 2
 
 
 async def test_a_node_lets_go_of_what_nobody_watches_any_more(
