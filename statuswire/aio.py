@@ -253,7 +253,7 @@ async def send_to_user(user: str, event: str, data: Any = None, **options: Unpac
 
 async def send_to_users(users: Iterable[str], event: str, data: Any = None, **options: Unpack[Options]) -> int:
     """To all connections of several users."""
-    return await send("users", list(users), event, data, **options)
+    return await send("users", users, event, data, **options)
 
 
 async def send_to_channel(channel: str, event: str, data: Any = None, **options: Unpack[Options]) -> int:
@@ -263,7 +263,7 @@ async def send_to_channel(channel: str, event: str, data: Any = None, **options:
 
 async def send_to_channels(channels: Iterable[str], event: str, data: Any = None, **options: Unpack[Options]) -> int:
     """To those who have joined one of several channels."""
-    return await send("channels", list(channels), event, data, **options)
+    return await send("channels", channels, event, data, **options)
 
 
 async def broadcast(event: str, data: Any = None, **options: Unpack[Options]) -> int:

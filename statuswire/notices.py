@@ -85,7 +85,7 @@ def send_to_user(user: str, event: str, data: Any = None, **options: Unpack[Opti
 
 def send_to_users(users: Iterable[str], event: str, data: Any = None, **options: Unpack[Options]) -> int:
     """To all connections of several users."""
-    return send("users", list(users), event, data, **options)
+    return send("users", users, event, data, **options)
 
 
 def send_to_channel(channel: str, event: str, data: Any = None, **options: Unpack[Options]) -> int:
@@ -95,7 +95,7 @@ def send_to_channel(channel: str, event: str, data: Any = None, **options: Unpac
 
 def send_to_channels(channels: Iterable[str], event: str, data: Any = None, **options: Unpack[Options]) -> int:
     """To those who have joined one of several channels."""
-    return send("channels", list(channels), event, data, **options)
+    return send("channels", channels, event, data, **options)
 
 
 def broadcast(event: str, data: Any = None, **options: Unpack[Options]) -> int:

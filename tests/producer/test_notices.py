@@ -64,6 +64,17 @@ async def test_every_target() -> None:
                 assert events[0].data["metadata"] == metadata
 
 
+async def test_one_name_where_several_belong_is_refused_and_not_taken_apart() -> None:
+    async with server() as at, worker(at.url, strict=True) as client, notified(at, "a") as (stream, _):
+        for send in (statuswire.send_to_users, statuswire.send_to_channels):
+            with pytest.raises(statuswire.Rejected, match="targetIds"):
+                await call(send, "ann", "oops", client=client)
+        with pytest.raises(statuswire.Rejected, match="targetIds"):
+            await aio.send_to_users("ann", "oops", client=client)
+        assert await aio.broadcast("fine", client=client) == 1
+        assert (await stream.event()).name == "fine"
+
+
 async def test_every_kind_and_what_is_kept_for_later() -> None:
     async with server() as at, worker(at.url) as client:
         data = {name: "x" for kind in KINDS.values() for name in kind.fields}
