@@ -47,8 +47,8 @@ TAKE: Final = 1000
 # Another try after about this long, twice as long each time, up to ten minutes; spread over all of it.
 RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 600.0
-# What may pass: too fast, too early, timeouts, a server that restarts.
-PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+# What may pass besides all that is the application's own fault (5xx): too fast, too early, timeouts.
+PASSING: Final = frozenset({408, 425, 429})
 # After a crash up to so much is told a second time.
 MARK_EVERY_S: Final = 1.0
 CLOSE_S: Final = 1.0
@@ -279,7 +279,7 @@ class Teller:
             return f"{type(error).__name__}: {error}", 0.0
         if answer.is_success:
             return None, 0.0
-        passing = answer.status_code in PASSING
+        passing = answer.is_server_error or answer.status_code in PASSING
         return f"status {answer.status_code}", _retry_after(answer.headers.get("retry-after")) if passing else -1.0
 
     # The mark

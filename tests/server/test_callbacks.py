@@ -170,7 +170,7 @@ async def test_what_fails_in_passing_is_tried_again_and_readers_do_not_wait() ->
         assert (await ws.receive())["type"] == "job_completed"
         await until(lambda: teller(at).counts.failed)
         app.hang = False
-        app.statuses = [500, 503, 429, 204]
+        app.statuses = [500, 503, 429, 522, 204]  # 522: a proxy that does not reach it
         await settled(at)
         assert set(app.jobs) == {"j1"}
         assert not app.statuses[1:]  # every one of them was heard; on a slow machine the last one was, too late
