@@ -42,6 +42,10 @@ test-fast: setup-dev  ## the tests that take under a minute
 bench: setup  ## measure speed beside this machine's bare limit (needs gcc; see perf/README.md)
 	$(BIN)/python -m perf.bench $(BENCH_ARGS)
 
+.PHONY: budget
+budget: setup system  ## count instructions per delivery, publish and connection, and make them the budget
+	$(BIN)/python -m perf.budget --write
+
 web: $(WEB)/.done  ## make what browsers are given in server/web/ from server/web/src/ (needs node; `make system`)
 	node tools/web/build.mjs $(WEB)
 
@@ -94,6 +98,7 @@ system:  ## install what the tests need from the system
 	@missing=(); \
 	command -v curl >/dev/null || missing+=(curl ca-certificates); \
 	command -v gcc >/dev/null && test -e /usr/include/stdio.h || missing+=(gcc libc6-dev); \
+	command -v valgrind >/dev/null || missing+=(valgrind); \
 	browser=$$(command -v chromium chromium-browser google-chrome google-chrome-stable | head -n 1); \
 	nginx=$$(PATH="$$PATH:/usr/sbin" command -v nginx || ls $(VENV)/nginx/usr/sbin/nginx 2>/dev/null); \
 	command -v node >/dev/null || missing+=(nodejs); \
