@@ -14,25 +14,21 @@ begins again where it was; one whose first try may have been executed is looked 
 from __future__ import annotations
 
 import logging
-import secrets
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, Literal, TypeGuard
+from typing import Final, TypeGuard
 
 import msgspec
 import trio
-from msgspec import UNSET
 
 from protocol.errors import ApiError
-from protocol.fields import check_id, decode_fields
 from protocol.resp import RedisError
 from server.brokers.base import Accepted, Cancel, Claim, Delete, Operation, Publish, StoreError, Submission
-from server.brokers.deciding import identify, new_target
-from server.brokers.keys import digest_of
 from server.brokers.redis_broker import RedisBroker
 from server.brokers.redis_calls import Batch, Doubt
 from server.brokers.redis_client import RedisClientError
 from server.brokers.redis_follower import unavailable
+from server.brokers.spool_entry import Entry, decode_entry, encode_entry, entry_of, operation_of, target_of, with_id
 from server.brokers.spool_file import Held, SpoolFile
 from server.inbox import Inboxes
 
@@ -47,25 +43,6 @@ _RETRY_S: Final = 1.0
 _LATER: Final = ApiError(500, "internal", "there is no answer yet")
 # Refusals that pass. All others are final: one update that can never be accepted must not hold up those behind it.
 _PASSING: Final = frozenset(("store_unavailable", "overloaded", "shutting_down"))
-
-
-class _Entry(msgspec.Struct, array_like=True, gc=False):
-    """An operation on disk. ``fields`` is empty for a ``Claim``."""
-
-    job_id: str | None
-    create: Literal["must", "may", "never"]
-    sub: str
-    key: str
-    new_id: str
-    fields: bytes
-    fingerprint: bytes
-    doubt: Doubt | None
-    view: str | None
-
-
-_encode: Final = msgspec.msgpack.Encoder().encode
-_decode: Final = msgspec.msgpack.Decoder(_Entry).decode
-_encode_fields: Final = msgspec.json.Encoder().encode
 
 
 class _Submitted(Submission):
@@ -216,7 +193,7 @@ class SpoolingBroker:
             if self._waiting and any(isinstance(operation, Cancel | Delete) for operation in operations):
                 return self._refused(operations)
             return self._inner.submit(operations)
-        submitted = _Submitted([_with_id(operation) for operation in operations], self._next)
+        submitted = _Submitted([with_id(operation) for operation in operations], self._next)
         self._next += len(operations)
         if self._waiting or self._inner.refusing is not None:
             self._spool(submitted, range(len(operations)), {})
@@ -269,8 +246,8 @@ class SpoolingBroker:
         for index in indexes:
             operation = submitted.operations[index]
             try:
-                job_id = _check(operation)
-                data = _encode(_entry_of(operation, doubts.get(index)))
+                job_id = target_of(operation)
+                data = encode_entry(entry_of(operation, doubts.get(index)))
                 self._make_room(len(data))
             except ApiError as error:
                 submitted.results[index] = error
@@ -407,12 +384,12 @@ class SpoolingBroker:
 
     async def _read(self, rows: Sequence[tuple[int, bytes]], settled: dict[int, int]) -> dict[int, Publish | Claim]:
         """The operations of some rows, but those that Redis has already."""
-        entries: dict[int, _Entry] = {}
+        entries: dict[int, Entry] = {}
         operations: dict[int, Publish | Claim] = {}
         for number, data in rows:
             try:
-                entries[number] = _decode(data)
-                operations[number] = _operation_of(entries[number])
+                entries[number] = decode_entry(data)
+                operations[number] = operation_of(entries[number])
             except (msgspec.MsgspecError, ApiError) as error:
                 log.error("entry %d of %s cannot be read and is dropped: %s", number, self._file.path, error)
                 self.rejected += 1
@@ -466,50 +443,3 @@ class SpoolingBroker:
 
 def _can_wait(operations: Sequence[Operation]) -> TypeGuard[Sequence[Publish | Claim]]:
     return all(isinstance(operation, Publish | Claim) for operation in operations)
-
-
-def _with_id(operation: Publish | Claim) -> Publish | Claim:
-    """A job that gets its id from us must get the same one in every try."""
-    if (
-        isinstance(operation, Publish)
-        and operation.create == "must"
-        and operation.job_id is None
-        and operation.fields.job_id is UNSET
-        and not operation.new_id
-    ):
-        try:
-            _, key = identify(operation)
-        except ApiError:
-            return operation
-        name = secrets.token_hex(10) if key is None else digest_of(operation.sub, key).hex()[:20]
-        return msgspec.structs.replace(operation, new_id=f"job_{name}")
-    return operation
-
-
-def _check(operation: Publish | Claim) -> str:
-    """Whose the operation is: a job's id. Raises ApiError for what can be said without the store."""
-    if isinstance(operation, Claim):
-        return "-"
-    job_id, _ = identify(operation)
-    if operation.create == "must" and operation.fields.user_id is UNSET:
-        check_id(operation.sub, "userId")
-    return new_target(operation) if job_id is None else job_id
-
-
-def _entry_of(operation: Publish | Claim, doubt: Doubt | None) -> _Entry:
-    if isinstance(operation, Claim):
-        return _Entry(None, "may", operation.sub, operation.key, "", b"", operation.fingerprint, doubt, None)
-    _, key = identify(operation)
-    if key is None:
-        key = f"spool:{secrets.token_urlsafe(15)}"
-    fields = _encode_fields(operation.fields)
-    return _Entry(
-        operation.job_id, operation.create, operation.sub, key, operation.new_id, fields, b"", doubt, operation.view
-    )
-
-
-def _operation_of(entry: _Entry) -> Publish | Claim:
-    if entry.fingerprint:
-        return Claim(entry.sub, entry.key, entry.fingerprint)
-    fields = decode_fields(entry.fields)
-    return Publish(entry.job_id, fields, entry.create, entry.sub, entry.key, entry.view, entry.new_id, lasting=True)
