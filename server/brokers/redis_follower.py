@@ -60,6 +60,8 @@ _PAGE: Final = 500
 _RETRY_S: Final = 0.2
 # A shard of which nobody has asked or watched anything for so long is not followed any more.
 IDLE_S: Final = 300.0
+# Epochs remembered that are over.
+_MAX_OVER: Final = 1000
 # Records forgotten before others have a turn: about a millisecond.
 _TURN: Final = 1000
 
@@ -130,6 +132,7 @@ class Follower:
         self._overflowed = False
         self._gap = False  # messages may be missing: until the streams were read, none that came later is shown
         self._reload: Literal["", "load", "renew"] = ""
+        self._over: dict[str, None] = {}  # epochs that were followed before, oldest first
         self._work = trio.Event()
         self._waiters: list[trio.Event] = []
 
@@ -510,7 +513,8 @@ class Follower:
         if begin[0] is None:
             raise RedisClientError("something is being imported")
         epoch: bytes = begin[0]
-        if self._reload == "renew" and epoch.decode() == self._history.epoch:
+        # One that was over already has come back: an old copy, whose next entries will be others than those it had.
+        if epoch.decode() in self._over or (self._reload == "renew" and epoch.decode() == self._history.epoch):
             epoch = await self.client.call_script(RENEW, [META], [epoch, new_epoch()])
         shards = sorted(self.followed)
         found, offset, _, *tables = await self.client.call_script(LOAD, [META, *(JOBS[shard] for shard in shards)], [])
@@ -527,6 +531,10 @@ class Follower:
         cut = await cut_of(self.client, shards)
         inboxes = await load_stored(self.client)
         self._reload = ""
+        if epoch.decode() != self._history.epoch:
+            self._over[self._history.epoch] = None
+            if len(self._over) > _MAX_OVER:
+                del self._over[next(iter(self._over))]
         self.begin(epoch.decode(), offset)
         # Entries of the old epoch count in the new one: nobody resumes behind them with an old cursor.
         self._history.fill([update for message in messages for update in entries_of(message)])

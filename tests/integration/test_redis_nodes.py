@@ -866,6 +866,35 @@ async def test_a_log_that_went_back_is_another_epoch(tmp_path: Path, how: str) -
                 assert answer.json["reset"]
 
 
+async def test_an_epoch_that_was_over_does_not_come_back(tmp_path: Path) -> None:
+    """An empty Redis for a while, then an old copy: its log goes on otherwise than those who read it know."""
+    with running_server(tmp_path) as redis:
+        async with two_nodes(redis.url) as (one, two), session(one) as ws:
+            await ws.subscribe()
+            await publish(one, "a", userId="u")
+            with redis.oracle() as oracle:
+                oracle.save()
+            saved = tmp_path / "saved.rdb"
+            shutil.copy(redis.directory / "dump.rdb", saved)
+            read = (await publish(one, "a", progress=10)).offset
+            await ws.updates("a", 2)
+            epochs = [one.node.history.epoch]
+            for copy in (None, saved):
+                await trio.to_thread.run_sync(redis.kill)
+                (redis.directory / "dump.rdb").unlink(missing_ok=True)
+                if copy is not None:
+                    shutil.copy(copy, redis.directory / "dump.rdb")
+                await trio.to_thread.run_sync(redis.start)
+                await until(
+                    lambda: one.node.history.epoch == two.node.history.epoch and one.node.history.epoch not in epochs
+                )
+                epochs.append(one.node.history.epoch)
+            for progress in (20, 30):
+                await publish(two, "a", progress=progress)
+            answer = await one.get(f"/api/v2/jobs/poll?timeout=0&last_seen={epochs[0]}:{read}")
+            assert answer.json["reset"]
+
+
 async def test_sentinels_replace_a_master_under_load(tmp_path: Path) -> None:
     with running_sentinels(tmp_path) as sentinels:
         async with two_nodes(sentinels.url) as nodes:
