@@ -113,6 +113,11 @@ OPERATIONS: Final[dict[str, Operation]] = {
             ("client.js", "the client for browsers and Node, a module", "text/javascript"),
             ("client.cjs", "the same as a CommonJS module", "text/javascript"),
             ("client.iife.js", "the same as a script that sets `statuswire`", "text/javascript"),
+            ("client.d.ts", "its types", "text/plain"),
+            ("share.js", "its part that shares a connection between tabs", "text/javascript"),
+            ("react.js", "hooks for React", "text/javascript"),
+            ("react.d.ts", "their types", "text/plain"),
+            ("job-progress.js", "the element `<job-progress>`", "text/javascript"),
         )
     },
     "GET /openapi.json": Operation(

@@ -32,7 +32,8 @@ _TYPES = {
 FILES = (
     *("dashboard.css", "dashboard.js", "dom.js", "jobs.js", "list.js", "playground.js"),
     *("session.js", "stats.js", "timeline.js", "wire.js"),
-    *("client.js", "client.cjs", "client.iife.js"),
+    *("client.js", "client.cjs", "client.iife.js", "client.d.ts", "share.js"),
+    *("react.js", "react.d.ts", "job-progress.js"),
 )
 
 

@@ -118,8 +118,11 @@ test("an aborted watch hears nothing more", async (t) => {
   await publish(jobId, { progress: 2 });
   await within(other.next());
   assert.deepEqual(heard, [1]);
-  const waiting = other.next();
-  await other.return();
+  const watch = made.watch(jobId);
+  const loop = watch[Symbol.asyncIterator]();
+  await within(loop.next());
+  const waiting = loop.next();
+  watch.close();
   assert.equal((await within(waiting)).done, true);
 });
 

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 WEB = ROOT / "server" / "web"
 WEB_TOOLS = ROOT / ".venv" / "web"
-BUILT = {"client.js", "client.cjs", "client.iife.js"}
+BUILT = {"client.js", "client.cjs", "client.iife.js", "share.js", "react.js", "job-progress.js"}
 
 
 @cache

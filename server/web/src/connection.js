@@ -4,7 +4,6 @@ import { openLongPolls, openPolls, openSocket, openStreams } from "./links.js";
 import { StatusError } from "./http.js";
 
 const OPENERS = { websocket: openSocket, sse: openStreams, longpoll: openLongPolls, poll: openPolls };
-export const TRANSPORTS = Object.keys(OPENERS);
 
 const CAP_MS = 20_000;
 const CONNECT_MS = 6000; // without a word, before it is live
@@ -13,34 +12,35 @@ const PROBE_MS = 3000;
 const TICK_MS = 1000;
 const HEARTBEAT_MS = 30_000; // until the server says otherwise
 const HIDDEN_MS = 30_000;
-// When to look whether a better transport works by now; the first is for one that has worked before.
-const UPWARD_MS = [5000, 15_000, 300_000];
+// When to look whether a better transport works by now: soon for one that has worked before, else later, and seldom at last.
+const SOON_MS = 5000;
+const LATER_MS = 15_000;
+const SELDOM_MS = 300_000;
 
-const storage = () => {
+// Pages that may keep nothing get an exception for asking.
+function session(use) {
   try {
-    return globalThis.sessionStorage;
+    return use(sessionStorage);
   } catch {
-    // Browsers that keep nothing throw.
+    return null;
   }
-};
+}
 
 export function createConnection({ http, store, options, onState, complain }) {
-  const { transports = TRANSPORTS, autoReconnect = true, maxReconnectAttempts = Infinity, reconnectDelay = 500 } = options;
-  const { visibility = "keep" } = options;
-  const memory = `statuswire:${http.url("")}`;
-  const remembered = () => Math.max(0, transports.indexOf(storage()?.getItem(memory)));
-  const worked = new Set();
+  const { transports = Object.keys(OPENERS), autoReconnect = true, maxReconnectAttempts = Infinity, reconnectDelay = 500 } = options;
+  const memory = `statuswire:${http.locate("")}`;
   let state = "connecting";
   let error;
-  let link; // {name, index, live, heartbeat, heardAt, liveAt, stop, changed, renewed, probe}
-  let trial;
-  let wanted = false;
-  let paused = false;
-  let failures = 0;
-  let attempts = 0;
-  let start = 0; // where a round over the transports begins
-  let tried = 0; // in this round
-  let refused = false;
+  let link; // {index, live, heartbeat, heardAt, liveAt, end, fail, changed, renewed, probe}
+  let trial; // another one, of a better transport
+  let bestWorked; // the best transport has been live before
+  let wanted; // between start and stop
+  let asleep; // the page is
+  let failures; // for the length of the wait
+  let attempts; // since it was live
+  let start; // where a round over the transports begins
+  let tried; // in this round
+  let refused; // the last token was
   let timer;
   let upward;
   let upwardMs;
@@ -51,45 +51,46 @@ export function createConnection({ http, store, options, onState, complain }) {
 
   function say(now, why) {
     error = why;
-    if (state === now) return;
-    state = now;
-    onState();
+    if (state !== now) {
+      state = now;
+      onState();
+    }
   }
+
+  const sayLive = () => say(/poll/.test(transports[link.index]) ? "polling" : "open");
 
   // ---- one link
 
   function open(index, isTrial) {
-    const name = transports[index];
-    const one = { name, index, live: false, heartbeat: HEARTBEAT_MS, heardAt: Date.now() };
+    const one = { index, heartbeat: HEARTBEAT_MS, heardAt: Date.now() };
+    let over;
     if (isTrial) trial = one;
     else link = one;
-    let over = false;
-    const guard = (what) => (value) => over || what(value);
     one.end = () => {
       over = true;
       one.stop?.();
     };
-    one.fail = guard((why) => {
+    one.fail = (why) => {
+      if (over) return;
       one.end();
-      if (trial === one) {
-        trial = undefined;
-        if (index + 1 < link?.index) open(index + 1, true);
-        else lookUpward();
-      } else if (link === one) lost(one, why);
-    });
-    Object.assign(one, OPENERS[name]({
+      if (link === one) return lost(one, why);
+      trial = undefined;
+      if (index + 1 < link?.index) open(index + 1, true);
+      else lookUpward();
+    };
+    Object.assign(one, OPENERS[transports[index]]({
       http,
       store,
       complain,
       heard: () => (one.heardAt = Date.now()),
       heartbeat: (ms) => (one.heartbeat = ms),
+      live: () => over || one.live || nowLive(one),
       fail: one.fail,
-      live: guard(() => one.live || nowLive(one)),
     }));
-    if (over) one.stop();
   }
 
   function nowLive(one) {
+    const { index } = one;
     one.live = true;
     one.liveAt = one.heardAt = Date.now();
     if (trial === one) {
@@ -99,98 +100,80 @@ export function createConnection({ http, store, options, onState, complain }) {
     }
     refused = false;
     attempts = tried = 0;
-    start = one.index;
-    worked.add(one.name);
-    storage()?.setItem(memory, one.name);
-    clearTimeout(upward);
-    upwardMs = undefined;
+    start = index;
+    bestWorked ||= !index;
+    session((kept) => kept.setItem(memory, transports[index]));
+    upwardMs = bestWorked ? SOON_MS : LATER_MS;
     lookUpward();
     watchToken();
-    say(one.name === "websocket" || one.name === "sse" ? "open" : "polling");
+    sayLive();
   }
 
   function lookUpward() {
     clearTimeout(upward);
     if (!link?.live || !link.index) return;
-    const [soon, first, most] = UPWARD_MS;
-    const ms = (upwardMs ??= worked.has(transports[0]) ? soon : first);
-    upwardMs = Math.min(most, ms * 2);
-    upward = setTimeout(() => link?.live && !trial && open(0, true), ms * (0.75 + Math.random() / 2));
+    upward = setTimeout(() => open(0, true), upwardMs * (0.75 + Math.random() / 2));
+    upwardMs = Math.min(SELDOM_MS, upwardMs * 2);
   }
 
   function watchToken() {
-    clearTimeout(renewal);
     const ms = http.renewIn();
-    if (ms < 2 ** 31) renewal = setTimeout(renew, Math.max(0, ms));
+    clearTimeout(renewal);
+    // Longer than this a timer cannot wait.
+    if (ms < 2 ** 31) renewal = setTimeout(renew, ms);
   }
 
   async function renew() {
     try {
       await http.bearer();
-      await link?.renewed();
+      link?.renewed();
+      watchToken();
     } catch (why) {
+      // There is time for another try, and at last the server will complain.
       complain(why);
+      renewal = setTimeout(renew, SOON_MS);
     }
-    if (wanted) watchToken();
   }
 
   // ---- losing it
 
   function lost(one, why) {
-    link = undefined;
-    dropTrial();
-    if (why.status === 401) {
-      if (refused || !why.token) return close(new StatusError("unauthorized", why.message, why));
+    drop();
+    if (why.status === 401 || why.token !== undefined) {
+      if (refused || !why.token) return close(why);
       refused = true;
       say("connecting", why);
-      http.bearer(why.token).then(() => wanted && !link && !paused && open(one.index), (problem) => wanted && !link && lost(one, problem));
+      http.bearer(why.token).then(go, (problem) => lost(one, problem));
       return;
     }
-    if (why.final) return close(why);
+    if (why.final || !autoReconnect) return close(why);
     if (one.live) {
-      if (!autoReconnect) return close(why);
       failures = Date.now() - one.liveAt > STABLE_MS ? 0 : Math.min(failures + 1, 2);
-      start = one.index;
-      tried = 0;
       say("connecting", why);
     } else {
       tried += 1;
       // What is in the way of one transport may let another one through. Who says when to come back is the server itself.
-      if (tried < transports.length && why.delay === undefined) return open((start + tried) % transports.length);
+      if (tried < transports.length && why.delay === undefined) return go();
       tried = 0;
       failures += 1;
-      start = remembered();
       say("offline", why);
+      complain(why);
     }
     attempts += 1;
-    if (attempts > maxReconnectAttempts || !autoReconnect) return close(new StatusError("gave_up", `no connection: ${why.message}`, { cause: why }));
-    if (why.code !== "closed") complain(why);
-    wait(why.delay);
-  }
-
-  function wait(least = 0) {
-    const ms = Math.random() * Math.min(CAP_MS, reconnectDelay * 2 ** failures);
-    clearTimeout(timer);
-    timer = setTimeout(go, Math.max(ms, least));
+    if (attempts > maxReconnectAttempts) return close(new StatusError("gave_up", why.message, { cause: why }));
+    timer = setTimeout(go, Math.max(why.delay ?? 0, Math.random() * Math.min(CAP_MS, reconnectDelay * 2 ** failures)));
   }
 
   function go() {
     clearTimeout(timer);
-    if (wanted && !paused && !link) open((start + tried) % transports.length);
-  }
-
-  function dropTrial() {
-    trial?.end();
-    trial = undefined;
-    clearTimeout(upward);
+    if (wanted && !asleep && !link) open((start + tried) % transports.length);
   }
 
   function drop() {
-    dropTrial();
+    for (const one of [timer, renewal, upward]) clearTimeout(one);
+    trial?.end();
     link?.end();
-    link = undefined;
-    clearTimeout(timer);
-    clearTimeout(renewal);
+    link = trial = undefined;
   }
 
   function close(why) {
@@ -204,41 +187,37 @@ export function createConnection({ http, store, options, onState, complain }) {
 
   // ---- what happens around us
 
-  /** Look whether the link is alive, now: timers and sockets may have slept. */
+  /** Look whether the links are alive: timers and sockets may have slept. */
   function check(quick) {
     const now = Date.now();
-    const slept = now - tickedAt > TICK_MS + 5000;
+    quick ||= now - tickedAt > TICK_MS + SOON_MS;
     tickedAt = now;
     for (const one of [link, trial]) {
       if (!one) continue;
       const silent = now - one.heardAt;
-      if (silent > (one.live ? 2 * one.heartbeat : CONNECT_MS)) one.fail(new StatusError("timeout", "the server has gone silent"));
-      else if (one.live && one === link && (quick || slept)) probe(one, silent);
+      const timeout = () => one.fail(new StatusError("timeout", "the server does not answer"));
+      if (silent > (one.live ? 2 * one.heartbeat : CONNECT_MS)) timeout();
+      else if (quick && one === link && one.live) {
+        // A heartbeat is missing: until something comes, nobody knows.
+        if (silent > 1.2 * one.heartbeat) say("connecting");
+        one.probe();
+        setTimeout(() => {
+          if (link !== one) return;
+          if (one.heardAt < now) timeout();
+          else sayLive();
+        }, PROBE_MS);
+      }
     }
-  }
-
-  function probe(one, silent) {
-    // A heartbeat is missing: until something comes, nobody knows.
-    if (silent > one.heartbeat * 1.2) say("connecting");
-    one.probe();
-    setTimeout(() => {
-      if (link !== one) return;
-      if (Date.now() - one.heardAt > PROBE_MS) one.fail(new StatusError("timeout", "the server does not answer"));
-      else say(one.name === "websocket" || one.name === "sse" ? "open" : "polling");
-    }, PROBE_MS);
   }
 
   function wake() {
     clearTimeout(hidden);
-    paused = false;
-    if (!wanted) return;
-    if (link) check(true);
-    else go();
+    asleep = false;
+    if (wanted) link ? check(true) : go();
   }
 
   function sleep(why) {
-    if (!wanted) return;
-    paused = true;
+    asleep = true;
     drop();
     say(why);
   }
@@ -246,16 +225,14 @@ export function createConnection({ http, store, options, onState, complain }) {
   const handlers = {
     online: wake,
     offline() {
-      if (!wanted) return;
       drop();
       say("offline", new StatusError("offline", "this device is offline"));
       // What browsers say of it is not always so.
-      failures += 1;
       timer = setTimeout(go, CAP_MS);
     },
     visibilitychange() {
-      if (!document.hidden) return wake();
-      if (visibility === "pause") hidden = setTimeout(() => sleep("offline"), HIDDEN_MS);
+      if (!document.hidden) wake();
+      else if (options.visibility === "pause") hidden = setTimeout(sleep, HIDDEN_MS, "offline");
     },
     // An open connection would keep the page out of the back-forward cache.
     pagehide: () => sleep("connecting"),
@@ -265,25 +242,26 @@ export function createConnection({ http, store, options, onState, complain }) {
   };
 
   function listen(how) {
-    for (const [event, handler] of Object.entries(handlers)) {
-      const target = /visib|freeze|resume/.test(event) ? globalThis.document : globalThis;
-      target?.[how]?.(event, handler);
-    }
+    for (const event in handlers) (/vis|free|resu/.test(event) ? globalThis.document : globalThis)?.[how]?.(event, handlers[event]);
   }
 
   return {
-    state: () => state,
-    transport: () => (link?.live ? link.name : null),
-    error: () => error,
-    heartbeat: () => link?.heartbeat ?? HEARTBEAT_MS,
+    get state() {
+      return state;
+    },
+    get transport() {
+      return link?.live ? transports[link.index] : null;
+    },
+    get error() {
+      return error;
+    },
 
     start() {
       if (wanted) return;
       wanted = true;
-      paused = false;
+      asleep = refused = false;
       failures = attempts = tried = 0;
-      refused = false;
-      start = remembered();
+      start = Math.max(0, transports.indexOf(session((kept) => kept.getItem(memory))));
       tickedAt = Date.now();
       tick = setInterval(check, TICK_MS);
       listen("addEventListener");
@@ -291,17 +269,11 @@ export function createConnection({ http, store, options, onState, complain }) {
       go();
     },
 
-    /** Now, and as if nothing had ever failed. */
-    restart() {
-      close();
-      this.start();
-    },
-
     stop: () => close(),
 
     changed() {
-      link?.changed();
-      trial?.changed();
+      link?.changed?.();
+      trial?.changed?.();
     },
   };
 }

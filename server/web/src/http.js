@@ -2,16 +2,14 @@
 
 export class StatusError extends Error {
   /**
-   * @param {string} code as the server names it, or one of ours: `unreachable`, `timeout`, `blocked`, `gave_up`
+   * @param {string} code as the server names it, or one of ours, see client.d.ts
    * @param {string} message
    * @param {{status?: number, delay?: number, final?: boolean, token?: string}} [more] `delay`: milliseconds to stay away;
    *   `final`: trying again is of no use; `token`: the one that was refused
    */
   constructor(code, message, more) {
     super(message);
-    this.name = "StatusError";
-    this.code = code;
-    Object.assign(this, more);
+    Object.assign(this, { name: "StatusError", code }, more);
   }
 }
 
@@ -28,12 +26,7 @@ function claims(token) {
   }
 }
 
-/** Milliseconds in `Retry-After`, which is a number of seconds or a date. */
-function retryAfter(answer) {
-  const text = answer.headers.get("retry-after");
-  return text ? Math.max(0, text * 1000 || Date.parse(text) - Date.now() || 0) : undefined;
-}
-
+/** @param {URL} base @param {((why: {refused: boolean}) => string | Promise<string>) | undefined} getToken */
 export function createHttp(base, getToken) {
   let token;
   let renewAt = Infinity;
@@ -42,61 +35,59 @@ export function createHttp(base, getToken) {
   async function ask(refused) {
     token = await getToken({ refused });
     const now = Date.now();
-    const end = claims(token).exp * 1000;
+    const left = claims(token).exp * 1000 - now;
     // A clock that is behind or ahead must not make us ask in circles.
-    renewAt = end > now ? end - Math.min(EARLY_MS, (end - now) * EARLY_SHARE) : Infinity;
+    renewAt = left > 0 ? now + left - Math.min(EARLY_MS, left * EARLY_SHARE) : Infinity;
   }
 
-  const http = {
-    /** Where a path of the server's is. */
-    url(path, query = {}) {
-      const url = new URL(path, base);
-      for (const [name, value] of Object.entries(query)) if (value !== undefined) url.searchParams.set(name, value);
-      return url;
-    },
+  /** The token to use now; `refused` is one that must not be it. */
+  async function bearer(refused) {
+    if (getToken && (token === refused || Date.now() >= renewAt)) {
+      await (asking ??= ask(refused !== undefined).finally(() => (asking = undefined)));
+    }
+    return token;
+  }
 
-    /** The token to use now; `refused` is one that must not be it. */
-    async bearer(refused) {
-      if (!getToken) return;
-      if (token === undefined || token === refused || Date.now() >= renewAt) {
-        await (asking ??= ask(refused !== undefined).finally(() => (asking = undefined)));
-      }
-      return token;
-    },
+  /** Where a path of the server's is. */
+  function locate(path, query = {}) {
+    const url = new URL(path, base);
+    for (const name in query) if (query[name] !== undefined) url.searchParams.set(name, query[name]);
+    return url;
+  }
 
+  async function request(path, { method, query, body, accept = "application/json", signal } = {}) {
+    const url = locate(path, query);
+    const go = (bearer) => {
+      const headers = { accept };
+      if (bearer) headers.authorization = `Bearer ${bearer}`;
+      if (body) headers["content-type"] = "application/json";
+      // Without a token it is a cookie that says who asks; with one, a page may be allowed to ask that may not use cookies.
+      const credentials = bearer ? "same-origin" : "include";
+      return fetch(url, { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store", credentials });
+    };
+    const first = await bearer();
+    let answer = await go(first);
+    if (answer.status === 401 && getToken) answer = await go(await bearer(first));
+    if (answer.ok) return answer;
+    const { status } = answer;
+    const said = (await answer.json().catch(() => {}))?.error;
+    const after = answer.headers.get("retry-after");
+    throw new StatusError(said?.code ?? "blocked", said?.message ?? `the server answers ${status}`, {
+      status,
+      // A number of seconds, or a date.
+      delay: after ? after * 1000 || Date.parse(after) - Date.now() || 0 : undefined,
+      // A refusal in the server's own words; a proxy's is a matter of the way there.
+      final: said && status < 500 && status !== 401 && status !== 429,
+    });
+  }
+
+  return {
+    bearer,
+    locate,
+    request,
+    json: async (path, options) => (await request(path, options)).json(),
     /** Milliseconds until the token should be renewed; Infinity if it needs not. */
     renewIn: () => renewAt - Date.now(),
     user: () => claims(token).sub,
-
-    async request(path, { method = "GET", query, body, accept = "application/json", signal } = {}) {
-      const go = async (bearer) => {
-        const headers = { accept };
-        if (bearer) headers.authorization = `Bearer ${bearer}`;
-        if (body) headers["content-type"] = "application/json";
-        const credentials = base.origin === globalThis.location?.origin || !bearer ? "include" : "same-origin";
-        try {
-          return await fetch(http.url(path, query), { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store", credentials });
-        } catch (error) {
-          throw signal?.aborted ? error : new StatusError("unreachable", "the server cannot be reached");
-        }
-      };
-      const first = await http.bearer();
-      let answer = await go(first);
-      if (answer.status === 401 && getToken) answer = await go(await http.bearer(first));
-      const { status } = answer;
-      if (answer.ok) return answer;
-      const said = (await answer.json().catch(() => {}))?.error;
-      throw new StatusError(said?.code ?? "blocked", said?.message ?? `the server answers ${status}`, {
-        status,
-        delay: retryAfter(answer),
-        // A refusal in the server's own words; a proxy's is a matter of the way there.
-        final: Boolean(said) && (status === 400 || status === 403 || status === 404 || status === 409 || status === 422),
-      });
-    },
-
-    async json(path, options) {
-      return (await http.request(path, options)).json();
-    },
   };
-  return http;
 }

@@ -1,108 +1,134 @@
-// The client: one connection, however many watch over it.
+// The client: one connection, however many watch over it. What it does for its users is in client.d.ts.
 
 import { createConnection } from "./connection.js";
 import { StatusError, createHttp } from "./http.js";
-import { createStore, hasEnded } from "./store.js";
+import { createStore, hasEnded, topicOf } from "./store.js";
 
 export { StatusError };
 
 const QUEUE = 1000;
-
 const HERE = import.meta.url ?? globalThis.document?.currentScript?.src;
 
-/** See client.d.ts. */
 export function connect(options = {}) {
-  const { url = HERE && new URL(".", HERE), getToken, onProgress, onError, onConnect, onDisconnect } = options;
-  const here = globalThis.location?.href;
-  const base = new URL(url ?? "/", here);
+  const { url = HERE && new URL(".", HERE), getToken, since, onProgress, onError, onConnect, onDisconnect } = options;
+  const base = new URL(url ?? "/", globalThis.location?.href);
   if (!base.pathname.endsWith("/")) base.pathname += "/";
   const http = createHttp(base, getToken);
   const watchers = new Set();
   let wasLive = false;
 
-  const isLive = () => /open|polling/.test(client.state);
+  const complain = (error) => onError?.(error);
+  const store = createStore({ since, changed: () => way.changed(), shown: (job) => onProgress?.(job) });
+  const parts = { http, store, options, onState, complain };
+  parts.connection = createConnection({
+    ...parts,
+    store: { ...store, apply: (...heard) => (store.apply(...heard), way.relay?.(...heard)) },
+    onState: () => (way.told?.(), onState()),
+  });
+  let way = parts.connection; // or what stands in for it
+  let wanted;
+
+  async function start() {
+    wanted = true;
+    if (options.share && way === parts.connection && globalThis.navigator?.locks) {
+      // Most pages do without: it is a file of its own.
+      way = await import("./share.js").then((share) => share.createShare(parts), (error) => (complain(error), way));
+    }
+    if (wanted) way.start();
+  }
+
+  function stop() {
+    wanted = false;
+    way.stop();
+  }
 
   function onState() {
-    if (isLive() !== wasLive) {
-      wasLive = !wasLive;
-      (wasLive ? onConnect : onDisconnect)?.(client);
-    }
+    if (client.live !== wasLive) (wasLive = client.live) ? onConnect?.(client) : onDisconnect?.(client);
     for (const watcher of [...watchers]) watcher(client);
   }
 
-  const complain = (error) => onError?.(error);
-  const store = createStore({ since: options.since, changed: () => connection.changed(), shown: (job) => onProgress?.(job) });
-  const connection = createConnection({ http, store, options, onState, complain });
+  const ask = (jobId, what = "", method = "GET") => http.json(`api/v2/jobs/${encodeURIComponent(jobId)}${what}`, { method });
 
-  const jobPath = (jobId) => `api/v2/jobs/${encodeURIComponent(jobId)}`;
+  async function* iterate(what, signal) {
+    const queue = [];
+    const only = typeof what === "string";
+    let over = signal?.aborted;
+    let wake;
+    const note = () => {
+      over ||= signal?.aborted || client.state === "closed";
+      wake?.();
+    };
+    const stop = store.listen(topicOf(what), (news) => {
+      // Whoever takes them slowly gets the newest of each job.
+      const older = queue.length < QUEUE ? -1 : queue.findIndex((one) => one.jobId === news.jobId);
+      if (older >= 0) queue.splice(older, 1);
+      queue.push(news);
+      if (only && (hasEnded(news) || news.type === "job_deleted")) over = true;
+      note();
+    });
+    const off = client.onState(note);
+    signal?.addEventListener("abort", note);
+    try {
+      for (note(); ; ) {
+        while (queue.length) yield queue.shift();
+        if (over) break;
+        await new Promise((resolve) => (wake = resolve));
+      }
+      if (client.error && client.state === "closed") throw client.error;
+    } finally {
+      stop();
+      off();
+      signal?.removeEventListener("abort", note);
+    }
+  }
 
   const client = {
     get state() {
-      return connection.state();
+      return way.state;
     },
     get transport() {
-      return connection.transport();
+      return way.transport;
     },
     get error() {
-      return connection.error();
+      return way.error;
     },
     get live() {
-      return isLive();
+      return /open|polling/.test(way.state);
     },
 
-    watch(what, callback, { signal } = {}) {
-      if (callback && typeof callback !== "function") [callback, signal] = [undefined, callback.signal];
-      const closers = new Set();
-      let closed = false;
-      function close() {
-        closed = true;
-        signal?.removeEventListener("abort", close);
-        for (const closer of [...closers]) closer();
-      }
-      if (signal?.aborted) closed = true;
-      else {
-        signal?.addEventListener("abort", close);
-        if (callback) closers.add(store.listen(what, callback));
-      }
+    watch(what, callback, given) {
+      const listens = typeof callback === "function";
+      const { signal } = (listens ? given : callback) ?? {};
+      const ended = new AbortController();
+      const close = () => ended.abort();
+      signal?.aborted ? close() : signal?.addEventListener("abort", close, { signal: ended.signal });
+      if (listens && !signal?.aborted) ended.signal.addEventListener("abort", store.listen(topicOf(what), callback));
       return {
         close,
         get live() {
-          return isLive() && !closed;
+          return client.live && !ended.signal.aborted;
         },
         get jobs() {
-          return store.known(what);
+          return store.known(topicOf(what));
         },
-        [Symbol.asyncIterator]: () => iterate(what, closers, () => closed),
+        [Symbol.asyncIterator]: () => iterate(what, ended.signal),
       };
     },
 
     async snapshot(jobId) {
-      if (isLive() && store.get(jobId)) return { ...store.get(jobId), live: true };
-      return { ...(await http.json(jobPath(jobId))), live: true };
+      return { ...((client.live && store.get(jobId)) || (await ask(jobId))), live: true };
     },
 
-    done(jobId, { signal } = {}) {
-      return new Promise((resolve, reject) => {
-        const settle = (how, value) => {
-          watch.close();
-          off();
-          signal?.removeEventListener("abort", aborted);
-          how(value);
-        };
-        const aborted = () => settle(reject, signal.reason);
-        const watch = client.watch(jobId, (job) => {
-          if (job.type === "job_deleted") settle(reject, new StatusError("job_deleted", `${jobId} was deleted`));
-          else if (hasEnded(job)) settle(resolve, job);
-        });
-        const closed = () => client.state === "closed" && settle(reject, client.error ?? new StatusError("closed", "the client is disconnected"));
-        const off = client.onState(closed);
-        signal?.addEventListener("abort", aborted);
-        if (signal?.aborted) aborted();
-        else closed();
-      });
+    async done(jobId, { signal } = {}) {
+      for await (const job of iterate(jobId, signal)) {
+        if (hasEnded(job)) return job;
+        if (job.type === "job_deleted") throw new StatusError(job.type, `${jobId} was deleted`);
+      }
+      signal?.throwIfAborted();
+      throw new StatusError("closed", "the client was disconnected");
     },
 
-    cancel: async (jobId) => (await http.json(`${jobPath(jobId)}/cancel`, { method: "POST" })).job,
+    cancel: async (jobId) => (await ask(jobId, "/cancel", "POST")).job,
 
     async ack(id) {
       await http.request("api/sse/ack", { method: "POST", body: { type: "ack", id } });
@@ -113,62 +139,13 @@ export function connect(options = {}) {
       return () => watchers.delete(callback);
     },
 
-    reconnect: () => connection.restart(),
-    disconnect: () => connection.stop(),
+    reconnect() {
+      stop();
+      start();
+    },
+    disconnect: stop,
   };
 
-  function iterate(what, closers, isClosed) {
-    const queue = [];
-    const single = typeof what === "string";
-    let over = isClosed();
-    let wake;
-    let failure;
-
-    const push = (job) => {
-      if (over) return;
-      // Whoever takes them slowly gets the newest of each job.
-      if (queue.length >= QUEUE) {
-        const older = queue.findIndex((one) => one.jobId === job.jobId);
-        if (older >= 0) queue.splice(older, 1);
-      }
-      queue.push(job);
-      if (single && (hasEnded(job) || job.type === "job_deleted")) end();
-      wake?.();
-    };
-    const stop = over ? () => {} : store.listen(what, push);
-    const off = client.onState(() => {
-      if (client.state !== "closed") return;
-      failure = client.error;
-      end();
-    });
-    function end() {
-      over = true;
-      stop();
-      off();
-      closers.delete(end);
-      wake?.();
-    }
-    closers.add(end);
-
-    return {
-      async next() {
-        while (!queue.length && !over) await new Promise((resolve) => (wake = resolve));
-        if (queue.length) return { done: false, value: queue.shift() };
-        if (failure) {
-          const error = failure;
-          failure = undefined;
-          throw error;
-        }
-        return { done: true, value: undefined };
-      },
-      async return() {
-        end();
-        queue.length = 0;
-        return { done: true, value: undefined };
-      },
-    };
-  }
-
-  connection.start();
+  start();
   return client;
 }

@@ -1,83 +1,78 @@
 // What is watched, and what is known of it. Everything a transport hears comes through `apply`, which drops what was
 // there already: so it does not matter how often, over which way, or over how many at once something arrives.
+//
+// A topic is what somebody watches: `job:ID`, `user:ID`, `channel:NAME` or `all:`. A feed is a set of topics that are
+// asked for together and have one cursor.
 
 const FORGOTTEN = 1000; // deleted jobs, and notifications, that are remembered so that they are not shown again
-// A jobs' ids go into an address, and proxies take some 8 KB of it.
-const FEED_CHARACTERS = 6000;
-const FEED_JOBS = 1000;
+const FEED_JOBS = 150; // a feed's ids go into an address, and proxies take some 8 KB of it
 
 export const hasEnded = (job) => /^(completed|failed|cancelled)$/.test(job.status);
 
+export const topicOf = (what) =>
+  typeof what === "string" ? `job:${what}`
+  : what.user ? `user:${what.user}`
+  : "channel" in what ? `channel:${what.channel ?? ""}`
+  : "all:";
+
 export function createStore({ since, changed, shown }) {
-  const topics = new Map(); // key -> {key, kind, name, feed, synced, listeners}
+  const topics = new Map(); // key -> {kind, name, feed, synced, listeners}
   const jobs = new Map(); // jobId -> record
   const gone = new Map(); // jobId -> {createdAt, version, id}: deleted, by the message `id`
-  const notices = new Set(); // ids of notifications
+  const notices = new Map(); // by id
   const cursors = new Map(); // feed -> cursor
   let extra = []; // topics that other tabs want
-  let keys = new Set(); // feeds
-  let planned = false;
-  let begun = false;
+  let planned;
+  let begun;
 
-  function topicOf(what) {
-    const [kind, name] =
-      typeof what === "string" ? ["job", what]
-      : what.user ? ["user", what.user]
-      : "channel" in what ? ["channel", what.channel ?? ""]
-      : ["all", ""];
-    return { kind, name, key: `${kind}:${name}` };
-  }
+  const remember = (map, key, value) => {
+    map.delete(key);
+    map.set(key, value);
+    if (map.size > FORGOTTEN) map.delete(map.keys().next().value);
+  };
 
-  // Jobs share a feed until their ids fill an address; a user's jobs are a feed of their own.
-  function feedFor({ kind, name, key }) {
+  function feedFor(kind, key) {
     if (kind !== "job") return kind === "channel" ? kind : key;
-    const sizes = new Map();
-    for (const topic of topics.values()) {
-      if (topic.kind === kind) sizes.set(topic.feed, (sizes.get(topic.feed) ?? 0) + topic.name.length + 3 + FEED_CHARACTERS / FEED_JOBS);
-    }
+    const sizes = {};
+    for (const { feed } of topics.values()) sizes[feed] = (sizes[feed] ?? 0) + 1;
     let number = 0;
-    while (sizes.get(`job${number}`) > FEED_CHARACTERS) number += 1;
-    return `job${number}`;
+    while (sizes[kind + number] >= FEED_JOBS) number += 1;
+    return kind + number;
   }
 
   // Changes take effect together, and not at all if they were taken back meanwhile.
   function plan() {
-    if (planned) return;
-    planned = true;
-    queueMicrotask(() => {
-      planned = false;
-      for (const topic of topics.values()) if (!topic.listeners.size && !extra.includes(topic.key)) topics.delete(topic.key);
-      keys = new Set([...topics.values()].map((topic) => topic.feed));
-      for (const key of cursors.keys()) if (!keys.has(key)) cursors.delete(key);
+    planned ??= queueMicrotask(() => {
+      planned = undefined;
+      for (const [key, topic] of topics) if (!topic.listeners.size && !extra.includes(key)) topics.delete(key);
+      const feeds = new Set([...topics.values()].map((topic) => topic.feed));
+      for (const feed of cursors.keys()) if (!feeds.has(feed)) cursors.delete(feed);
       for (const job of jobs.values()) if (!topicsOf(job).length) jobs.delete(job.jobId);
       changed();
-    });
+    }) ?? true;
   }
 
-  function add(topic) {
-    const known = topics.get(topic.key);
-    if (known) return known;
-    const added = { ...topic, feed: feedFor(topic), synced: false, listeners: new Set() };
-    if (since !== undefined && !begun) {
-      cursors.set(added.feed, since);
-      added.synced = true;
+  function add(key) {
+    if (!topics.has(key)) {
+      const [, kind, name] = /^(\w+):(.*)/.exec(key);
+      const feed = feedFor(kind, key);
+      const resumed = since !== undefined && !begun;
+      if (!cursors.has(feed)) cursors.set(feed, resumed ? since : undefined);
+      topics.set(key, { kind, name, feed, synced: resumed, listeners: new Set() });
+      plan();
     }
-    topics.set(topic.key, added);
-    keys.add(added.feed);
-    plan();
-    return added;
+    return topics.get(key);
   }
 
-  function topicsOf(job) {
-    return [`job:${job.jobId}`, `user:${job.userId}`, "all:"].map((key) => topics.get(key)).filter(Boolean);
-  }
+  const topicsOf = ({ jobId, userId }) => [`job:${jobId}`, `user:${userId}`, "all:"].filter((key) => topics.has(key));
 
-  function tell(topic, news) {
-    for (const listener of topic.listeners) {
+  function tell(key, news) {
+    for (const listener of topics.get(key).listeners) {
       try {
         listener(news);
       } catch (error) {
-        queueMicrotask(() => {
+        // Somebody else's mistake: for the console, not for the others.
+        setTimeout(() => {
           throw error;
         });
       }
@@ -85,18 +80,19 @@ export function createStore({ since, changed, shown }) {
   }
 
   function show(job) {
-    for (const topic of topicsOf(job)) tell(topic, job);
+    for (const key of topicsOf(job)) tell(key, job);
     shown(job);
   }
 
   function put(job, force) {
-    const known = jobs.get(job.jobId) ?? gone.get(job.jobId);
-    if (known) {
-      const newer = job.createdAt === known.createdAt ? job.version - known.version : job.createdAt > known.createdAt ? 1 : -1;
-      if (force ? newer === 0 : newer <= 0) return;
+    const { jobId, createdAt, version } = job;
+    const known = jobs.get(jobId) ?? gone.get(jobId);
+    const same = known?.createdAt === createdAt;
+    if (known && (same ? (force ? version === known.version : version <= known.version) : !force && createdAt < known.createdAt)) return;
+    if (topicsOf(job).length) {
+      jobs.set(jobId, job);
+      show(job);
     }
-    jobs.set(job.jobId, job);
-    show(job);
   }
 
   function drop(message) {
@@ -104,111 +100,93 @@ export function createStore({ since, changed, shown }) {
     const job = jobs.get(jobId);
     if (!job || (id && gone.get(jobId)?.id === id)) return;
     jobs.delete(jobId);
-    gone.delete(jobId);
-    gone.set(jobId, { createdAt: job.createdAt, version: job.version, id });
-    if (gone.size > FORGOTTEN) gone.delete(gone.keys().next().value);
+    remember(gone, jobId, { ...job, id });
     show({ ...job, ...message });
   }
 
-  /** Whether a snapshot of a feed (undefined: of all; `names`: only of these jobs) would have to have a job. */
-  function covers(feed, names, job) {
-    return topicsOf(job).some((topic) => (!feed || topic.feed === feed) && (!names || names.includes(topic.name)));
-  }
+  const covers = (keys, key) => !keys || keys.includes(key);
 
-  function takeSnapshot(feed, { jobs: records, names, reset }) {
-    if (reset) {
-      const there = new Set(records.map((job) => job.jobId));
-      for (const job of [...jobs.values()]) {
-        if (!there.has(job.jobId) && covers(feed, names, job)) drop({ type: "job_deleted", jobId: job.jobId });
-      }
-    }
-    for (const job of records) {
-      job.type = "snapshot";
-      put(job, reset);
-    }
-    for (const topic of topics.values()) {
-      if ((!feed || topic.feed === feed) && (!names || names.includes(topic.name))) topic.synced = true;
-    }
-  }
+  const known = (key) =>
+    key.startsWith("job:")
+      ? [jobs.get(key.slice(4))].filter(Boolean)
+      : [...jobs.values()].filter(({ userId }) => key === "all:" || key === `user:${userId}`);
 
   return {
-    topicOf,
+    known,
+    get: (jobId) => jobs.get(jobId),
+    /** What this tab itself watches. */
+    own: () => [...topics.keys()].filter((key) => topics.get(key).listeners.size),
+    /** What is known of these topics, as far as it is: a message for `apply`. */
+    state(keys) {
+      const synced = keys.filter((key) => topics.get(key)?.synced);
+      return { keys: synced, jobs: synced.flatMap(known) };
+    },
 
     /**
      * Take what was heard.
      * @param {string | undefined} feed the one it came over, undefined if over a connection for all of them
-     * @param {any} message of the server's, or `{type: "snapshot", jobs, names?, reset?}`; `id`, if it has one, is how far
-     *   the feed is now
+     * @param {any} message of the server's, or `{type: "snapshot", jobs, keys?, reset?}` of some topics or all
+     * @param {string | undefined} cursor how far the feed is now; undefined if that is not known
      */
-    apply(feed, message) {
-      const { type, id } = message;
-      if (type === "snapshot") takeSnapshot(feed, message);
-      else if (type === "job_deleted") drop(message);
+    apply(feed, message, cursor) {
+      const { type, id, keys } = message;
+      if (type === "snapshot") {
+        const there = new Set(message.jobs.map((job) => job.jobId));
+        if (message.reset) {
+          for (const [jobId, job] of jobs) {
+            if (!there.has(jobId) && topicsOf(job).some((key) => covers(keys, key))) drop({ type: "job_deleted", jobId });
+          }
+        }
+        for (const job of message.jobs) put({ ...job, type }, message.reset);
+        for (const [key, topic] of topics) topic.synced ||= covers(keys, key);
+      } else if (type === "job_deleted") drop(message);
       else if (type === "notification") {
         if (!notices.has(id)) {
-          notices.add(id);
-          if (notices.size > FORGOTTEN) notices.delete(notices.values().next().value);
-          for (const topic of topics.values()) if (topic.kind === "channel") tell(topic, message);
+          remember(notices, id);
+          for (const key of topics.keys()) if (key.startsWith("channel")) tell(key, message);
         }
       } else if (message.version) put(message);
-      const at = "at" in message ? message.at : id;
-      if (at !== undefined) {
+      if (cursor !== undefined) {
         begun = true;
-        if (feed) cursors.set(feed, at);
-        else for (const key of keys) cursors.set(key, at);
+        for (const key of feed ? [feed] : cursors.keys()) cursors.set(key, cursor);
       }
     },
 
-    /** What has to be asked for: `{key, kind, names, fresh, cursor}`, where `fresh` are names of which nothing is known yet. */
+    /** What has to be asked for: `{key, kind, names, fresh, cursor}`; of `fresh` nothing is known yet. */
     feeds() {
-      const feeds = new Map();
-      for (const { feed: key, kind, name, synced } of topics.values()) {
-        if (!feeds.has(key)) feeds.set(key, { key, kind, names: [], fresh: [], cursor: cursors.get(key) });
-        feeds.get(key).names.push(name);
-        if (!synced) feeds.get(key).fresh.push(name);
+      const feeds = {};
+      for (const { feed, kind, name, synced } of topics.values()) {
+        const one = (feeds[feed] ??= { key: feed, kind, names: [], fresh: [] });
+        one.names.push(name);
+        if (synced) one.cursor = cursors.get(feed);
+        else one.fresh.push(name);
       }
-      for (const feed of feeds.values()) if (feed.fresh.length === feed.names.length) feed.cursor = undefined;
-      return [...feeds.values()];
+      return Object.values(feeds);
     },
 
     /** Call a function with all that comes of a topic, from what is known on; returns the opposite. */
-    listen(what, listener) {
-      const topic = add(topicOf(what));
-      // One of its own, so that a function may be given twice.
-      const own = (news) => listener(news);
+    listen(key, callback) {
+      const { listeners } = add(key);
+      let ready;
+      let off;
+      const listener = (news) => ready && !off && callback(news);
+      listeners.add(listener);
       queueMicrotask(() => {
-        if (!off) for (const job of known(topic)) own(job);
-        if (!off) topic.listeners.add(own);
+        ready = true;
+        for (const job of known(key)) listener(job);
       });
-      let off = false;
-      const hold = () => {};
-      topic.listeners.add(hold);
       return () => {
-        if (off) return;
         off = true;
-        topic.listeners.delete(own);
-        topic.listeners.delete(hold);
+        listeners.delete(listener);
         plan();
       };
     },
 
-    known: (what) => known(topicOf(what)),
-    get: (jobId) => jobs.get(jobId),
-    keys: () => [...topics.keys()],
-
     /** Watch for other tabs, too. */
-    wantFor(topicKeys) {
-      extra = topicKeys;
-      for (const key of extra) {
-        const [, kind, name] = /^(\w+):(.*)$/.exec(key);
-        add({ kind, name, key });
-      }
+    wantFor(keys) {
+      extra = keys;
+      keys.forEach(add);
       plan();
     },
   };
-
-  function known({ kind, name }) {
-    if (kind === "job") return jobs.has(name) ? [jobs.get(name)] : [];
-    return kind === "channel" ? [] : [...jobs.values()].filter((job) => kind === "all" || job.userId === name);
-  }
 }
