@@ -1,0 +1,126 @@
+// <job-progress job="…">: a bar that says what it knows of a job, and whether that is live. Drawn at most once per frame.
+//
+// Attributes: job; url, of the server if the page is another's. Parts to style: bar, fill, label; states as attributes:
+// data-status, and data-live, which is "false" while what is shown may be old. All on a page share a connection;
+// `element.client = connect({…})` gives it another.
+
+import { connect } from "./client.js";
+
+const STYLE = `
+:host { display: inline-grid; grid-template-columns: 1fr auto; align-items: center; gap: .5em; min-width: 10em; font-variant-numeric: tabular-nums }
+:host([hidden]) { display: none }
+[part=bar] { height: .5em; border-radius: .25em; overflow: hidden; background: color-mix(in srgb, currentColor 15%, transparent) }
+[part=fill] { height: 100%; background: var(--job-progress-color, #2457c5); transform-origin: 0; transform: scaleX(0) }
+:host([data-status=completed]) [part=fill] { background: #1a7f45 }
+:host([data-status=failed]) [part=fill] { background: #b3261e }
+:host([data-live=false]) { opacity: .6 }
+:host([data-live=false]) [part=fill] { background-image: repeating-linear-gradient(-45deg, #fff6 0 .5em, #fff0 .5em 1em) }
+`;
+
+const clients = new Map(); // by url
+const waiting = new Set(); // to be drawn
+
+function draw() {
+  for (const element of waiting) element.draw();
+  waiting.clear();
+}
+
+function drawSoon(element) {
+  if (!waiting.size) requestAnimationFrame(draw);
+  waiting.add(element);
+}
+
+/** Write only what is another: most frames change one thing. */
+const put = (element, name, value) => element.getAttribute(name) !== value && element.setAttribute(name, value);
+
+class JobProgress extends (globalThis.HTMLElement ?? Object) {
+  static observedAttributes = ["job", "url"];
+  #client;
+  #job;
+  #close;
+  #parts;
+
+  get client() {
+    const url = this.getAttribute("url") ?? undefined;
+    if (!this.#client && !clients.has(url)) clients.set(url, connect({ url }));
+    return this.#client ?? clients.get(url);
+  }
+
+  set client(client) {
+    this.#client = client;
+    this.attributeChangedCallback();
+  }
+
+  get job() {
+    return this.#job;
+  }
+
+  connectedCallback() {
+    if (!this.#parts) {
+      const root = this.attachShadow({ mode: "open" });
+      const style = new CSSStyleSheet();
+      style.replaceSync(STYLE);
+      root.adoptedStyleSheets = [style];
+      const part = (name, parent) => {
+        const element = parent.appendChild(document.createElement("div"));
+        element.part = name;
+        return element;
+      };
+      const bar = part("bar", root);
+      this.#parts = { fill: part("fill", bar), label: part("label", root) };
+      this.#parts.label.ariaHidden = "true";
+      put(this, "role", "progressbar");
+      if (!this.hasAttribute("aria-label") && !this.hasAttribute("aria-labelledby")) put(this, "aria-label", "Progress");
+    }
+    this.#watch();
+  }
+
+  disconnectedCallback() {
+    this.#close?.();
+    this.#close = undefined;
+  }
+
+  attributeChangedCallback() {
+    this.disconnectedCallback();
+    this.#job = undefined;
+    if (this.isConnected && this.#parts) this.#watch();
+  }
+
+  #watch() {
+    const job = this.getAttribute("job");
+    drawSoon(this);
+    if (!job) return;
+    const { client } = this;
+    const watch = client.watch(job, (record) => {
+      this.#job = record.type === "job_deleted" ? undefined : record;
+      drawSoon(this);
+    });
+    const off = client.onState(() => drawSoon(this));
+    this.#close = () => {
+      watch.close();
+      off();
+    };
+  }
+
+  draw() {
+    const { fill, label } = this.#parts;
+    const job = this.#job;
+    const live = String(Boolean(this.#close) && this.client.live);
+    const status = job?.status ?? "unknown";
+    // 0 until somebody reports a progress: while it is worked on, that is no number to show.
+    const known = job && (job.progress || job.steps || status !== "processing");
+    const percent = known ? Math.floor(job.progress ?? 0) : 0;
+    const text = known ? `${percent} %` : "…";
+    fill.style.transform = `scaleX(${known ? (job.progress ?? 0) / 100 : 0})`;
+    put(this, "data-status", status);
+    put(this, "data-live", live);
+    if (label.textContent !== text) {
+      label.textContent = text;
+      if (known) put(this, "aria-valuenow", String(percent));
+      else this.removeAttribute("aria-valuenow");
+    }
+    put(this, "aria-valuetext", [text, status, live === "false" && "not live"].filter(Boolean).join(", "));
+  }
+}
+
+globalThis.customElements?.define("job-progress", JobProgress);
