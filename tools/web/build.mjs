@@ -12,35 +12,55 @@ const packages = createRequire(join(resolve(tools), "tools.js"));
 const { build } = packages("esbuild");
 const { minify } = packages("terser");
 
-// Scripts that are no modules find out otherwise where they came from.
-const classic = { define: { "import.meta.url": "undefined" } };
+// Properties that are nobody's business but the client's own: they get short names, the same in all files.
+const PRIVATE =
+  "apply beat bearer changed complain connection controller cursor doubtful end expect fail feed feeds final fresh heard " +
+  "heardAt http keysOf kind known listen listeners liveAt locate names options own parts probe refuse relay renewIn " +
+  "renewed shown silence start store synced told topics";
+
+const client = { mangleProps: new RegExp(`^(${PRIVATE.replaceAll(" ", "|")})$`) };
 const FILES = [
-  ["client.js", "index.js", { format: "esm" }],
-  ["client.cjs", "index.js", { format: "cjs", ...classic }],
-  ["client.iife.js", "index.js", { format: "iife", globalName: "statuswire", ...classic }],
-  ["share.js", "share.js", { format: "esm" }],
-  ["react.js", "react.js", { format: "esm" }],
-  ["job-progress.js", "job-progress.js", { format: "esm" }],
+  ["client.js", "index.js", client],
+  ["share.js", "share.js", client],
+  ["react.js", "react.js"],
+  ["job-progress.js", "job-progress.js"],
 ];
 
+let mangleCache = {};
 for (const [name, source, options] of FILES) {
   const bundled = await build({
     absWorkingDir: web,
     entryPoints: [`src/${source}`],
     bundle: true,
+    minify: true,
     write: false,
+    format: "esm",
     target: "es2022",
     external: ["react", "./client.js", "./share.js"],
     logLevel: "warning",
-    ...options,
+    ...(options && { ...options, mangleCache }),
   });
+  mangleCache = bundled.mangleCache ?? mangleCache;
   const small = await minify(bundled.outputFiles[0].text, {
-    module: options.format === "esm",
-    toplevel: true,
-    ecma: 2020,
-    compress: { passes: 5, unsafe_arrows: true, unsafe_methods: true },
-    mangle: { reserved: ["statuswire"] },
+    module: true,
+    // With it this terser takes variables that are set later for constants.
+    compress: { reduce_vars: false },
     format: { comments: false },
   });
-  writeFileSync(join(resolve(directory ?? web), name), small.code + "\n");
+  write(name, small.code);
+  if (name === "client.js") writeClassic(small.code);
+}
+
+function write(name, code) {
+  writeFileSync(join(resolve(directory ?? web), name), `${code}\n`);
+}
+
+/** The same for those who cannot load modules: how it begins and ends is all that is different. */
+function writeClassic(code) {
+  const [ending, names] = /export\{(.*)\};?$/.exec(code);
+  const exports = names.split(",").map((one) => one.split(" as "));
+  // Scripts that are no modules find out otherwise where they came from.
+  const body = code.slice(0, -ending.length).replaceAll("import.meta.url", "void 0");
+  write("client.cjs", `"use strict";${body}${exports.map(([own, name]) => `exports.${name}=${own};`).join("")}`);
+  write("client.iife.js", `var statuswire=(()=>{${body}return{${exports.map(([own, name]) => `${name}:${own}`)}}})();`);
 }

@@ -12,9 +12,8 @@ const PROBE_MS = 3000;
 const TICK_MS = 1000;
 const HEARTBEAT_MS = 30_000; // until the server says otherwise
 const HIDDEN_MS = 30_000;
-// When to look whether a better transport works by now: soon for one that has worked before, else later, and seldom at last.
+// When to look whether a better transport works by now: soon, and ever less often.
 const SOON_MS = 5000;
-const LATER_MS = 15_000;
 const SELDOM_MS = 300_000;
 
 // Pages that may keep nothing get an exception for asking.
@@ -29,11 +28,9 @@ function session(use) {
 export function createConnection({ http, store, options, onState, complain }) {
   const { transports = Object.keys(OPENERS), autoReconnect = true, maxReconnectAttempts = Infinity, reconnectDelay = 500 } = options;
   const memory = `statuswire:${http.locate("")}`;
-  let state = "connecting";
-  let error;
-  let link; // {index, live, heartbeat, heardAt, liveAt, end, fail, changed, renewed, probe}
+  let state;
+  let link; // {index, live, silence, heardAt, liveAt, doubtful, end, fail, changed, renewed, probe}
   let trial; // another one, of a better transport
-  let bestWorked; // the best transport has been live before
   let wanted; // between start and stop
   let asleep; // the page is
   let failures; // for the length of the wait
@@ -48,13 +45,11 @@ export function createConnection({ http, store, options, onState, complain }) {
   let hidden;
   let tick;
   let tickedAt;
+  let listening;
 
-  function say(now, why) {
-    error = why;
-    if (state !== now) {
-      state = now;
-      onState();
-    }
+  function say(now, error) {
+    const transport = link?.live ? transports[link.index] : null;
+    if (state !== (state = now + transport)) onState({ state: now, transport, error });
   }
 
   const sayLive = () => say(/poll/.test(transports[link.index]) ? "polling" : "open");
@@ -62,7 +57,7 @@ export function createConnection({ http, store, options, onState, complain }) {
   // ---- one link
 
   function open(index, isTrial) {
-    const one = { index, heartbeat: HEARTBEAT_MS, heardAt: Date.now() };
+    const one = { index, silence: HEARTBEAT_MS, heardAt: Date.now() };
     let over;
     if (isTrial) trial = one;
     else link = one;
@@ -82,8 +77,11 @@ export function createConnection({ http, store, options, onState, complain }) {
       http,
       store,
       complain,
-      heard: () => (one.heardAt = Date.now()),
-      heartbeat: (ms) => (one.heartbeat = ms),
+      heard() {
+        one.heardAt = Date.now();
+        if (one.doubtful) sayLive((one.doubtful = undefined));
+      },
+      expect: (ms) => (one.silence = ms),
       live: () => over || one.live || nowLive(one),
       fail: one.fail,
     }));
@@ -101,9 +99,8 @@ export function createConnection({ http, store, options, onState, complain }) {
     refused = false;
     attempts = tried = 0;
     start = index;
-    bestWorked ||= !index;
     session((kept) => kept.setItem(memory, transports[index]));
-    upwardMs = bestWorked ? SOON_MS : LATER_MS;
+    upwardMs = SOON_MS;
     lookUpward();
     watchToken();
     sayLive();
@@ -113,40 +110,26 @@ export function createConnection({ http, store, options, onState, complain }) {
     clearTimeout(upward);
     if (!link?.live || !link.index) return;
     upward = setTimeout(() => open(0, true), upwardMs * (0.75 + Math.random() / 2));
-    upwardMs = Math.min(SELDOM_MS, upwardMs * 2);
+    upwardMs = Math.min(SELDOM_MS, 2 * upwardMs);
   }
 
   function watchToken() {
     const ms = http.renewIn();
     clearTimeout(renewal);
-    // Longer than this a timer cannot wait.
-    if (ms < 2 ** 31) renewal = setTimeout(renew, ms);
-  }
-
-  async function renew() {
-    try {
-      await http.bearer();
-      link?.renewed();
-      watchToken();
-    } catch (why) {
-      // There is time for another try, and at last the server will complain.
-      complain(why);
-      renewal = setTimeout(renew, SOON_MS);
-    }
+    // Longer than that a timer cannot wait. If there is no new one, there is time for another try.
+    if (wanted && ms < 2 ** 31) renewal = setTimeout(() => http.bearer().then(() => link?.renewed()).catch(complain).then(watchToken), ms > 0 ? ms : SOON_MS);
   }
 
   // ---- losing it
 
   function lost(one, why) {
     drop();
-    if (why.status === 401 || why.token !== undefined) {
-      if (refused || !why.token) return close(why);
-      refused = true;
+    if (why.token && options.getToken && !refused) {
+      refused = http.refuse();
       say("connecting", why);
-      http.bearer(why.token).then(go, (problem) => lost(one, problem));
-      return;
+      return go();
     }
-    if (why.final || !autoReconnect) return close(why);
+    if (why.token || why.status === 401 || why.final || !autoReconnect) return close(why);
     if (one.live) {
       failures = Date.now() - one.liveAt > STABLE_MS ? 0 : Math.min(failures + 1, 2);
       say("connecting", why);
@@ -180,7 +163,7 @@ export function createConnection({ http, store, options, onState, complain }) {
     wanted = false;
     drop();
     clearInterval(tick);
-    listen("removeEventListener");
+    listening?.abort();
     say("closed", why);
     if (why) complain(why);
   }
@@ -195,17 +178,12 @@ export function createConnection({ http, store, options, onState, complain }) {
     for (const one of [link, trial]) {
       if (!one) continue;
       const silent = now - one.heardAt;
-      const timeout = () => one.fail(new StatusError("timeout", "the server does not answer"));
-      if (silent > (one.live ? 2 * one.heartbeat : CONNECT_MS)) timeout();
-      else if (quick && one === link && one.live) {
-        // A heartbeat is missing: until something comes, nobody knows.
-        if (silent > 1.2 * one.heartbeat) say("connecting");
+      if (silent > (one.live ? 2 * one.silence : CONNECT_MS) || now - one.doubtful > PROBE_MS) one.fail(new StatusError("timeout"));
+      else if (quick && one.live) {
+        one.doubtful = now;
+        // More than a heartbeat is missing: until something comes, nobody knows.
+        if (silent > 1.2 * one.silence) say("connecting");
         one.probe();
-        setTimeout(() => {
-          if (link !== one) return;
-          if (one.heardAt < now) timeout();
-          else sayLive();
-        }, PROBE_MS);
       }
     }
   }
@@ -226,7 +204,7 @@ export function createConnection({ http, store, options, onState, complain }) {
     online: wake,
     offline() {
       drop();
-      say("offline", new StatusError("offline", "this device is offline"));
+      say("offline", new StatusError("offline"));
       // What browsers say of it is not always so.
       timer = setTimeout(go, CAP_MS);
     },
@@ -241,21 +219,7 @@ export function createConnection({ http, store, options, onState, complain }) {
     resume: wake,
   };
 
-  function listen(how) {
-    for (const event in handlers) (/vis|free|resu/.test(event) ? globalThis.document : globalThis)?.[how]?.(event, handlers[event]);
-  }
-
   return {
-    get state() {
-      return state;
-    },
-    get transport() {
-      return link?.live ? transports[link.index] : null;
-    },
-    get error() {
-      return error;
-    },
-
     start() {
       if (wanted) return;
       wanted = true;
@@ -264,7 +228,10 @@ export function createConnection({ http, store, options, onState, complain }) {
       start = Math.max(0, transports.indexOf(session((kept) => kept.getItem(memory))));
       tickedAt = Date.now();
       tick = setInterval(check, TICK_MS);
-      listen("addEventListener");
+      listening = new AbortController();
+      for (const event in handlers) {
+        (/vis|free|resu/.test(event) ? globalThis.document : globalThis)?.addEventListener?.(event, handlers[event], listening);
+      }
       say("connecting");
       go();
     },

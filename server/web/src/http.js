@@ -3,11 +3,11 @@
 export class StatusError extends Error {
   /**
    * @param {string} code as the server names it, or one of ours, see client.d.ts
-   * @param {string} message
-   * @param {{status?: number, delay?: number, final?: boolean, token?: string}} [more] `delay`: milliseconds to stay away;
-   *   `final`: trying again is of no use; `token`: the one that was refused
+   * @param {string} [message] the server's, where it has said something
+   * @param {{status?: number, delay?: number, final?: boolean, token?: boolean}} [more] `delay`: milliseconds to stay away;
+   *   `final`: trying again is of no use; `token`: it would be with another token
    */
-  constructor(code, message, more) {
+  constructor(code, message = code, more) {
     super(message);
     Object.assign(this, { name: "StatusError", code }, more);
   }
@@ -18,7 +18,7 @@ const EARLY_MS = 30_000;
 const EARLY_SHARE = 0.2;
 
 /** What a JWT says of itself; nothing of other tokens. */
-function claims(token) {
+export function claims(token) {
   try {
     return JSON.parse(atob(token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/")));
   } catch {
@@ -29,22 +29,22 @@ function claims(token) {
 /** @param {URL} base @param {((why: {refused: boolean}) => string | Promise<string>) | undefined} getToken */
 export function createHttp(base, getToken) {
   let token;
+  let refused = false; // the last one was
   let renewAt = Infinity;
   let asking;
 
-  async function ask(refused) {
+  async function ask() {
     token = await getToken({ refused });
+    refused = false;
     const now = Date.now();
     const left = claims(token).exp * 1000 - now;
     // A clock that is behind or ahead must not make us ask in circles.
     renewAt = left > 0 ? now + left - Math.min(EARLY_MS, left * EARLY_SHARE) : Infinity;
   }
 
-  /** The token to use now; `refused` is one that must not be it. */
-  async function bearer(refused) {
-    if (getToken && (token === refused || Date.now() >= renewAt)) {
-      await (asking ??= ask(refused !== undefined).finally(() => (asking = undefined)));
-    }
+  /** The token to use now. */
+  async function bearer() {
+    if (getToken && (refused || !token || Date.now() >= renewAt)) await (asking ??= ask().finally(() => (asking = undefined)));
     return token;
   }
 
@@ -67,12 +67,15 @@ export function createHttp(base, getToken) {
     };
     const first = await bearer();
     let answer = await go(first);
-    if (answer.status === 401 && getToken) answer = await go(await bearer(first));
+    if (answer.status === 401 && getToken) {
+      refused ||= token === first;
+      answer = await go(await bearer());
+    }
     if (answer.ok) return answer;
     const { status } = answer;
     const said = (await answer.json().catch(() => {}))?.error;
     const after = answer.headers.get("retry-after");
-    throw new StatusError(said?.code ?? "blocked", said?.message ?? `the server answers ${status}`, {
+    throw new StatusError(said?.code ?? "blocked", said?.message ?? `answer ${status}`, {
       status,
       // A number of seconds, or a date.
       delay: after ? after * 1000 || Date.parse(after) - Date.now() || 0 : undefined,
@@ -88,6 +91,7 @@ export function createHttp(base, getToken) {
     json: async (path, options) => (await request(path, options)).json(),
     /** Milliseconds until the token should be renewed; Infinity if it needs not. */
     renewIn: () => renewAt - Date.now(),
-    user: () => claims(token).sub,
+    /** The token was not accepted: the next one has to be another. */
+    refuse: () => (refused = true),
   };
 }

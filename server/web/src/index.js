@@ -15,15 +15,13 @@ export function connect(options = {}) {
   if (!base.pathname.endsWith("/")) base.pathname += "/";
   const http = createHttp(base, getToken);
   const watchers = new Set();
-  let wasLive = false;
-
   const complain = (error) => onError?.(error);
   const store = createStore({ since, changed: () => way.changed(), shown: (job) => onProgress?.(job) });
   const parts = { http, store, options, onState, complain };
   parts.connection = createConnection({
     ...parts,
     store: { ...store, apply: (...heard) => (store.apply(...heard), way.relay?.(...heard)) },
-    onState: () => (way.told?.(), onState()),
+    onState: (now) => (way.told ?? onState)(now),
   });
   let way = parts.connection; // or what stands in for it
   let wanted;
@@ -42,8 +40,10 @@ export function connect(options = {}) {
     way.stop();
   }
 
-  function onState() {
-    if (client.live !== wasLive) (wasLive = client.live) ? onConnect?.(client) : onDisconnect?.(client);
+  function onState(now) {
+    const wasLive = client.live;
+    Object.assign(client, now, { live: /open|polling/.test(now.state) });
+    if (client.live !== wasLive) (wasLive ? onDisconnect : onConnect)?.(client);
     for (const watcher of [...watchers]) watcher(client);
   }
 
@@ -83,35 +83,26 @@ export function connect(options = {}) {
   }
 
   const client = {
-    get state() {
-      return way.state;
-    },
-    get transport() {
-      return way.transport;
-    },
-    get error() {
-      return way.error;
-    },
-    get live() {
-      return /open|polling/.test(way.state);
-    },
+    state: "connecting",
+    transport: null,
+    error: undefined,
+    live: false,
 
     watch(what, callback, given) {
       const listens = typeof callback === "function";
       const { signal } = (listens ? given : callback) ?? {};
-      const ended = new AbortController();
-      const close = () => ended.abort();
-      signal?.aborted ? close() : signal?.addEventListener("abort", close, { signal: ended.signal });
-      if (listens && !signal?.aborted) ended.signal.addEventListener("abort", store.listen(topicOf(what), callback));
+      const closing = new AbortController();
+      const over = AbortSignal.any([closing.signal, signal ?? closing.signal]);
+      if (listens && !over.aborted) over.addEventListener("abort", store.listen(topicOf(what), callback));
       return {
-        close,
+        close: () => closing.abort(),
         get live() {
-          return client.live && !ended.signal.aborted;
+          return client.live && !over.aborted;
         },
         get jobs() {
           return store.known(topicOf(what));
         },
-        [Symbol.asyncIterator]: () => iterate(what, ended.signal),
+        [Symbol.asyncIterator]: () => iterate(what, over),
       };
     },
 
@@ -122,10 +113,10 @@ export function connect(options = {}) {
     async done(jobId, { signal } = {}) {
       for await (const job of iterate(jobId, signal)) {
         if (hasEnded(job)) return job;
-        if (job.type === "job_deleted") throw new StatusError(job.type, `${jobId} was deleted`);
+        if (job.type === "job_deleted") throw new StatusError(job.type);
       }
       signal?.throwIfAborted();
-      throw new StatusError("closed", "the client was disconnected");
+      throw new StatusError("closed");
     },
 
     cancel: async (jobId) => (await ask(jobId, "/cancel", "POST")).job,

@@ -1,6 +1,7 @@
 // The four ways to the server. Each is a function of
-//   to       {http, store, heard(), heartbeat(ms), live(), fail(error), complain(error)}
+//   to       {http, store, heard(), expect(ms), live(), fail(error), complain(error)}
 // and gives {stop(), changed(), renewed(), probe()}:
+//   expect   how long silence may last, half as long as it takes to be given up
 //   changed  what is watched is another now
 //   renewed  there is a newer token
 //   probe    find out soon whether this is still alive
@@ -30,7 +31,6 @@ export function openSocket(to) {
   let held = new Set(); // topics that were asked for here
   let greeted;
   let socket;
-  let token;
   let over;
   let ref = 0;
 
@@ -77,16 +77,20 @@ export function openSocket(to) {
     const answered = asked.get(message.ref);
     if (type === "connected") {
       greeted = true;
-      to.heartbeat(message.heartbeat * 1000);
+      to.expect(message.heartbeat * 1000);
       changed();
-    } else if (type === "subscribed" || type === "reset") {
-      const whole = answered ?? (asked.get(0) || asked.set(0, { type: "snapshot", reset: true, jobs: [] }).get(0));
-      whole.jobs.push(...(message.snapshot ?? []));
-      if (message.more) return;
-      asked.delete(answered ? message.ref : 0);
-      if (message.denied?.length) to.complain(new StatusError("denied", `cannot be watched: ${message.denied}`));
-      if (!message.recovered) store.apply(undefined, whole);
+    } else if (message.more) {
+      answered?.jobs.push(...message.snapshot);
+    } else if (type === "subscribed") {
+      asked.delete(message.ref);
+      answered.jobs.push(...(message.snapshot ?? []));
+      if (message.denied[0]) to.complain(new StatusError("denied", String(message.denied)));
+      if (!message.recovered) store.apply(undefined, answered);
       settle(id);
+    } else if (type === "reset") {
+      // The log began anew. The answers to the same questions say so of each topic.
+      held.clear();
+      changed();
     } else if (type === "error") {
       const error = new StatusError(message.code, message.message);
       // What is not allowed is left alone, all else is tried again.
@@ -111,7 +115,7 @@ export function openSocket(to) {
   }
 
   async function begin() {
-    token = await http.bearer();
+    const token = await http.bearer();
     if (over) return;
     const url = http.locate("ws/jobs");
     url.protocol = url.protocol.replace("http", "ws");
@@ -126,8 +130,8 @@ export function openSocket(to) {
     socket.onclose = ({ code, reason }) => {
       // The server also says 1008 to those whom it took for dead.
       const final = code === 1008 && !/ping/.test(reason);
-      const delay = code === 1001 ? +/\d+/.exec(reason)?.[0] || 0 : code === 4429 ? 5000 : undefined;
-      end(new StatusError(code === 4401 ? "unauthorized" : "closed", reason || "the connection was closed", { final, delay, token: code === 4401 ? token || null : undefined }));
+      const delay = code === 1001 ? +/\d+/.exec(reason)?.[0] || 0 : undefined;
+      end(new StatusError(code === 4401 ? "unauthorized" : "closed", reason || undefined, { final, delay, token: code === 4401 }));
     };
   }
   begin().catch(end);
@@ -135,12 +139,12 @@ export function openSocket(to) {
   return {
     stop,
     changed,
-    renewed: async () => send({ type: "auth", token: (token = await http.bearer()) }),
+    renewed: async () => send({ type: "auth", token: await http.bearer() }),
     probe: () => send({ type: "ping" }),
   };
 }
 
-/** A link of one loop per feed: `step(feed, signal, settle, isFirst)` is repeated until it throws. */
+/** A link of one loop per feed: `step(feed, signal, settle)` is repeated until it throws. */
 function openLoops(to, step) {
   const loops = new Map(); // feed -> {controller, names, live}
 
@@ -154,11 +158,11 @@ function openLoops(to, step) {
     };
     loops.set(key, loop);
     (async () => {
-      let isFirst = true;
       let feed;
       while (!signal.aborted && (feed = to.store.feeds().find((one) => one.key === key))) {
-        await step(feed, signal, settle, isFirst);
-        isFirst = false;
+        // With something new in it: all of it anew.
+        if (feed.fresh[0]) feed.cursor = undefined;
+        await step(feed, signal, settle);
       }
     })().catch((error) => {
       if (signal.aborted) return;
@@ -192,7 +196,7 @@ function openLoops(to, step) {
 
   function end(error) {
     stop();
-    to.fail(error.code ? error : new StatusError("unreachable", "the server cannot be reached"));
+    to.fail(error.code ? error : new StatusError("unreachable"));
   }
 
   queueMicrotask(() => {
@@ -203,29 +207,27 @@ function openLoops(to, step) {
   return { stop, changed, renewed: again, probe: again };
 }
 
-/** One poll: what is new of a feed; with `fresh` what there is of these. */
-async function poll(to, { key, kind, names, cursor }, timeout, signal, fresh) {
-  const query = { ...scope(kind, fresh ?? names), timeout, last_seen: fresh ? undefined : cursor };
+/** One poll: what is new of a feed. */
+async function poll(to, { key, kind, names, cursor }, timeout, signal) {
+  const query = { ...scope(kind, names), timeout, last_seen: cursor };
   const patience = AbortSignal.timeout(timeout * 1000 + SLACK_MS);
   const { updates, last_seen, reset } = await to.http.json("api/v2/jobs/poll", { query, signal: AbortSignal.any([signal, patience]) });
   signal.throwIfAborted();
   to.heard();
-  const isState = query.last_seen === undefined || reset;
-  if (isState) to.store.apply(key, { type: "snapshot", jobs: updates.filter((one) => one.version), keys: keysOf(kind, fresh ?? names), reset });
+  if (reset || cursor === undefined) {
+    to.store.apply(key, { type: "snapshot", jobs: updates.filter((one) => one.version), keys: keysOf(kind, names), reset });
+  }
   for (const update of updates) to.store.apply(key, update);
-  if (!fresh) to.store.apply(key, {}, last_seen);
+  to.store.apply(key, {}, last_seen);
 }
 
-/** What comes before going on from a feed's cursor: the state of what is new in it. */
-async function prepare(to, feed, signal, most = Infinity) {
-  if (to.store.feeds().length > most) throw new StatusError("blocked", "too much is watched for this transport");
-  if (feed.cursor !== undefined && feed.fresh.length) await poll(to, feed, 0, signal, feed.fresh);
+function checkRoom(to) {
+  if (to.store.feeds().length > MAX_WAITING) throw new StatusError("blocked", "too much to watch");
 }
 
 export const openPolls = (to) =>
   openLoops(to, async (feed, signal, settle) => {
-    to.heartbeat(SLACK_MS);
-    await prepare(to, feed, signal);
+    to.expect(SLACK_MS);
     await poll(to, feed, 0, signal);
     settle();
     await new Promise((resolve) => setTimeout(resolve, POLL_MS * (0.75 + Math.random() / 2)));
@@ -234,8 +236,8 @@ export const openPolls = (to) =>
 export function openLongPolls(to) {
   let wait = FIRST_LONG_POLL_S;
   return openLoops(to, async (feed, signal, settle) => {
-    await prepare(to, feed, signal, MAX_WAITING);
-    to.heartbeat((wait * 1000 + SLACK_MS) / 2);
+    to.expect(LONG_POLL_S * 1000);
+    checkRoom(to);
     if (feed.cursor === undefined) return poll(to, feed, 0, signal);
     await poll(to, feed, wait, signal);
     settle();
@@ -247,7 +249,7 @@ export function openStreams(to) {
   let delay; // milliseconds, as the server wants it
   return openLoops(to, async (feed, signal, settle) => {
     const { key, kind, names, cursor } = feed;
-    await prepare(to, feed, signal, MAX_WAITING);
+    checkRoom(to);
     const wait = () => poll(to, { ...feed, cursor: id }, LONG_POLL_S, signal);
     let id = cursor;
     // Streams of jobs carry no notifications; polls do, with the same cursor.
@@ -255,7 +257,6 @@ export function openStreams(to) {
       await poll(to, feed, cursor === undefined ? 0 : LONG_POLL_S, signal);
       return settle();
     }
-    const token = await to.http.bearer();
     const answer = await to.http.request("api/v2/jobs/stream", { query: { ...scope(kind, names), last_seen: cursor }, accept: "text/event-stream", signal });
     to.heard();
     if (answer.status === 204) {
@@ -268,7 +269,7 @@ export function openStreams(to) {
     function take(message) {
       const { type, code } = message;
       if (type === "connected") {
-        to.heartbeat(message.heartbeat * 1000);
+        to.expect(message.heartbeat * 1000);
         if (cursor !== undefined) settle();
       } else if (type === "reset") {
         whole.reset = true;
@@ -279,7 +280,7 @@ export function openStreams(to) {
         whole.jobs = [];
         settle();
       } else if (type === "error") {
-        failure = new StatusError(code, message.message, { delay, final: code === "disconnected", token: code === "token_expired" ? token || null : undefined });
+        failure = new StatusError(code, message.message, { delay, final: code === "disconnected", token: code === "token_expired" });
       } else to.store.apply(key, { ...message, id }, id);
     }
 
@@ -287,7 +288,7 @@ export function openStreams(to) {
     let rest = "";
     for (;;) {
       const { done, value } = await reader.read().catch(() => {
-        throw new StatusError("closed", "the connection was closed", { delay });
+        throw new StatusError("closed", undefined, { delay });
       });
       signal.throwIfAborted();
       if (done) break;
@@ -303,7 +304,7 @@ export function openStreams(to) {
       }
     }
     if (failure) throw failure;
-    if (kind !== "job") throw new StatusError("closed", "the stream has ended", { delay });
+    if (kind !== "job") throw new StatusError("closed", undefined, { delay });
     // All of its jobs have ended. What begins again is not missed.
     await wait();
   });

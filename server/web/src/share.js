@@ -1,3 +1,5 @@
+import { claims } from "./http.js";
+
 // One connection for all tabs. The tab that holds the lock leads: it alone is connected, watches for all, and passes on
 // what it hears. All have what all watch, and the cursors, so whoever leads next goes on where the last one was.
 
@@ -11,24 +13,38 @@ export function createShare({ http, store, connection, onState, complain }) {
   let bus;
   let queue; // aborts waiting for the lock
   let leads; // gives the lock back
-  let said = {}; // what the leader last said of itself
   let heardAt;
   let askedAt;
   let told; // what was last said of our own topics
   let tick;
+  let stopped; // an AbortController
 
-  const post = (message) => bus?.postMessage(message);
-  const me = () => (leads ? connection : said);
+  const extra = new Map(); // what is watched only because others do -> a function that ends it
+  let now = { state: "connecting", transport: null }; // of the connection here
+
+  const post = (message) => bus.postMessage(message);
+
+  /** What this tab itself watches. */
+  const own = () => [...store.topics].filter(([key, { listeners }]) => listeners.size > extra.has(key)).map(([key]) => key);
+
+  function want(topics) {
+    for (const [key, end] of extra) {
+      if (topics.includes(key)) continue;
+      end();
+      extra.delete(key);
+    }
+    for (const key of topics) if (!extra.has(key)) extra.set(key, store.listen(key, () => {}));
+  }
 
   function tell() {
-    const { state, transport, error } = connection;
-    const wanted = [...new Set([...store.own(), ...[...tabs.values()].flat()])];
-    store.wantFor(wanted);
+    const wanted = [...new Set([...own(), ...[...tabs.values()].flat()])];
+    const { state, transport, error } = now;
+    want(wanted);
     post({ state, transport, wanted, error: error && { code: error.code, message: error.message } });
   }
 
   function changed(force) {
-    const topics = store.own();
+    const topics = own();
     if (leads) connection.changed();
     if (!force && told === String(topics)) return;
     told = String(topics);
@@ -48,7 +64,6 @@ export function createShare({ http, store, connection, onState, complain }) {
     // It may be taken away, or not be waited for any longer.
     await navigator.locks.request(name, options ?? { signal: mine.signal }, lead).catch(() => {});
     if (leads) {
-      said = {};
       leads = undefined;
       connection.stop();
     }
@@ -66,18 +81,18 @@ export function createShare({ http, store, connection, onState, complain }) {
       if (data.ask) tell();
       if (!tab) return;
       // It holds that lock for as long as it lives.
-      if (!tabs.has(tab)) navigator.locks.request(name + tab, () => tabs.delete(tab) && tell());
+      if (!tabs.has(tab)) navigator.locks.request(name + tab, () => tabs.delete(tab) && leads && tell());
       tabs.set(tab, topics);
       tell();
-      post({ message: { type: "snapshot", ...store.state(topics) } });
+      const keys = topics.filter((key) => store.topics.get(key)?.synced);
+      post({ message: { type: "snapshot", keys, jobs: keys.flatMap(store.known) } });
     } else if (!tab && !data.ask) {
       heardAt = Date.now();
       if (data.who) changed(true);
       else if (message) store.apply(feed, message, cursor);
       else {
-        said = data;
-        store.wantFor(data.wanted);
-        onState();
+        want(data.wanted);
+        onState(data);
       }
     }
   }
@@ -86,8 +101,7 @@ export function createShare({ http, store, connection, onState, complain }) {
   function look() {
     if (leads) return;
     if (heardAt < askedAt) {
-      said = {};
-      onState();
+      onState({ state: "connecting", transport: null });
       queue.abort();
       join({ steal: true });
     }
@@ -96,43 +110,40 @@ export function createShare({ http, store, connection, onState, complain }) {
   }
 
   return {
-    get state() {
-      return me().state ?? "connecting";
-    },
-    get transport() {
-      return me().transport ?? null;
-    },
-    get error() {
-      return me().error;
-    },
     changed,
 
     /** Pass on what was heard. Of jobs that are asked for by id, other tabs have other cursors. */
     relay(feed, message, cursor) {
       if (leads) post({ feed, message, cursor: /^job/.test(feed) ? undefined : cursor });
     },
-    told: () => leads && tell(),
+    told(state) {
+      now = state;
+      if (!leads) return;
+      onState(state);
+      tell();
+    },
 
     async start() {
-      await http.bearer().catch(complain);
-      name = `statuswire:${http.locate("")}:${http.user()}`;
+      const token = await http.bearer().catch(complain);
+      name = `statuswire:${http.locate("")}:${claims(token).sub}`;
       bus = new BroadcastChannel(name);
       bus.onmessage = hear;
       navigator.locks.request(name + id, () => new Promise(() => {}));
       heardAt = askedAt = 0;
       tick = setInterval(look, ASK_MS);
-      for (const event of ["freeze", "pagehide"]) (event === "freeze" ? document : window).addEventListener(event, leave);
-      for (const event of ["resume", "pageshow"]) (event === "resume" ? document : window).addEventListener(event, () => join());
+      stopped = new AbortController();
+      for (const [event, target] of [["freeze", document], ["pagehide", window]]) target.addEventListener(event, leave, stopped);
+      for (const [event, target] of [["resume", document], ["pageshow", window]]) target.addEventListener(event, () => join(), stopped);
       join();
       changed(true);
     },
 
     stop() {
       clearInterval(tick);
+      stopped.abort();
       leave();
-      said = { state: "closed" };
       bus.close();
-      onState();
+      onState({ state: "closed", transport: null });
     },
   };
 }

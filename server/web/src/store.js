@@ -21,7 +21,6 @@ export function createStore({ since, changed, shown }) {
   const gone = new Map(); // jobId -> {createdAt, version, id}: deleted, by the message `id`
   const notices = new Map(); // by id
   const cursors = new Map(); // feed -> cursor
-  let extra = []; // topics that other tabs want
   let planned;
   let begun;
 
@@ -44,7 +43,7 @@ export function createStore({ since, changed, shown }) {
   function plan() {
     planned ??= queueMicrotask(() => {
       planned = undefined;
-      for (const [key, topic] of topics) if (!topic.listeners.size && !extra.includes(key)) topics.delete(key);
+      for (const [key, topic] of topics) if (!topic.listeners.size) topics.delete(key);
       const feeds = new Set([...topics.values()].map((topic) => topic.feed));
       for (const feed of cursors.keys()) if (!feeds.has(feed)) cursors.delete(feed);
       for (const job of jobs.values()) if (!topicsOf(job).length) jobs.delete(job.jobId);
@@ -58,7 +57,9 @@ export function createStore({ since, changed, shown }) {
       const feed = feedFor(kind, key);
       const resumed = since !== undefined && !begun;
       if (!cursors.has(feed)) cursors.set(feed, resumed ? since : undefined);
-      topics.set(key, { kind, name, feed, synced: resumed, listeners: new Set() });
+      // There is no state of a channel, only what comes.
+      const synced = resumed || (kind === "channel" && cursors.get(feed) !== undefined);
+      topics.set(key, { kind, name, feed, synced, listeners: new Set() });
       plan();
     }
     return topics.get(key);
@@ -72,9 +73,7 @@ export function createStore({ since, changed, shown }) {
         listener(news);
       } catch (error) {
         // Somebody else's mistake: for the console, not for the others.
-        setTimeout(() => {
-          throw error;
-        });
+        Promise.reject(error);
       }
     }
   }
@@ -112,16 +111,9 @@ export function createStore({ since, changed, shown }) {
       : [...jobs.values()].filter(({ userId }) => key === "all:" || key === `user:${userId}`);
 
   return {
+    topics,
     known,
     get: (jobId) => jobs.get(jobId),
-    /** What this tab itself watches. */
-    own: () => [...topics.keys()].filter((key) => topics.get(key).listeners.size),
-    /** What is known of these topics, as far as it is: a message for `apply`. */
-    state(keys) {
-      const synced = keys.filter((key) => topics.get(key)?.synced);
-      return { keys: synced, jobs: synced.flatMap(known) };
-    },
-
     /**
      * Take what was heard.
      * @param {string | undefined} feed the one it came over, undefined if over a connection for all of them
@@ -180,13 +172,6 @@ export function createStore({ since, changed, shown }) {
         listeners.delete(listener);
         plan();
       };
-    },
-
-    /** Watch for other tabs, too. */
-    wantFor(keys) {
-      extra = keys;
-      keys.forEach(add);
-      plan();
     },
   };
 }
