@@ -124,13 +124,15 @@ class Teller:
 
     async def run(self, client: httpx.AsyncClient) -> None:
         """Tell, until cancelled; go on where the mark is."""
-        self._due, self._open = [], {}
-        await self._begin()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._save_marks)
-            for _ in range(self._config.concurrency):
-                nursery.start_soon(self._tell_for_ever, client)
-            await self._take_for_ever()
+        try:
+            await self._begin()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._save_marks)
+                for _ in range(self._config.concurrency):
+                    nursery.start_soon(self._tell_for_ever, client)
+                await self._take_for_ever()
+        finally:
+            self._due, self._open = [], {}  # they are the next node's now
 
     # What is to be told
 

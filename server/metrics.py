@@ -195,10 +195,7 @@ def _told(node: Node) -> Sample:
             for teller in node.callbacks.tellers
             for outcome in ("told", "failed", "given_up", "seen")
         }
-        # A node whose turn is over leaves them to the next one.
-        found["statuswire_callbacks_waiting"] = {
-            teller.name: teller.waiting if node.callbacks.active else 0 for teller in node.callbacks.tellers
-        }
+        found["statuswire_callbacks_waiting"] = {teller.name: teller.waiting for teller in node.callbacks.tellers}
     if (hook := node.authenticator.hook) is not None:
         found["statuswire_auth_hook_asked_total"] = hook.asked
         found["statuswire_auth_hook_failed_total"] = hook.failed

@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import pytest
 import trio
 
 from server import callbacks
+from server.config import Callback
 from server.seen import Seen
 from tests.redis_servers import RedisServer, running_server
 from tests.streams import event_stream, lose_log, put, session
@@ -193,7 +195,7 @@ async def test_what_will_not_pass_is_given_up(status: int, caplog: pytest.LogCap
 
 async def test_an_answer_may_be_as_long_as_it_likes() -> None:
     async with application() as app, server(**mail(app)) as at:
-        app.size = 64 * MIB
+        app.size = 32 * MIB
         tracemalloc.start()
         try:
             put(at, "a", status="completed")
@@ -235,6 +237,24 @@ async def test_more_than_can_wait_waits_in_the_log(monkeypatch: pytest.MonkeyPat
         app.down = False
         await settled(at)
         assert Counter(app.jobs) == Counter(f"j{number}" for number in range(20))
+
+
+async def test_whose_turn_is_over_holds_nothing() -> None:
+    async with application() as app, server() as at, httpx.AsyncClient() as client:
+        app.down = True
+        node = at.node
+        source = callbacks.Source(node.broker, node.history, node.jobs, node.seen)
+        one = callbacks.Teller("mail", Callback(url=app.url), source)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.run, client)
+            await until(lambda: one._epoch)
+            put(at, "a", status="completed")
+            one.wake()
+            await until(lambda: one.counts.failed)
+            assert one.waiting == 1
+            nursery.cancel_scope.cancel()
+        assert one.waiting == 0
+        assert not one._due
 
 
 async def test_when_the_log_is_lost_the_records_tell() -> None:
