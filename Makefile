@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What the browser's side is built and tested with, from npm.
 WEB := $(VENV)/web
+# As many processes as there are cores, each with whole files. PARALLEL= runs one after the other.
+PARALLEL := -n auto --dist loadfile
 # The least coverage, in percent, of each of the packages.
 COVERAGE := 90
 
@@ -30,14 +32,14 @@ run: setup  ## start the server with a live demo (ARGS="--port 8080" is passed o
 
 test: setup-dev system  ## run every test and measure coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include='protocol/*' --fail-under=$(COVERAGE)
 	$(BIN)/coverage report --include='server/*' --fail-under=$(COVERAGE)
 	$(BIN)/coverage report --include='statuswire/*' --fail-under=$(COVERAGE)
 
 test-fast: setup-dev  ## the tests that take under a minute
-	$(BIN)/pytest -q -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/pytest -q $(PARALLEL) -m 'not slow' $(PYTEST_ARGS)
 
 bench: setup  ## measure speed beside this machine's bare limit (needs gcc; see perf/README.md)
 	$(BIN)/python -m perf.bench $(BENCH_ARGS)

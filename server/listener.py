@@ -86,13 +86,17 @@ def share(listener: socket.socket) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if listener.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(listener.getsockname())
-        sock.listen(BACKLOG)
+        sock.bind(listener.getsockname())  # it gets nothing before ``begin``
         sock.setblocking(False)
     except OSError as error:
         sock.close()
         raise ListenError(f"cannot share {describe(listener)} among several workers: {error.strerror}") from error
     return sock
+
+
+def begin(listener: socket.socket) -> None:
+    """From now on connections may wait here. Again does nothing."""
+    listener.listen(BACKLOG)
 
 
 def open_unix(path: str) -> socket.socket:

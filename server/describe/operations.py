@@ -73,7 +73,7 @@ CHANNELS: Final = Parameter(
 KEY: Final = Parameter(
     "Idempotency-Key",
     "the same key with the same body counts once, for five minutes at least",
-    {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"},
     "header",
 )
 IF_NONE_MATCH: Final = Parameter("If-None-Match", "an ETag one has", {"type": "string"}, "header")

@@ -109,7 +109,7 @@ def check_body(exchange: Exchange) -> None:
 def idempotency_key(exchange: Exchange) -> str | None:
     """The request's ``Idempotency-Key``. Raises ApiError 400 for one that cannot be used."""
     key = exchange.request.header("idempotency-key")
-    if key is not None and not (0 < len(key) <= MAX_KEY and key.isascii()):
+    if key is not None and not (0 < len(key) <= MAX_KEY and key.isascii() and key.isprintable()):
         raise ApiError(400, "invalid_header", f"Idempotency-Key must be 1 to {MAX_KEY} ASCII characters")
     return key
 

@@ -189,7 +189,9 @@ async def test_multiprocessing(tmp_path: Path, method: str) -> None:
     file = tmp_path / "pool_of_workers.py"
     file.write_text(f"""
 import multiprocessing, sys
-from statuswire import job, update_task
+from statuswire import configure, job, update_task
+
+configure(exit_timeout=20)  # what a child cannot send in time is left for the next process
 
 def work(number):
     with job(f"job-{{number}}", user="u") as j:
