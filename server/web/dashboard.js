@@ -16,6 +16,7 @@ const VIEW_MS = 400;
 const VIEW_SHARE = 0.05;
 
 let client = null;
+let watching = null; // all jobs, by the client
 let me = null;
 let round = 0; // numbers those who looked: what is still on its way for a former one is ignored
 let state = { name: "connecting", since: Date.now(), transport: null, why: "" };
@@ -96,7 +97,7 @@ function open() {
   });
   client = mine;
   mine.onState(() => client === mine && follow());
-  mine.watch({ all: true }, (record) => client === mine && hear(record));
+  watching = mine.watch({ all: true }, (record) => client === mine && hear(record));
   follow();
 }
 
@@ -128,7 +129,7 @@ function hear(record) {
 
 function follow() {
   const { error } = client;
-  if (client.state === "closed" && error?.status === 401) return begin();
+  if (client.state === "closed" && (error?.status === 401 || error?.code === "unauthorized")) return begin();
   if (client.live) {
     become("live", client.transport);
     // Its callbacks come in this very turn: by then all that it knows has been heard.
@@ -142,8 +143,8 @@ function follow() {
 
 function settle() {
   if (!client?.live || whole) return;
-  whole = true;
-  jobs.keep(new Set(client.watch({ all: true }).jobs.map((record) => record.jobId)));
+  whole = choiceChanged = true;
+  jobs.keep(new Set(watching.jobs.map((record) => record.jobId)));
   if (timeline.jobId !== null) timeline.refresh();
   schedule();
 }
@@ -206,12 +207,18 @@ function arrange(now) {
   for (const [status, chip] of chips) {
     const count = counts.get(status) ?? 0;
     write(chip, `${status} ${amount(count)}`);
-    chip.hidden = count === 0 && !choice.statuses.has(status);
+    chip.classList.toggle("none", count === 0);
   }
   offer($("kind"), "all kinds", kinds);
   offer($("user"), "all users", users);
-  write($("counts"), join([shown === jobs.size ? `${amount(shown)} ${shown === 1 ? "job" : "jobs"}` : `${amount(shown)} of ${amount(jobs.size)} jobs`]));
+  count();
   nextView = now + Math.max(VIEW_MS, (performance.now() - began) / VIEW_SHARE);
+}
+
+function count() {
+  const all = `${amount(jobs.size)} ${jobs.size === 1 ? "job" : "jobs"}`;
+  // Until the first snapshot is whole there is no number to be given.
+  write($("counts"), !whole && !jobs.size ? "" : shown === jobs.size ? all : `${amount(shown)} of ${all}`);
 }
 
 function offer(select, all, names) {
@@ -235,15 +242,22 @@ function drawState(live) {
     join([
       live && `since ${clock(since)}`,
       !live && name !== "token" && why,
-      !live && lastLive && `not live since ${clock(lastLive)}${transport ? `, then by ${TRANSPORTS[transport]}` : ""}`,
+      !live && lastLive && `not live since ${clock(lastLive)}${transport ? `, until then by ${TRANSPORTS[transport]}` : ""}`,
     ]),
   );
   $("retry").hidden = !["offline", "reconnecting", "closed"].includes(name);
   $("split").classList.toggle("stale", !live);
-  const empty = shown === 0 && (whole || !live);
-  const loading = shown === 0 && !empty;
-  $("empty").hidden = !(empty || loading) || (!live && !lastLive && name !== "connecting");
-  write($("empty"), !whole && name !== "offline" ? "Loading jobs" : jobs.size ? "No job fits these filters." : "No jobs yet. They appear here as soon as one is published.");
+  const nothing = emptiness(live);
+  $("empty").hidden = nothing === "";
+  write($("empty"), nothing);
+}
+
+// Why there is nothing in the list, as far as that is known.
+function emptiness(live) {
+  if (shown > 0) return "";
+  if (jobs.size) return "No job fits these filters.";
+  if (live && whole) return "No jobs yet. They appear here as soon as one is published.";
+  return live || state.name === "connecting" ? "Loading jobs" : "";
 }
 
 function complain(text) {
@@ -298,7 +312,6 @@ for (const status of STATUSES) {
   chip.className = "chip";
   chip.dataset.status = status;
   chip.setAttribute("aria-pressed", "false");
-  chip.hidden = true;
   chips.set(status, chip);
   $("statuses").append(chip);
 }

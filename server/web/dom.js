@@ -98,6 +98,7 @@ export function curve() {
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("aria-hidden", "true");
   svg.setAttribute("class", "curve");
+  line.setAttribute("points", "");
   line.setAttribute("vector-effect", "non-scaling-stroke");
   svg.append(line);
   const draw = (points) => {

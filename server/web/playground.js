@@ -37,7 +37,7 @@ export function createPlayground() {
   async function publish(jobId, update) {
     try {
       const answer = await call(`api/v2/jobs/${encodeURIComponent(jobId)}/updates`, { method: "POST", body: update });
-      say(`200 ${JSON.stringify(answer)}`);
+      say(`accepted: ${JSON.stringify(answer)}`);
       return true;
     } catch (error) {
       say(`${error.status || "not sent"}: ${error.code} ${error.message}`, true);

@@ -15,7 +15,7 @@ const FACTS = [
   ["Attempt", (job) => (job.attempt > 1 ? String(job.attempt) : "")],
   ["Created", (job) => clock(job.createdAt)],
   ["Took", (job) => job.endedAt && job.startedAt && duration((Date.parse(job.endedAt) - Date.parse(job.startedAt)) / 1000)],
-  ["Left", (job) => !hasEnded(job) && job.estimatedTimeRemaining !== undefined && duration(job.estimatedTimeRemaining)],
+  ["Expected", (job) => !hasEnded(job) && job.estimatedCompletionTime && clock(job.estimatedCompletionTime)],
   ["Error", (job) => asText(job.error)],
   ["Result", (job) => asText(job.result)],
   ["Metadata", (job) => (job.metadata && Object.keys(job.metadata).length ? asText(job.metadata) : "")],

@@ -18,7 +18,7 @@ SECRET = "a-secret-of-thirty-two-bytes-or-more"
 ENTER, ESCAPE, TAB = ("Enter", 13, "\r"), ("Escape", 27), ("Tab", 9)
 DOWN, UP, END, HOME = ("ArrowDown", 40), ("ArrowUp", 38), ("End", 35), ("Home", 36)
 LEFT, RIGHT, SPACE = ("ArrowLeft", 37), ("ArrowRight", 39), (" ", 32, " ")
-STATE = "document.getElementById('state').dataset.state"
+STATE = "document.getElementById('state')?.dataset.state"
 NOTICE = "document.getElementById('notice')"
 # Rows are elements used again and again: those in sight, from top to bottom.
 ROWS = """[...document.querySelectorAll('.job:not([hidden])')]

@@ -316,7 +316,7 @@ async def test_a_job_is_cancelled_and_deleted_with_the_keyboard(new_page: NewPag
     page = await new_page()
     await open_live(page, server)
     await page.wait(job("long-one"))
-    await page.run("document.getElementById('sort').focus()")
+    await page.run("document.querySelector('.chip:last-child').focus()")
     await page.press(*TAB)
     chosen = "document.getElementById(document.getElementById('jobs').getAttribute('aria-activedescendant'))"
     await page.wait(
@@ -505,7 +505,7 @@ async def test_a_gateway_without_its_server_is_told(new_page: NewPage, tmp_path:
         await click(page, "document.getElementById('retry')")
         with trio.fail_after(20):
             await asked.wait()
-        await page.wait(f"{text_of('state-more')}.includes('answers 502')")
+        await page.wait(f"{text_of('state-more')}.includes('502')")
         nursery.cancel_scope.cancel()
     async with running(tmp_path, "--port", str(server.port)) as again:
         await publish(again, "after")
@@ -534,7 +534,7 @@ async def test_it_is_honest_while_the_device_is_offline(new_page: NewPage, serve
     condition = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     await page.call("Network.emulateNetworkConditions", offline=True, **condition)
     await page.wait(f"{STATE} === 'offline'")
-    assert "this device is offline" in await page.run(text_of("state-more"))
+    assert "offline" in await page.run(text_of("state-more"))
     await page.call("Network.emulateNetworkConditions", offline=False, **condition)
     await page.wait(f"{STATE} === 'live'")
 
