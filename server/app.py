@@ -89,6 +89,10 @@ async def running(config: Config, worker: Worker | None = None) -> AsyncIterator
             from server.ingest.service import Ingest
 
             node.ingest = Ingest(node)
+        if config.queues:
+            from server.ingest.queues.service import Queues
+
+            node.queues = Queues(node)
         try:
             async with trio.open_nursery() as services:
                 services.start_soon(node.broker.run)
@@ -98,6 +102,8 @@ async def running(config: Config, worker: Worker | None = None) -> AsyncIterator
                 services.start_soon(_check_health, node)
                 if node.ingest is not None:
                     services.start_soon(node.ingest.run)
+                if node.queues is not None:
+                    services.start_soon(node.queues.run)
                 if node.authenticator.hook is not None:
                     services.start_soon(node.authenticator.hook.run)
                 if node.callbacks is not None:

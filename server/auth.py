@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ApiError
 from protocol.fields import is_id
+from protocol.queues.payload import is_reserved
 from server.config import Auth, ConfigError
 from server.keys import Keys, load_keys
 
@@ -348,6 +349,8 @@ def _identity(claims: dict[str, Any], now: float) -> Identity:
     user = claims.get("sub")
     if not isinstance(user, str) or not is_id(user):
         raise bad_token("the token's sub must be 1 to 128 characters of A-Z a-z 0-9 _ . : @ -")
+    if is_reserved(user):
+        raise bad_token("the token's sub must not begin with queue:, which owns what has no owner")
     return Identity(
         user=user,
         admin=claims.get("admin") is True,

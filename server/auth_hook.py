@@ -20,6 +20,7 @@ import trio
 
 from protocol.errors import ApiError
 from protocol.fields import is_id
+from protocol.queues.payload import is_reserved
 from server.auth import CAPABILITIES, Identity, patterns_of
 from server.config import Auth
 from server.logs import log_event
@@ -237,6 +238,8 @@ def _identity(answer: _Answer) -> Identity:
     """Read an answer; raises ValueError or ApiError for one that makes no sense."""
     if not is_id(answer.user_id):
         raise ValueError("userId must be 1 to 128 characters of A-Z a-z 0-9 _ . : @ -")
+    if is_reserved(answer.user_id):
+        raise ValueError("userId must not begin with queue:, which owns what has no owner")
     expires = answer.expires_at
     if isinstance(expires, str):
         moment = datetime.fromisoformat(expires)

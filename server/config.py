@@ -324,6 +324,35 @@ class Callback(Struct, frozen=True, kw_only=True):
     concurrency: AtLeastOne = 8
 
 
+class Queue(Struct, frozen=True, kw_only=True):
+    """Table ``[queues.NAME]``: a job queue whose jobs are shown here as they are worked off.
+
+    Attributes:
+        kind: whose software it is.
+        url: where it keeps its state: ``redis://``, ``rediss://`` or ``redis+sentinel://``; Celery's result backend.
+        events_url: where Celery's workers send events, if that is another Redis; "" for the same.
+        queues: names of queues; empty for all that are found there. Celery does not say which queue a task is in.
+        prefix: in front of BullMQ's and Bull's keys, or Celery's ``global_keyprefix``.
+        user: path to the id of a job's owner, see ``docs/queues.md``; "" for the usual place.
+        results: whether what jobs return goes into their records.
+        stalled_after: seconds without a sign of life from a worker after which its jobs are shown as stalled, and
+            twice as many until they are shown as failed; 0 for never.
+        poll: seconds between two looks at RQ's jobs, where Redis gives no notice of changes.
+    """
+
+    kind: Literal["", "bullmq", "bull4", "celery", "rq"] = ""
+    url: str = "redis://127.0.0.1:6379/0"
+    events_url: str = ""
+    queues: tuple[str, ...] = ()
+    prefix: str = ""
+    user: str = ""
+    # Reports are written to be seen; what a job returns may be anybody's guess.
+    results: bool = False
+    # RQ's workers give a sign of life every half minute.
+    stalled_after: SecondsOrZero = 90.0
+    poll: Seconds = 0.5
+
+
 class Config(Struct, frozen=True, kw_only=True):
     """Everything that can be set, checked: one table each, or one for every name."""
 
@@ -340,6 +369,7 @@ class Config(Struct, frozen=True, kw_only=True):
     debug: Debug = field(default_factory=Debug)
     webhooks: dict[str, Webhook] = field(default_factory=dict)
     callbacks: dict[str, Callback] = field(default_factory=dict)
+    queues: dict[str, Queue] = field(default_factory=dict)
 
 
 def without_password(text: str) -> str:

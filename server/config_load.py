@@ -33,6 +33,7 @@ from server.config import (
     Ingest,
     Limits,
     Log,
+    Queue,
     Server,
     Store,
     Views,
@@ -90,7 +91,7 @@ _TABLES: dict[str, type[Struct]] = {
     "debug": Debug,
 }
 # Tables of tables: [webhooks.payment]. What can be set is the same for every name.
-_FAMILIES: dict[str, type[Struct]] = {"webhooks": Webhook, "callbacks": Callback}
+_FAMILIES: dict[str, type[Struct]] = {"webhooks": Webhook, "callbacks": Callback, "queues": Queue}
 _MEMBER = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Values that other keys imply, with the reason.
 _IMPLIED = {
@@ -306,6 +307,7 @@ def _convert(name: str, key: _Key, value: _Value) -> object:
 def _check(config: Config, sources: Mapping[str, str]) -> None:
     _check_auth(config.auth)
     _check_hooks(config)
+    _check_queues(config.queues)
     server = config.server
     if server.workers > 1 and config.store.kind != "redis":
         raise ConfigError(
@@ -387,6 +389,18 @@ def _check_hooks(config: Config) -> None:
             raise ConfigError(
                 f"callbacks.{name}.secret must have {MIN_HOOK_SECRET_BYTES} bytes or more, or none at all"
             )
+
+
+def _check_queues(queues: Mapping[str, Queue]) -> None:
+    for name, queue in queues.items():
+        if not queue.kind:
+            raise ConfigError(f"queues.{name}.kind is not set: bullmq, bull4, celery or rq?")
+        if not queue.url:
+            raise ConfigError(f"queues.{name}.url is empty: where does it keep its jobs?")
+        if queue.kind == "celery" and queue.queues:
+            raise ConfigError(f"queues.{name}.queues: Celery does not say which queue a task is in; leave it out")
+        if queue.events_url and queue.kind != "celery":
+            raise ConfigError(f"queues.{name}.events_url is for Celery; {queue.kind} has one Redis only")
 
 
 # --- words ------------------------------------------------------------------------------------------------------

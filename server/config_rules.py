@@ -142,6 +142,24 @@ def _store_url(url: str) -> str:
     return url
 
 
+def _queue_url(url: str) -> str:
+    if not url:
+        return ""
+    try:
+        parsed = parse_redis_url(url)
+    except RedisStartError as error:
+        raise ValueError(str(error)) from None
+    if parsed.topology == "cluster":
+        raise ValueError("queues in a Redis Cluster cannot be taken in; expected redis:// or redis+sentinel://")
+    return url
+
+
+def _path(text: str) -> str:
+    if text and not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", text):
+        raise ValueError('expected names with dots between, such as "data.userId"')
+    return text
+
+
 def _http_url(text: str) -> str:
     if not text:
         return ""
@@ -198,6 +216,9 @@ RULES: dict[str, Callable[[Any], object]] = {
     "auth.hook_url": _http_url,
     "auth.default_channels": _channels,
     "callbacks.url": _http_url,
+    "queues.url": _queue_url,
+    "queues.events_url": _queue_url,
+    "queues.user": _path,
     "webhooks.event": _event,
     "webhooks.target_id": _pointer_or_id,
     "webhooks.data": _pointer,

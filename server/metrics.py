@@ -73,6 +73,8 @@ METRICS: Final = (
            "Updates from the stream of Redis that were set aside as dead letters."),
     Metric("statuswire_ingest_trimmed_total", "counter",
            "Updates from Redis of which unknown fields were left out.", ("source",)),
+    Metric("statuswire_queue_up", "gauge", "1 if the jobs of this queue are taken in.", ("source",), "max"),
+    Metric("statuswire_queue_open_jobs", "gauge", "Jobs of this queue that have not ended.", ("source",), "max"),
     Metric("statuswire_updates_shown_total", "counter", "Updates shown here, whoever published them."),
     Metric("statuswire_updates_delivered_total", "counter",
            "Updates given to readers: live, replayed to one that came back, or in the answer to a poll.", ("way",)),
@@ -156,8 +158,10 @@ def sample(node: Node) -> Sample:
         "statuswire_errors_total": {**counters.errors},
         "statuswire_websocket_messages_received_total": counters.messages,
         "statuswire_updates_published_total": {" ".join(key): count for key, count in counters.updates.items()}
-        | (node.ingest.published() if node.ingest is not None else {}),
+        | (node.ingest.published() if node.ingest is not None else {})
+        | (node.queues.published() if node.queues is not None else {}),
         **(node.ingest.sample() if node.ingest is not None else {}),
+        **(node.queues.sample() if node.queues is not None else {}),
         "statuswire_updates_shown_total": counters.shown,
         "statuswire_updates_delivered_total": {
             "live": counters.delivered,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from server.brokers.spooling import SpoolingBroker
     from server.callbacks import Callbacks
     from server.cluster import Cluster
+    from server.ingest.queues.service import Queues
     from server.ingest.service import Ingest
 
 LOG: Final = logging.getLogger("statuswire")
@@ -80,6 +81,7 @@ class Node:
         seen: which users were there lately.
         callbacks: tells the application of jobs that end; None if nobody wants that.
         ingest: what takes updates in from Redis, None without that.
+        queues: what takes the jobs of job queues in, None without any.
         shared: the broker again (without its spool), if other nodes use its store too.
         spool: the broker again, if it keeps on disk what is published while its store is away.
         draining: set from SIGTERM on.
@@ -104,6 +106,7 @@ class Node:
         self.shared: RedisBroker | None = None
         self.cluster: Cluster | None = None
         self.ingest: Ingest | None = None
+        self.queues: Queues | None = None
         self.spool: SpoolingBroker | None = None
         if config.store.kind == "memory":
             self.broker = MemoryBroker(self.jobs, self.history, self.deliver, self.wheel)
@@ -249,6 +252,8 @@ class Node:
         self.draining = True
         if self.ingest is not None:
             self.ingest.stop()
+        if self.queues is not None:
+            self.queues.stop()
         for wake in self.polls:
             wake.set()
 

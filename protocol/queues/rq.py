@@ -92,11 +92,6 @@ def read_job(
     return seen
 
 
-def says_why(data: Mapping[str, bytes], result: Mapping[str, bytes] | None) -> bool:
-    """Whether a failed job's error is there yet."""
-    return _error(data, result) is not None
-
-
 def _error(data: Mapping[str, bytes], result: Mapping[str, bytes] | None) -> str | None:
     """The last line of the traceback: type and message."""
     trace = None

@@ -21,7 +21,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from protocol.fields import Fields, is_id
 from protocol.job import record_of
-from protocol.queues.payload import reserved_owner
+from protocol.queues.payload import reserved_owner, text
 from protocol.update import COMPLETED, ENDED, FAILED, PROCESSING, QUEUED, STALLED, STATUSES, Job, format_time
 
 # The error of a job whose worker was not heard of any more, as the server gives it when a lease runs out twice.
@@ -235,6 +235,8 @@ def _first(seen: Sighting, source: str) -> Fields:
     metadata = {"source": source}
     if seen.queue:
         metadata["queue"] = seen.queue
+    if not is_id(f"{seen.queue}:{seen.job}" if seen.queue else seen.job):
+        metadata["jobId"] = text(seen.job) or ""
     if seen.run_at_ms is not None:
         metadata["runAt"] = format_time(seen.run_at_ms)
     # Held encoded, as ``decode_fields`` leaves it.

@@ -318,6 +318,9 @@ class CommandLink(Link):
 class SubscriptionLink(Link):
     """The subscriptions at one node.
 
+    Attributes:
+        prefix: of the commands, where it is not that of sharded channels.
+
     Args:
         sharded: SSUBSCRIBE, for a cluster.
         group: splits channels into lists that one command may name together.
@@ -326,6 +329,8 @@ class SubscriptionLink(Link):
         on_lost: channels that were confirmed and whose messages do not come any more.
         on_refused: the node would not take channels, or gave some up: the cluster has changed.
     """
+
+    prefix = ""
 
     def __init__(
         self,
@@ -342,7 +347,7 @@ class SubscriptionLink(Link):
         on_refused: Callable[[], object],
     ) -> None:
         super().__init__(connect, options, on_up=on_up, on_down=on_down)
-        prefix = "s" if sharded else ""
+        prefix = "s" if sharded else self.prefix
         self._subscribe, self._unsubscribe = f"{prefix}subscribe", f"{prefix}unsubscribe"
         self._message = f"{prefix}message".encode()
         self._group = group
@@ -487,3 +492,21 @@ class SubscriptionLink(Link):
         self._unanswered.clear()
         if lost:
             guarded(self._on_lost, lost)
+
+
+class PatternLink(SubscriptionLink):
+    """The same with patterns (PSUBSCRIBE): ``on_message`` is told the channel, not the pattern. Not for clusters."""
+
+    prefix = "p"
+
+    def _take(self, values: list[Value]) -> None:
+        fresh = self._fresh
+        for value in values:
+            if value.__class__ is list and value[0] == self._message:
+                if fresh:
+                    self._announce()
+                guarded(self._on_message, value[2], value[3])
+            else:
+                self._take_other(value)
+        if fresh:
+            self._announce()

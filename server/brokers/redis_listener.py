@@ -12,11 +12,12 @@ from trio.abc import Stream
 from protocol.resp import RedisError
 from server.brokers.redis_client import NodeInfo, RedisStartError
 from server.brokers.redis_connection import connect
+from server.brokers.redis_link import PatternLink
 from server.brokers.redis_single import Callbacks, Client
 from server.brokers.redis_topology import fetch_slots
 from server.brokers.redis_url import Address, Options, RedisUrl
 
-__all__ = ["Listener"]
+__all__ = ["Listener", "PatternListener"]
 
 
 class Listener(Client):
@@ -77,3 +78,9 @@ class Listener(Client):
             known = {other for piece in ranges for other in (piece.master, *piece.replicas)} | set(self.url.addresses)
             kept = [other for other in self._addresses if other in known]
             self._addresses = kept + sorted(known.difference(kept))
+
+
+class PatternListener(Listener):
+    """The same for patterns of channels, such as ``celery-task-meta-*``: for a single Redis, or behind sentinels."""
+
+    subscription_kind = PatternLink

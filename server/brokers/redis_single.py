@@ -51,6 +51,8 @@ class Client:
 
     sharded = False
     """Whether messages have to be published with SPUBLISH instead of PUBLISH to reach subscribers."""
+    subscription_kind: type[SubscriptionLink] = SubscriptionLink
+    """How subscriptions are spoken of."""
 
     def __init__(self, url: RedisUrl, *, options: Options | None = None, **callbacks: Unpack[Callbacks]) -> None:
         self.url = url
@@ -239,7 +241,7 @@ class Client:
         )
 
     def _subscription_link(self, connect: Connect) -> SubscriptionLink:
-        return SubscriptionLink(
+        return self.subscription_kind(
             connect,
             self.options,
             on_up=lambda node: None,

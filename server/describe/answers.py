@@ -31,8 +31,16 @@ class Health(Struct):
     status: Literal["ok"]
 
 
+class QueueState(Struct):
+    """How one ``[queues.NAME]`` is."""
+
+    state: Literal["up", "standby", "away"]
+    reason: str | UnsetType = UNSET
+
+
 class Ready(Struct):
     status: Literal["ready"]
+    queues: dict[str, QueueState] | UnsetType = UNSET
 
 
 class NotReady(Struct):

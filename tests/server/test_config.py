@@ -221,6 +221,22 @@ def test_tables_by_name(tmp_path: Path) -> None:
         ("[webhooks.pay]\ntarget_id = 'user id'", 'webhooks.pay.target_id = "user id" (FILE): expected a JSON pointer'),
         ("[webhooks.pay]\ndata = '/a~2'", 'webhooks.pay.data = "/a~2" (FILE): expected a JSON pointer'),
         ("[callbacks.mail]\ntimeout = 3", "callbacks.mail.url is not set"),
+        ("[queues.video]\nurl = 'redis://x'", "queues.video.kind is not set"),
+        (
+            "[queues.video]\nkind = 'bull'",
+            'queues.video.kind = "bull" (FILE): expected one of bull4, bullmq, celery, rq; did you mean',
+        ),
+        (
+            "[queues.video]\nkind = 'rq'\nurl = 'redis+cluster://x'",
+            'queues.video.url = "redis+cluster://x" (FILE): queues in a Redis Cluster',
+        ),
+        ("[queues.video]\nkind = 'rq'\nurl = ''", "queues.video.url is empty"),
+        (
+            "[queues.video]\nkind = 'rq'\nuser = 'meta..user'",
+            'queues.video.user = "meta..user" (FILE): expected names with dots between',
+        ),
+        ("[queues.video]\nkind = 'celery'\nqueues = ['a']", "queues.video.queues: Celery does not say which queue"),
+        ("[queues.video]\nkind = 'rq'\nevents_url = 'redis://x'", "queues.video.events_url is for Celery"),
         ("[callbacks.mail]\nurl = 'ftp://app'", 'callbacks.mail.url = "ftp://app" (FILE): expected a URL'),
         ("[callbacks.mail]\nurl = 'http://app'\nsecret = 'x'", "callbacks.mail.secret must have 16 bytes or more"),
         ("[callbacks.mail]\ntypes = ['job_lost']", "callbacks.mail.types = "),

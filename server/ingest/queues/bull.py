@@ -1,0 +1,168 @@
+"""What BullMQ and Bull keep of a queue: which jobs are where, and their hashes. For what was missed."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import trio
+
+from protocol.queues import bullmq
+from protocol.queues.sighting import Sighting
+from protocol.update import ENDED, FAILED
+from server.brokers.redis_client import Client
+from server.config import Queue
+from server.ingest.queues.source import ask, texts
+from server.ingest.queues.taker import Taker
+
+# Of each place; more are waiting than anyone looks at, and older ends are no news.
+MAX_LISTED: Final = 1000
+_AT_ONCE: Final = 100
+_LISTS: Final = frozenset(("active", "wait", "paused"))
+_FROM_THE_END: Final = frozenset(("completed", "failed"))
+
+
+def prefix_of(config: Queue) -> str:
+    """In front of all keys."""
+    return config.prefix or bullmq.PREFIX
+
+
+def user_of(config: Queue) -> str:
+    """Where owners are."""
+    return config.user or bullmq.USER
+
+
+async def describe(client: Client, taker: Taker, config: Queue, sightings: list[Sighting]) -> None:
+    """Read of jobs that have no record yet whose they are."""
+    fresh: dict[tuple[str, str], list[Sighting]] = {}
+    for seen in sightings:
+        if not taker.is_known(seen.queue, seen.job):
+            fresh.setdefault((seen.queue, seen.job), []).append(seen)
+    if not fresh:
+        return
+    prefix, user = prefix_of(config), user_of(config)
+    answers = await ask(
+        client, [("HMGET", bullmq.job_key(prefix, queue, job), *bullmq.DESCRIBES) for queue, job in fresh]
+    )
+    for found, values in zip(fresh.values(), answers, strict=True):
+        if values is None or values[0] is None:
+            continue
+        data = texts([b"name", values[0], b"data", values[1]])
+        for seen in found:
+            bullmq.describe(seen, data, user)
+
+
+async def look(client: Client, taker: Taker, config: Queue, queue: str, seq: int) -> list[Sighting]:
+    """What is where in a queue, as far as its records here do not say so already.
+
+    Args:
+        seq: the number of the newest event there was before; 0 in a queue without numbers.
+    """
+    prefix = prefix_of(config)
+    commands: list[tuple[str | int, ...]] = []
+    for place in bullmq.PLACES:
+        key = f"{prefix}:{queue}:{place}"
+        if place in _LISTS:
+            commands.append(("LRANGE", key, 0, MAX_LISTED - 1))
+        else:
+            commands.append(("ZREVRANGE" if place in _FROM_THE_END else "ZRANGE", key, 0, MAX_LISTED - 1))
+    answers = await ask(client, commands)
+    places: dict[str, str] = {}
+    for place, members in zip(bullmq.PLACES, answers, strict=True):
+        for member in members or ():
+            job = member.decode("utf-8", "replace")
+            # Markers of older versions stand among the waiting.
+            if not job.startswith("0:"):
+                places.setdefault(job, place)
+    ours = [one.job for one in taker.open.values() if one.queue == queue and one.job not in places]
+    scores = await ask(
+        client, [("ZSCORE", f"{prefix}:{queue}:{place}", job) for job in ours for place in ("completed", "failed")]
+    )
+    for number, job in enumerate(ours):
+        if scores[2 * number] is not None:
+            places[job] = "completed"
+        elif scores[2 * number + 1] is not None:
+            places[job] = "failed"
+    wanted = [
+        job
+        for job, place in places.items()
+        if not (place in _FROM_THE_END and taker.has_ended(queue, job))
+        and not (place == "active" and taker.is_silent(queue, job))
+    ]
+    missing = [job for job in ours if job not in places]
+    return [
+        *await _read(client, config, queue, wanted, places, seq),
+        *await _vanished(client, config, queue, missing, seq),
+    ]
+
+
+async def _read(
+    client: Client, config: Queue, queue: str, jobs: list[str], places: dict[str, str], seq: int
+) -> list[Sighting]:
+    prefix, found = prefix_of(config), []
+    for start in range(0, len(jobs), _AT_ONCE):
+        part = jobs[start : start + _AT_ONCE]
+        answers: list[Any] = await ask(client, [("HGETALL", bullmq.job_key(prefix, queue, job)) for job in part])
+        for job, values in zip(part, answers, strict=True):
+            data = texts(values or [])
+            if not data:
+                continue
+            # It may have ended since it was listed.
+            place = places[job]
+            if "finishedOn" in data and bullmq.PLACES[place] not in ENDED:
+                place = "completed" if "returnvalue" in data else "failed"
+            seen = bullmq.read_hash(queue, job, data, place, seq, results=config.results)
+            bullmq.describe(seen, data, user_of(config))
+            found.append(seen)
+        await trio.lowlevel.checkpoint()
+    return found
+
+
+async def _vanished(client: Client, config: Queue, queue: str, jobs: list[str], seq: int) -> list[Sighting]:
+    """Jobs that are nowhere: they were removed, by somebody or after their end. Which end is not known."""
+    prefix = prefix_of(config)
+    answers = await ask(client, [("EXISTS", bullmq.job_key(prefix, queue, job)) for job in jobs])
+    at_ms = max(seq >> 20, 0)
+    return [
+        Sighting(
+            job=job, queue=queue, at_ms=at_ms, seq=seq or None, status=FAILED, error="its end was missed", removed=True
+        )
+        for job, there in zip(jobs, answers, strict=True)
+        if not there
+    ]
+
+
+class Watch:
+    """Notices workers that have died: the locks of their jobs run out.
+
+    A lock that is missing twice, some seconds apart, with the job still active: nobody works on it.
+    """
+
+    def __init__(self, taker: Taker, config: Queue) -> None:
+        self._taker = taker
+        self._config = config
+        self._every_s = max(0.5, min(5.0, config.stalled_after / 4))
+        self._next = trio.current_time() + self._every_s
+
+    async def look(self, client: Client) -> None:
+        """Look if it is time to."""
+        if not self._config.stalled_after or trio.current_time() < self._next:
+            return
+        now = trio.current_time()
+        self._next = now + self._every_s
+        prefix, open_jobs = prefix_of(self._config), self._taker.open
+        names = [name for name, one in open_jobs.items() if one.processing]
+        silent = []
+        for start in range(0, len(names), _AT_ONCE):
+            part = names[start : start + _AT_ONCE]
+            jobs = [open_jobs[name] for name in part]
+            answers = await ask(
+                client, [("EXISTS", f"{bullmq.job_key(prefix, one.queue, one.job)}:lock") for one in jobs]
+            )
+            for name, one, there in zip(part, jobs, answers, strict=True):
+                if there:
+                    one.silent_since = 0.0
+                elif not one.silent_since:
+                    one.silent_since = now
+                else:
+                    silent.append(name)
+        await self._taker.report_silent(silent, self._config.stalled_after)

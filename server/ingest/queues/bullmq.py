@@ -1,0 +1,107 @@
+"""BullMQ: the streams of events, read from where the last session came to; what they have lost is in the hashes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+import trio
+
+from protocol.queues.bullmq import read_event, seq_of, stream_key
+from server.brokers.redis_client import Client
+from server.ingest.queues.bull import Watch, describe, look, prefix_of
+from server.ingest.queues.source import Source, ask, scan, texts
+
+_COUNT: Final = 500
+# Below what a silent connection is given.
+_BLOCK_MS: Final = 500
+_DISCOVER_S: Final = 2.0
+MAX_QUEUES: Final = 1000
+_BEGINNING: Final = "0-0"
+
+
+class BullMq(Source):
+    """``kind = "bullmq"``."""
+
+    async def session(self, client: Client) -> None:
+        """See ``Source``."""
+        places = _places(await self.load_mark())
+        self._behind: dict[str, None] = {}
+        watch = Watch(self.taker, self.config)
+        self._queues: dict[str, str] = {}
+        next_look = -1.0
+        while True:
+            if trio.current_time() >= next_look:
+                next_look = trio.current_time() + _DISCOVER_S
+                for queue in await self._find(client):
+                    if queue not in self._queues:
+                        await self._begin(client, queue, places.get(queue))
+            if not self._queues:
+                self.well()
+                await trio.sleep(_BLOCK_MS / 1000)
+                continue
+            caught_up = await self._read(client)
+            if caught_up:
+                for queue in list(self._behind):
+                    await self._repair(client, queue)
+                self.well()
+                await watch.look(client)
+            await self.save_mark(msgspec.json.encode(self._queues).decode())
+
+    async def _find(self, client: Client) -> list[str]:
+        """The queues there are, or those that are wanted."""
+        if self.config.queues:
+            return list(self.config.queues)
+        prefix = prefix_of(self.config)
+        keys = await scan(client, f"{prefix}:*:meta", MAX_QUEUES)
+        return [key[len(prefix) + 1 : -len(":meta")] for key in keys][:MAX_QUEUES]
+
+    async def _begin(self, client: Client, queue: str, place: str | None) -> None:
+        """Go on from a place in the stream, or from its beginning; note whether something may be missing before."""
+        self._queues[queue] = place or _BEGINNING
+        if place is None or await self._is_trimmed(client, queue):
+            self._behind[queue] = None
+
+    async def _is_trimmed(self, client: Client, queue: str) -> bool:
+        """Whether the stream does not reach back to where this one is."""
+        (oldest,) = await ask(client, [("XRANGE", stream_key(prefix_of(self.config), queue), "-", "+", "COUNT", 1)])
+        return not oldest or seq_of(oldest[0][0].decode()) > seq_of(self._queues[queue])
+
+    async def _read(self, client: Client) -> bool:
+        """Read on in all streams. True if there was no more than this."""
+        prefix = prefix_of(self.config)
+        by_key = {stream_key(prefix, queue).encode(): queue for queue in self._queues}
+        command: tuple[bytes | str | int, ...]
+        command = ("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", *by_key, *self._queues.values())
+        answer: list[Any] = await client.call(*command) or []
+        full = [by_key[key] for key, entries in answer if len(entries) >= _COUNT]
+        for queue in full:
+            # Far behind: the stream may be cut faster than it is read.
+            if self._queues[queue] != _BEGINNING and await self._is_trimmed(client, queue):
+                self._behind[queue] = None
+        for key, entries in answer:
+            queue, sightings = by_key[key], []
+            for entry_id, values in entries:
+                fields = texts(values or [])
+                seen = read_event(queue, entry_id.decode(), fields, results=self.config.results)
+                if seen is not None:
+                    sightings.append(seen)
+            await describe(client, self.taker, self.config, sightings)
+            await self.taker.take(sightings)
+            self._queues[queue] = entries[-1][0].decode()
+        return not full
+
+    async def _repair(self, client: Client, queue: str) -> None:
+        """Take from the hashes what the stream does not tell any more."""
+        key = stream_key(prefix_of(self.config), queue)
+        (newest,) = await ask(client, [("XREVRANGE", key, "+", "-", "COUNT", 1)])
+        seq = seq_of(newest[0][0].decode()) if newest else 0
+        await self.taker.take(await look(client, self.taker, self.config, queue, seq))
+        self._behind.pop(queue, None)
+
+
+def _places(mark: str | None) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(mark, type=dict[str, str]) if mark else {}
+    except msgspec.DecodeError:
+        return {}

@@ -1,0 +1,143 @@
+"""Celery: what the result backend publishes and what workers send; after a gap, the results that are kept."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AsyncExitStack
+from typing import Final
+
+import trio
+
+from protocol.queues.celery import EVENT_MARK, RESULT_PREFIX, USER, Attempts, Told, read_events, read_result
+from protocol.queues.sighting import job_id
+from protocol.update import ENDED
+from server.brokers.redis_client import Client, parse_redis_url
+from server.ingest.queues.source import Heard, Source, ask, escaped, scan
+
+_WAIT_S: Final = 0.5
+_REPAIR_S: Final = 10.0
+# Results that are looked at after a gap, for tasks that came and went meanwhile.
+_MAX_SCANNED: Final = 20_000
+_AT_ONCE: Final = 200
+# Workers whose signs of life are noted; the longest unheard go first.
+_MAX_WORKERS: Final = 10_000
+# A clock that is ahead of ours must not hide what was missed.
+_CLOCKS_MS: Final = 60_000
+
+
+class Celery(Source):
+    """``kind = "celery"``."""
+
+    async def session(self, client: Client) -> None:
+        """See ``Source``."""
+        config = self.config
+        self._user = config.user or USER
+        self._results = f"{config.prefix}{RESULT_PREFIX}"
+        self._attempts = Attempts()
+        self._beats: dict[str, float] = {}
+        patterns = [f"{escaped(self._results)}*"]
+        events = f"/*{EVENT_MARK}*"
+        elsewhere: Heard | None = None
+        if config.events_url:
+            database = parse_redis_url(config.events_url).database
+            elsewhere = Heard(config.events_url, [f"/{database}{EVENT_MARK}*"])
+        else:
+            patterns.append(events)
+        heard = Heard(config.url, patterns)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(heard.listening())
+            if elsewhere is not None:
+                await stack.enter_async_context(elsewhere.listening())
+            await self._catch_up(client)
+            next_repair = trio.current_time() + _REPAIR_S
+            self.well()
+            while True:
+                messages = await heard.take(_WAIT_S if elsewhere is None else 0.05)
+                if elsewhere is not None:
+                    messages += await elsewhere.take(0.05)
+                at_ms = round(time.time() * 1000)
+                told = [one for channel, payload in messages for one in self._hear(channel, payload, at_ms)]
+                await self._take(told)
+                if trio.current_time() >= next_repair:
+                    next_repair = trio.current_time() + _REPAIR_S
+                    await self._repair(client)
+                await self.save_mark(str(at_ms))
+                await self._look_for_the_dead()
+
+    def _hear(self, channel: str, payload: bytes, at_ms: int) -> list[Told]:
+        if channel.startswith(self._results):
+            one = read_result(payload, at_ms, self._user, results=self.config.results)
+            return [] if one is None else [one]
+        told: list[Told] = []
+        for said in read_events(payload, at_ms, self._user) if EVENT_MARK in channel else ():
+            if isinstance(said, Told):
+                told.append(said)
+                continue
+            self._beats.pop(said.worker, None)
+            self._beats[said.worker] = trio.current_time()
+            if len(self._beats) > _MAX_WORKERS:
+                del self._beats[next(iter(self._beats))]
+        return told
+
+    async def _take(self, told: list[Told]) -> None:
+        """Of one task one at a time: where something belongs depends on what came of the one before."""
+        together: dict[str, Told] = {}
+        for one in told:
+            if one.seen.job in together:
+                await self._take_together(together)
+                together = {}
+            together[one.seen.job] = one
+        await self._take_together(together)
+
+    async def _take_together(self, told: dict[str, Told]) -> None:
+        sightings = []
+        for task, one in told.items():
+            seen = self._attempts.place(self.taker.known(job_id("", task)), one)
+            if seen is not None:
+                sightings.append(seen)
+        await self.taker.take(sightings)
+        for task, one in told.items():
+            if one.seen.status in ENDED and one.by == "results":
+                self._attempts.forget(task)
+
+    async def _catch_up(self, client: Client) -> None:
+        """What was said while nobody listened."""
+        mark = await self.load_mark()
+        await self._repair(client)
+        if mark is None or not mark.isdigit():
+            return  # what ended before anybody was interested
+        since_ms = int(mark) - _CLOCKS_MS
+        tasks = [key[len(self._results) :] for key in await scan(client, f"{escaped(self._results)}*", _MAX_SCANNED)]
+        fresh = [task for task in tasks if not self.taker.is_known("", task)]
+        await self._read(client, fresh, since_ms)
+
+    async def _repair(self, client: Client) -> None:
+        """What is kept of the tasks that have not ended."""
+        await self._read(client, [one.job for one in self.taker.open.values()], 0)
+
+    async def _read(self, client: Client, tasks: list[str], since_ms: int) -> None:
+        now_ms = round(time.time() * 1000)
+        for start in range(0, len(tasks), _AT_ONCE):
+            part = tasks[start : start + _AT_ONCE]
+            answers = await ask(client, [("GET", self._results + task) for task in part])
+            told: list[Told] = []
+            for data in answers:
+                one = None if data is None else read_result(data, now_ms, self._user, results=self.config.results)
+                # A state that is kept is no new one: that it was to be tried again, say, has been counted.
+                if one is None or one.seen.at_ms < since_ms or one.word == "RETRY":
+                    continue
+                if one.seen.status in ENDED or not self.taker.is_silent("", one.seen.job):
+                    told.append(one)
+            await self._take(told)
+
+    async def _look_for_the_dead(self) -> None:
+        """Tasks of workers that have sent signs of life, and do not any more."""
+        limit = self.config.stalled_after
+        if not limit:
+            return
+        dead = {worker for worker, last in self._beats.items() if trio.current_time() - last > limit}
+        if dead:
+            silent = [name for name, one in self.taker.open.items() if one.processing and one.worker in dead]
+            await self.taker.report_silent(silent, limit)
+            for worker in dead:
+                del self._beats[worker]

@@ -1,0 +1,308 @@
+"""What queues keep in a real Redis becomes records: once, whoever goes on, whatever was missed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as redis_py
+
+from server.ingest.queues import bullmq
+from tests.queueing import LONG_S, captured, put_stream, raw, shown, status, steps, until, until_up
+from tests.redis_servers import RedisServer, eventually, running_server
+from tests.support import ADMIN, AUTH, bearer, server
+
+BULLMQ = captured("bullmq")["bullmq6"]
+STREAM = BULLMQ["stream"]
+ENDS = {"video:1": "completed", "video:2": "failed", "video:job_123": "completed", "video:5": "cancelled"}
+
+
+@pytest.fixture(scope="module")
+def one_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with running_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+def redis(one_redis: RedisServer) -> RedisServer:
+    with one_redis.oracle() as oracle:
+        oracle.flushall()
+        oracle.config_set("notify-keyspace-events", "")
+    return one_redis
+
+
+@pytest.fixture
+def oracle(redis: RedisServer) -> Iterator[redis_py.Redis]:
+    with redis.oracle() as client:
+        yield client
+
+
+def put_hashes(oracle: redis_py.Redis) -> None:
+    hashes = BULLMQ["job_hashes"]
+    for job, name in {"1": "transcode:completed", "2": "bad:failed", "job_123": "custom:completed"}.items():
+        oracle.hset(f"bull:video:{job}", mapping=hashes[name])
+    oracle.zadd("bull:video:completed", {"1": 1, "job_123": 2})
+    oracle.zadd("bull:video:failed", {"2": 1})
+    oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
+
+
+def table(redis: RedisServer, kind: str, **more: Any) -> dict[str, Any]:
+    return {"queues.src": {"kind": kind, "url": f"{redis.url}/0", **more}}
+
+
+async def test_bullmq_from_the_beginning_of_its_stream(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    put_hashes(oracle)
+    put_stream(oracle, "bull:video:events", STREAM)
+    async with server(auth=AUTH, store={"url": "memory:"}, **table(redis, "bullmq")) as one:
+        await until_up(one.node)
+        await eventually(lambda: all(status(one.node, name) == end for name, end in ENDS.items()), within=LONG_S)
+        assert shown(one.node, "video:2")["error"] == "ffmpeg exited with code 1"
+        assert steps(one.node, "video:2") == ["queued", "processing", "queued", "processing", "failed"]
+        # Its owner sees it, nobody else does; what has no owner is the admins'.
+        mine = await one.ask("GET", "/api/v2/jobs/video:1", headers=bearer("user_789"))
+        assert (mine.status, mine.json["progress"]) == (200, 100)
+        assert (await one.ask("GET", "/api/v2/jobs/video:1", headers=bearer("user_1"))).status == 404
+        assert (await one.ask("GET", "/api/v2/jobs/video:5", headers=bearer("user_789"))).status == 404
+        assert (await one.ask("GET", "/api/v2/jobs/video:5", headers=ADMIN)).status == 200
+        refused = await one.ask("GET", "/api/v2/jobs/video:5", headers=bearer("queue:src"))
+        assert refused.status == 401
+        ready = await one.ask("GET", "/ready")
+        assert ready.json == {"status": "ready", "queues": {"src": {"state": "up"}}}
+        metrics = (await one.ask("GET", "/metrics", headers=ADMIN)).body.decode()
+        assert 'statuswire_queue_up{source="src"} 1' in metrics
+        assert 'statuswire_updates_published_total{outcome="accepted",source="src"}' in metrics
+
+
+async def test_it_goes_on_where_it_was_and_finds_what_happened_meanwhile(
+    redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path
+) -> None:
+    store = {"url": f"sqlite:{tmp_path / 'store.db'}"}
+    queues = table(redis, "bullmq", queues=["video"])
+    put_hashes(oracle)
+    put_stream(oracle, "bull:video:events", STREAM[:12])
+    async with server(store=store, **queues) as one:
+        await until(one.node, "video:2", "queued", "processing", "failed")
+        await until_up(one.node)
+    put_stream(oracle, "bull:video:events", STREAM[12:])
+    async with server(store=store, **queues) as one:
+        await eventually(lambda: all(status(one.node, name) == end for name, end in ENDS.items()), within=LONG_S)
+        assert one.node.queues is not None
+        source = one.node.queues.sources["src"]
+        await eventually(lambda: shown(one.node, "video:1").get("version") == 6, within=LONG_S)
+        mark = await one.node.broker.load_mark("queue:src")
+        await eventually(lambda: source.trouble is None, within=LONG_S)
+        assert mark is None or "video" in json.loads(mark)
+        versions = {name: shown(one.node, name)["version"] for name in ENDS}
+        # All of it once more, as after a crash before the mark was kept.
+        await one.node.broker.save_mark("queue:src", json.dumps({"video": "0-0"}))
+    async with server(store=store, **queues) as one:
+        await until_up(one.node)
+        assert one.node.queues is not None
+        counters = one.node.queues.sources["src"].taker.counters
+        await eventually(lambda: counters.received >= 40, within=LONG_S)
+        assert counters.accepted == 0
+        assert {name: shown(one.node, name)["version"] for name in ENDS} == versions
+
+
+async def test_what_the_stream_has_lost_is_in_the_hashes(
+    redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path
+) -> None:
+    store = {"url": f"sqlite:{tmp_path / 'store.db'}"}
+    put_stream(oracle, "bull:video:events", STREAM[:9])
+    oracle.hset("bull:video:1", mapping=BULLMQ["job_hashes"]["transcode:active"])
+    oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
+    async with server(store=store, **table(redis, "bullmq")) as one:
+        await until(one.node, "video:2", "queued")
+        await until_up(one.node)
+    put_hashes(oracle)
+    put_stream(oracle, "bull:video:events", STREAM[9:])
+    oracle.xtrim("bull:video:events", maxlen=1, approximate=False)
+    async with server(store=store, **table(redis, "bullmq")) as one:
+        record = await until(one.node, "video:2", "failed")
+        assert (record["attempt"], record["error"]) == (2, "ffmpeg exited with code 1")
+        assert (await until(one.node, "video:job_123", "completed"))["userId"] == "user_1"
+
+
+@pytest.mark.slow
+async def test_a_job_whose_worker_has_died_is_stalled_and_then_failed(
+    redis: RedisServer, oracle: redis_py.Redis
+) -> None:
+    oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
+    oracle.hset("bull:video:1", mapping=BULLMQ["job_hashes"]["transcode:active"])
+    oracle.lpush("bull:video:active", "1")
+    oracle.set("bull:video:1:lock", "token")
+    put_stream(oracle, "bull:video:events", STREAM[:3])
+    queues = table(redis, "bullmq", stalled_after=2.0)
+    async with server(store={"url": "memory:"}, **queues) as one:
+        await until(one.node, "video:1", "processing")
+        await until_up(one.node)
+        oracle.delete("bull:video:1:lock")
+        assert (await until(one.node, "video:1", "stalled"))["error"] == "its worker is gone"
+        assert (await until(one.node, "video:1", "failed"))["error"] == "lost"
+        # The queue gives it to another one.
+        entry = {"event": "waiting", "jobId": "1", "prev": "active"}
+        oracle.xadd("bull:video:events", entry)
+        oracle.xadd("bull:video:events", {"event": "active", "jobId": "1", "prev": "waiting"})
+        record = await until(one.node, "video:1", "processing")
+        assert record["attempt"] == 2
+        assert "error" not in record
+
+
+async def test_bull_four_from_its_channels_and_its_hashes(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    bull4 = captured("bullmq")["bull4"]
+    hashes = bull4["job_hashes"]
+    oracle.set("bull:report:id", 3)
+    oracle.hset("bull:report:9", mapping=hashes["completed"])
+    oracle.zadd("bull:report:completed", {"9": 1})
+    async with server(store={"url": "memory:"}, **table(redis, "bull4")) as one:
+        # It was over before anybody looked.
+        assert (await until(one.node, "report:9", "completed"))["userId"] == "user_789"
+        await until_up(one.node)
+        oracle.hset("bull:report:1", mapping=hashes["added"])
+        oracle.hset("bull:report:2", mapping=hashes["added"])
+        for message in bull4["messages"]:
+            oracle.publish(message["channel"], message["data"])
+        assert (await until(one.node, "report:1", "completed"))["message"] == "Encoding"
+        assert (await until(one.node, "report:2", "failed"))["error"] == "boom"
+        assert steps(one.node, "report:1") == ["queued", "processing", "completed"]
+
+
+async def test_celery_from_results_and_events(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    celery = captured("celery")
+    messages = celery["with_events_flag_E"]
+    tasks = [key.removeprefix("celery-task-meta-") for key in celery["result_keys"]]
+    async with server(auth=AUTH, store={"url": "memory:"}, **table(redis, "celery")) as one:
+        await until_up(one.node)
+        for message in messages:
+            oracle.publish(message["channel"], message["data"])
+        await eventually(lambda: all(status(one.node, t) in ENDS.values() for t in tasks), within=LONG_S)
+        found = [shown(one.node, task) for task in tasks]
+        assert sorted(record["status"] for record in found) == [
+            "cancelled", "completed", "completed", "failed", "failed",
+        ]  # fmt: skip
+        assert {record["userId"] for record in found} == {"user_789", "queue:src"}
+        assert "Traceback" not in json.dumps(found)
+
+
+async def test_celery_results_that_came_while_nobody_listened(
+    redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path
+) -> None:
+    store = {"url": f"sqlite:{tmp_path / 'store.db'}"}
+    messages = captured("celery")["without_E"]
+    started = next(m for m in messages if m["channel"].startswith("celery-task-meta-"))
+    task = started["channel"].removeprefix("celery-task-meta-")
+    async with server(store=store, **table(redis, "celery")) as one:
+        await until_up(one.node)
+        oracle.publish(started["channel"], started["data"])
+        await until(one.node, task, "processing")
+        await one.node.broker.save_mark("queue:src", "1000000000000")
+    for message in messages:
+        if message["channel"].startswith("celery-task-meta-"):
+            oracle.set(message["channel"], message["data"])
+    async with server(store=store, **table(redis, "celery")) as one:
+        await until(one.node, task, "completed")
+        await eventually(lambda: len(one.node.jobs) == 5, within=LONG_S)
+        assert {job.latest.ended for job in one.node.jobs.jobs.values()} == {True}
+
+
+@pytest.mark.parametrize("notices", ["Kh", "AKE", ""])
+async def test_rq_told_by_notices_and_polled(redis: RedisServer, oracle: redis_py.Redis, notices: str) -> None:
+    rq = captured("rq")
+    oracle.config_set("notify-keyspace-events", notices)
+    queues = table(redis, "rq", poll=0.02)
+    async with server(store={"url": "memory:"}, **queues) as one:
+        await until_up(one.node)
+        oracle.sadd("rq:queues", "rq:queue:video")
+        previous = 0.0
+        with oracle.pipeline() as pipeline:
+            for command in rq["redis_write_commands_in_order"]:
+                # What was sent together was one transaction.
+                if command["t"] - previous > 0.002:
+                    pipeline.execute()
+                    wanted = command["args"][1]
+                    if previous and isinstance(wanted, str):
+                        await eventually(lambda: len(one.node.jobs) > 0, within=LONG_S)
+                previous = command["t"]
+                pipeline.execute_command(*(raw(argument) for argument in command["args"]))
+            pipeline.execute()
+        ok = await until(one.node, rq["job_ok"], "completed")
+        failed = await until(one.node, rq["job_failed_after_retry"], "failed")
+        assert (ok["userId"], ok["kind"], ok["progress"]) == ("user_789", "jobs.encode", 100)
+        assert failed["message"] == failed["error"]
+        assert failed["userId"] == "queue:src"
+
+
+@pytest.mark.slow
+async def test_an_rq_job_whose_worker_is_silent_and_one_that_vanishes(
+    redis: RedisServer, oracle: redis_py.Redis
+) -> None:
+    common = {"created_at": "2026-01-01T00:00:00.000001Z", "status": "started", "origin": "video"}
+    oracle.hset("rq:job:a", mapping={**common, "last_heartbeat": "2026-01-01T00:00:00.000001Z"})
+    oracle.hset("rq:job:b", mapping={**common, "last_heartbeat": "2999-01-01T00:00:00.000001Z"})
+    oracle.hset("rq:job:c", mapping={**common, "origin": "other"})
+    oracle.sadd("rq:queues", "rq:queue:video", "rq:queue:other")
+    oracle.zadd("rq:wip:video", {"a:x": 1, "b:x": 1})
+    oracle.zadd("rq:wip:other", {"c:x": 1})
+    queues = table(redis, "rq", poll=0.05, stalled_after=0.5, queues=["video"])
+    async with server(store={"url": "memory:"}, **queues) as one:
+        await until(one.node, "a", "stalled")
+        assert (await until(one.node, "a", "failed"))["error"] == "lost"
+        oracle.hset("rq:job:a", mapping={"status": "queued", "enqueued_at": "2026-01-01T00:01:00.000001Z"})
+        assert (await until(one.node, "a", "queued"))["attempt"] == 2
+        await until(one.node, "b", "processing")
+        oracle.delete("rq:job:b")
+        await until(one.node, "b", "completed")
+        assert status(one.node, "c") is None
+
+
+@pytest.mark.slow
+async def test_a_source_that_is_away_is_told_and_comes_back(tmp_path: Path) -> None:
+    with running_server(tmp_path) as redis:
+        async with server(store={"url": "memory:"}, **table(redis, "bullmq", queues=["video"])) as one:
+            await until_up(one.node)
+            redis.kill()
+            assert one.node.queues is not None
+            queues = one.node.queues
+            await eventually(lambda: queues.states()["src"]["state"] == "away", within=LONG_S)
+            ready = await one.ask("GET", "/ready")
+            assert ready.status == 200
+            assert ready.json["queues"]["src"]["reason"]
+            redis.start()
+            await until_up(one.node)
+            with redis.oracle() as oracle:
+                put_stream(oracle, "bull:video:events", STREAM[:6])
+            await until(one.node, "video:1", "completed")
+
+
+@pytest.mark.slow
+async def test_of_several_nodes_one_takes_in_and_another_goes_on(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    tables: dict[str, Any] = {"store": {"url": f"{redis.url}/1"}, **table(redis, "bullmq", queues=["video"])}
+    async with server(**tables) as first:
+        await until_up(first.node)
+        put_stream(oracle, "bull:video:events", STREAM[:3])
+        await until(first.node, "video:1", "processing")
+        async with server(**tables) as second:
+            assert second.node.queues is not None
+            theirs = second.node.queues
+            await eventually(lambda: theirs.states()["src"]["state"] == "standby", within=LONG_S)
+            first.node.start_drain()
+            await until_up(second.node)
+            put_stream(oracle, "bull:video:events", STREAM[3:6])
+            record = await until(second.node, "video:1", "completed")
+            assert record["version"] == 6
+
+
+async def test_many_queues_are_found_as_they_come(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bullmq, "_DISCOVER_S", 0.05)
+    async with server(store={"url": "memory:"}, **table(redis, "bullmq")) as one:
+        await until_up(one.node)
+        for number in range(5):
+            oracle.hset(f"bull:q{number}:meta", mapping=BULLMQ["meta_hash"])
+            put_stream(oracle, f"bull:q{number}:events", STREAM[:6])
+        for number in range(5):
+            await until(one.node, f"q{number}:1", "completed")
