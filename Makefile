@@ -74,7 +74,7 @@ $(BIN)/statuswire: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	$(BIN)/pip install --quiet --editable '.[test,queues-test,lint]'
 	@touch $(BIN)/statuswire $@
 
 $(WEB)/.done: tools/web/package.json tools/web/package-lock.json

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Final
 
 import trio
 
 from protocol.queues import bullmq
-from protocol.queues.sighting import Sighting
-from protocol.update import ENDED, FAILED
+from protocol.queues.sighting import Sighting, job_id
+from protocol.update import CANCELLED, ENDED, FAILED
 from server.brokers.redis_client import Client
 from server.config import Queue
 from server.ingest.queues.source import ask, texts
@@ -91,7 +92,7 @@ async def look(client: Client, taker: Taker, config: Queue, queue: str, seq: int
     missing = [job for job in ours if job not in places]
     return [
         *await _read(client, config, queue, wanted, places, seq),
-        *await _vanished(client, config, queue, missing, seq),
+        *await _vanished(client, taker, config, queue, missing, seq),
     ]
 
 
@@ -117,18 +118,28 @@ async def _read(
     return found
 
 
-async def _vanished(client: Client, config: Queue, queue: str, jobs: list[str], seq: int) -> list[Sighting]:
-    """Jobs that are nowhere: they were removed, by somebody or after their end. Which end is not known."""
+async def _vanished(
+    client: Client, taker: Taker, config: Queue, queue: str, jobs: list[str], seq: int
+) -> list[Sighting]:
+    """Jobs that are nowhere: they were removed, by somebody or after their end.
+
+    Bull does not tell that a job was removed that nobody had begun. Otherwise events were lost, and which end it was.
+    """
     prefix = prefix_of(config)
     answers = await ask(client, [("EXISTS", bullmq.job_key(prefix, queue, job)) for job in jobs])
-    at_ms = max(seq >> 20, 0)
-    return [
-        Sighting(
-            job=job, queue=queue, at_ms=at_ms, seq=seq or None, status=FAILED, error="its end was missed", removed=True
-        )
-        for job, there in zip(jobs, answers, strict=True)
-        if not there
-    ]
+    now_ms = round(time.time() * 1000)
+    found = []
+    for job, there in zip(jobs, answers, strict=True):
+        if there:
+            continue
+        one = taker.open.get(job_id(queue, job))
+        seen = Sighting(job=job, queue=queue, at_ms=seq >> 20 if seq else now_ms, seq=seq or None, removed=True)
+        if seq or (one is not None and one.processing):
+            seen.status, seen.error = FAILED, "its end was missed"
+        else:
+            seen.status = CANCELLED
+        found.append(seen)
+    return found
 
 
 class Watch:

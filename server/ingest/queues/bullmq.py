@@ -32,8 +32,11 @@ class BullMq(Source):
         next_look = -1.0
         while True:
             if trio.current_time() >= next_look:
-                next_look = trio.current_time() + _DISCOVER_S
-                for queue in await self._find(client):
+                began = trio.current_time()
+                found = await self._find(client)
+                # A Redis with millions of other keys is not looked through all the time.
+                next_look = trio.current_time() + max(_DISCOVER_S, 50 * (trio.current_time() - began))
+                for queue in found:
                     if queue not in self._queues:
                         await self._begin(client, queue, places.get(queue))
             if not self._queues:
