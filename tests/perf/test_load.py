@@ -17,6 +17,8 @@ from perf.bare import STREAM_HEAD, SWITCH, Template, chunk, frame
 from perf.load import LoadClient, LoadError
 from perf.measure import Target
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SNAPSHOT = b'{"type":"subscribed","jobIds":["bench"],"snapshot":[{"jobId":"bench","version":10}]}'
 SSE_SNAPSHOT = b'id: e:1\ndata: {"type":"snapshot","jobs":[{"jobId":"bench","version":10}]}\n\n'

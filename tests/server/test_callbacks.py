@@ -26,6 +26,8 @@ from tests.redis_servers import RedisServer, running_server
 from tests.streams import event_stream, lose_log, put, session
 from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, until
 
+pytestmark = pytest.mark.slow
+
 SECRET: Final = "a secret that is shared"
 MIB: Final = 1024 * 1024
 USER: Final = bearer("alice")
@@ -326,7 +328,6 @@ async def test_a_restart_forgets_nothing_and_repeats_nothing(tmp_path: Path) -> 
         assert Counter(app.jobs) == Counter(["told", "not-told", "meanwhile"])
 
 
-@pytest.mark.slow
 async def test_killed_before_it_told(tmp_path: Path) -> None:
     async with application() as app:
         app.statuses = [503]
@@ -348,7 +349,6 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield running
 
 
-@pytest.mark.slow
 async def test_of_several_nodes_one_tells(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks, "LEASE_S", 1.0)
     store = {"store": {"url": redis.url}}
