@@ -183,7 +183,9 @@ class Follower:
             while True:
                 self._wanted |= missing
                 await self.synchronise()
-                if not self._missing(missing):
+                # All of them: while it took long, one that was there at first may have been let go of.
+                missing = self._missing(shards)
+                if not missing:
                     return
         raise unavailable("Redis does not answer in time")
 
@@ -432,6 +434,7 @@ class Follower:
             self.seen[shard], self._seen_data[shard] = stamp, data
         self._loaded |= shards
         self.followed |= shards
+        self._gap = True  # others' messages that wait here may be later than what these have not shown yet
 
     def _load_inboxes(self, stored: list[tuple[Update, list[str]]], limit: int) -> None:
         self._inboxes.load((notice, users) for notice, users in stored if notice.offset <= limit)
@@ -536,6 +539,7 @@ class Follower:
             if len(self._over) > _MAX_OVER:
                 del self._over[next(iter(self._over))]
         self.begin(epoch.decode(), offset)
+        self._gap = True  # what was published while it was loaded
         # Entries of the old epoch count in the new one: nobody resumes behind them with an old cursor.
         self._history.fill([update for message in messages for update in entries_of(message)])
         self._history.forget(cut)

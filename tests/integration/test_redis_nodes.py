@@ -23,7 +23,7 @@ from protocol.fields import decode_fields
 from server.app import StartError
 from server.brokers import redis_broker, redis_follower
 from server.brokers.base import Accepted, Cancel, Delete, Publish
-from server.brokers.redis_client import Script
+from server.brokers.redis_client import RedisClientError, Script
 from server.brokers.redis_keys import AFTER, CHANNELS, LOAD, NOTICES_SHARD, SHARDS, shard_of
 from tests.redis_servers import (
     RedisServer,
@@ -428,6 +428,70 @@ async def test_a_node_lets_go_of_what_nobody_watches_any_more(
         assert versions == {f"of-{user}": 1 for user in users[1:]} | {"a": 6, "of-user-1": 7}
         offsets = [update.offset for update in two.node.history.everything(0)]
         assert offsets == list(range(1, two.node.history.last + 1))
+
+
+async def test_what_was_let_go_of_while_a_reader_waited_is_followed_again(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that was further on another node waits until this one has caught up, and that may take long."""
+    async with two_nodes(redis.url, auth=AUTH) as (one, two):
+        follower = two.node.shared.follower  # type: ignore[union-attr]
+        synchronise = follower.synchronise
+        waits = 0
+
+        async def long() -> None:
+            nonlocal waits
+            waits += 1
+            if waits == 1:
+                await publish(one, "b", userId="bob")
+            with monkeypatch.context() as patch:
+                if waits == 1:
+                    patch.setattr(redis_follower, "IDLE_S", 0.0)
+                await synchronise()
+
+        first = await publish(one, "a", userId="alice")
+        assert (await two.get("/api/v2/jobs/a", bearer("alice"))).status == 200
+        assert shard_of("alice") in follower.followed
+        monkeypatch.setattr(follower, "synchronise", long)
+        async with session(two, token=token("alice")) as ws:
+            begun = await ws.subscribe(last_seen=f"{one.node.history.epoch}:{first.offset + 1}")
+            assert begun["recovered"]
+            await publish(one, "a", progress=1)
+            assert (await ws.receive())["version"] == 2
+            assert waits == 2
+
+
+async def test_nothing_is_shown_between_loading_and_reading_what_came_meanwhile(redis: RedisServer) -> None:
+    """Redis goes away in between: other shards must not get past what the loaded one has not shown yet."""
+    async with two_nodes(redis.url, auth=AUTH) as (one, two):
+        follower = two.node.shared.follower  # type: ignore[union-attr]
+        subscribe, call_script = follower._subscribe, follower.client.call_script
+        failed = False
+
+        async def late(shards: set[int]) -> None:
+            await publish(one, "a", progress=1)  # no message of it comes here
+            await subscribe(shards)
+
+        async def failing(script: Script, keys: Any, arguments: Any, **options: Any) -> Any:
+            nonlocal failed
+            if script is AFTER and not failed:
+                failed = True
+                await publish(one, "b", progress=1)
+                await until(lambda: follower._buffer)
+                raise RedisClientError("away")
+            return await call_script(script, keys, arguments, **options)
+
+        await publish(one, "a", userId="alice")
+        await publish(one, "b", userId="bob")
+        async with session(two, token=token("bob")) as bobs, session(two, token=token("alice")) as alices:
+            await bobs.subscribe()
+            epoch = two.node.history.epoch
+            follower._subscribe = late  # type: ignore[method-assign]
+            follower.client.call_script = failing  # type: ignore[method-assign]
+            assert [job["version"] for job in (await alices.subscribe())["snapshot"]] == [2]
+            update = await bobs.receive()
+            assert (update["jobId"], update["version"]) == ("b", 2)
+            assert (failed, two.node.history.epoch) == (True, epoch)
 
 
 async def test_the_log_in_redis_is_bounded_by_age(redis: RedisServer) -> None:
