@@ -44,9 +44,23 @@ test-fast: setup-dev  ## the tests that take under a minute
 bench: setup  ## measure speed beside this machine's bare limit (needs gcc; see perf/README.md)
 	$(BIN)/python -m perf.bench $(BENCH_ARGS)
 
-.PHONY: budget
+.PHONY: budget peers bench-peers
 budget: setup system  ## count instructions per delivery, publish and connection, and make them the budget
 	$(BIN)/python -m perf.budget --write
+
+peers: system  ## install what others make, to be measured beside this server (into .venv/peers, for nothing else)
+	test -x $(VENV)/peers/bin/python || $(BIN)/python -m venv $(VENV)/peers
+	$(VENV)/peers/bin/pip install --quiet -r perf/peers/requirements.txt
+	mkdir -p $(VENV)/peers/node && cp perf/peers/package.json perf/peers/package-lock.json $(VENV)/peers/node
+	cd $(VENV)/peers/node && npm ci --silent --no-fund --no-audit
+	@# Nothing of Debian's is installed: nginx and the module made for it are only unpacked, and run as one process.
+	test -e $(VENV)/peers/nginx/usr/sbin/nginx || { mkdir -p $(VENV)/peers/nginx && cd $(VENV)/peers/nginx && \
+		apt-get -qq -o APT::Sandbox::User=root download nginx libnginx-mod-nchan && \
+		for package in *.deb; do dpkg -x $$package . || exit; done; } || echo 'without nchan: no package of it here' >&2
+
+bench-peers: setup peers  ## this server beside others, in one run: tables, plots, documents (eight minutes)
+	$(BIN)/pip install --quiet --editable '.[plots]'
+	$(BIN)/python -m perf.peers $(BENCH_ARGS)
 
 web: $(WEB)/.done  ## make what browsers are given in server/web/ from server/web/src/ (needs node; `make system`)
 	node tools/web/build.mjs $(WEB)

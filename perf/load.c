@@ -4,8 +4,10 @@
  *
  * Controlled by one flat JSON object a line on stdin, answers by one a line on stdout:
  *   {"cmd":"start","transport":"ws"|"sse"|"poll","host","port","path","headers","subscribe","connections","rate","window","sources",
- *    "rcvbuf","sample","full_every","check","churn_seconds","first","step"}   -> {"event":"ready",...} once all have their first snapshot or failed
- *        {n} in path and subscribe is first + index * step, so that each reader can watch something of its own
+ *    "rcvbuf","sample","full_every","check","churn_seconds","first","step","turn"}   -> {"event":"ready",...} once all have their first
+ *        snapshot or failed
+ *        {n} in path and subscribe is first + index * step, so that each reader can watch something of its own; turn: the index begins
+ *        anew after so many, so that they share (0: never)
  *        rate: arrivals per second (0: as many as answered, at most "window" on their way); sources: spread over that many
  *        addresses of 127.0.0.0/8; churn_seconds: each connection is closed after its first snapshot and opened anew until then
  *        (no "ready": watch "pending" in the report)
@@ -13,10 +15,12 @@
  *   {"cmd":"report"}  counters since the mark                                -> {"event":"report",...}
  *   {"cmd":"sample"}  the newest update on connection 0, as sent (hex)       -> {"event":"sample",...}
  *   {"cmd":"publish","host","port","job","jobs","fields","headers","connections","depth","batch","ndjson","rate","requests",
- *    "seconds","lockstep","spin","first","step"}                              -> {"event":"published",...} at its end
+ *    "seconds","lockstep","spin","first","step","feed"}                       -> {"event":"published",...} at its end
  *        batch 0: one update a request to /api/v2/jobs/{job}/updates, else batches to /api/v2/updates; rate: updates per second,
  *        0 as fast as answered; jobs above 1: updates go in turn to {job}-{first}, {job}-{first + step}, ...,
- *        and {n} in fields is that number; spin: until the end this process
+ *        and {n} in fields is that number; lockstep: at most so many updates that have not reached every reader of this process;
+ *        feed: for servers that only pass messages on, whole messages to them: "lines": "<job>\t<message>\n", nothing is answered; "frames": the
+ *        same as WebSocket messages to /feed; "post": one HTTP request each to /pub/<job>; spin: until the end this process
  *        looks for events without ever sleeping, so that nobody who sends to it has to wake it
  *   {"cmd":"close"}   closes the readers                                     -> {"event":"closed"}
  *   {"cmd":"quit"}
@@ -91,6 +95,6 @@ int main(void) {
         }
         if (R.opened < R.wanted && R.rate <= 0) readers_arrive();
         tell_ready();
-        if (P.active && P.lockstep && R.deliveries >= P.expected_deliveries) publish_more();
+        if (P.active && P.lockstep && lockstep_room()) publish_more();
     }
 }

@@ -1,5 +1,5 @@
 /* Publisher: HTTP/1.1 over keep-alive connections, one update a request or in batches, each update stamped with the time it
- * was written ("message":"t=<nanoseconds of CLOCK_MONOTONIC>").
+ * was written ("message":"t=<nanoseconds of CLOCK_MONOTONIC>"). Other servers are fed whole messages, see "feed" in load.c.
  *
  * Three ways to decide when: at a fixed rate (a schedule that never waits for answers as long as the pipeline has room; how
  * late it ran is reported), as fast as answered, or in lockstep with the readers of this process: the next update leaves when
@@ -22,8 +22,8 @@ struct publisher {
 };
 
 static struct {
-    bool active, lockstep, ndjson, spin; /* spin: look for events all the time, never sleep */
-    unsigned connections, depth, batch, jobs, turn, first_number, step;
+    bool active, ndjson, spin, lines, frames, post; /* spin: look for events all the time, never sleep */
+    unsigned connections, depth, batch, lockstep, jobs, turn, first_number, step;
     char *host, *job, *fields, *headers;
     int port, schedule;
     double rate;
@@ -70,7 +70,46 @@ static size_t write_update(char *to, bool named, uint64_t stamp) {
     return (size_t)(to - start);
 }
 
+/* A message as a server that only passes it on sends it to readers: 150 bytes. */
+static int write_message(char *to, uint64_t stamp) {
+    return sprintf(to, "{\"type\":\"status_update\",\"id\":\"%010llu\",\"jobId\":\"%.12s\",\"message\":\"t=%016llu\",\"status\":\"processing\",\"progress\":45,\"version\":%llu}",
+                   (unsigned long long)P.published, P.job, (unsigned long long)stamp, 100000000 + (unsigned long long)(P.published / P.jobs));
+}
+
+static int write_channel(char *to) {
+    return P.jobs > 1 ? sprintf(to, "%s-%u", P.job, job_number()) : sprintf(to, "%s", P.job);
+}
+
+/* One request with a message, or a batch of lines, for servers that only pass messages on. */
+static void publish_feed(struct publisher *p) {
+    unsigned times = P.batch ? P.batch : 1;
+    size_t need = (600 + strlen(P.headers) + strlen(P.job)) * times;
+    if (p->out_length + need > p->out_room) {
+        p->out = realloc(p->out, p->out_room = 2 * (p->out_length + need));
+        if (!p->out) die("realloc");
+    }
+    uint64_t stamp = now_ns();
+    for (unsigned i = 0; i < times; i++, P.published++) {
+        char *to = p->out + p->out_length, channel[130], message[300];
+        write_channel(channel);
+        int length = write_message(message, stamp);
+        if (P.post)
+            p->out_length += (size_t)sprintf(to, "POST /pub/%s HTTP/1.1\r\nHost: %s:%d\r\nContent-Length: %d\r\n%s\r\n%s", channel, P.host, P.port, length, P.headers, message);
+        else if (P.frames) { /* masked with zeros */
+            int text = sprintf(to + 8, "%s\t%s", channel, message);
+            memcpy(to, (char[8]){(char)0x81, (char)0xfe, (char)(text >> 8), (char)text}, 8);
+            p->out_length += 8 + (size_t)text;
+        } else p->out_length += (size_t)sprintf(to, "%s\t%s\n", channel, message);
+        if (P.post) p->sent_ns[(p->head + p->waiting++) % DEPTH] = stamp;
+        else P.accepted++;
+    }
+    P.issued++;
+    P.expected_deliveries += times * (uint64_t)R.ready;
+    publisher_flush(p);
+}
+
 static void publish_one(struct publisher *p) {
+    if (P.lines || P.frames || P.post) { publish_feed(p); return; }
     size_t each = strlen(P.fields) + strlen(P.job) + 100, need = 600 + strlen(P.headers) + (P.batch ? P.batch : 1) * each;
     if (p->out_length + need > p->out_room) {
         p->out = realloc(p->out, p->out_room = p->out_length + need);
@@ -100,7 +139,7 @@ static void publish_one(struct publisher *p) {
     p->out_length += (size_t)head + length;
     p->sent_ns[(p->head + p->waiting++) % DEPTH] = stamp;
     P.issued++;
-    if (P.lockstep) P.expected_deliveries = R.deliveries + (P.batch ? P.batch : 1) * (uint64_t)R.ready;
+    P.expected_deliveries += (P.batch ? P.batch : 1) * (uint64_t)R.ready;
     publisher_flush(p);
 }
 
@@ -108,6 +147,18 @@ static uint64_t waiting_answers(void) {
     uint64_t n = 0;
     for (unsigned i = 0; i < P.connections; i++) n += P.all[i].waiting;
     return n;
+}
+
+static bool unsent(void) {
+    for (unsigned i = 0; i < P.connections; i++)
+        if (P.all[i].fd >= 0 && P.all[i].out_sent < P.all[i].out_length) return true;
+    return false;
+}
+
+/* Whether another update may be on its way. */
+static bool lockstep_room(void) {
+    uint64_t each = (P.batch ? P.batch : 1) * (uint64_t)R.ready;
+    return R.deliveries + (P.lockstep - 1) * each >= P.expected_deliveries;
 }
 
 static void publish_done(void) {
@@ -141,7 +192,7 @@ static void publish_more(void) {
     unsigned alive = 0;
     for (unsigned i = 0; i < P.connections; i++) alive += P.all[i].fd >= 0;
     while (alive && !over && P.issued < due) {
-        if (P.lockstep && P.issued && (waiting_answers() || R.deliveries < P.expected_deliveries)) break;
+        if (P.lockstep && P.issued && (waiting_answers() >= P.lockstep || !lockstep_room())) break;
         struct publisher *p = NULL;
         for (unsigned i = 0; i < P.connections && !p; i++) {
             struct publisher *candidate = &P.all[P.turn++ % P.connections];
@@ -161,7 +212,7 @@ static void publish_more(void) {
     }
     bool complete = over || (P.wanted && P.issued >= P.wanted) || !alive;
     bool late = P.until_ns && now > P.until_ns + 5000000000u; /* answers that took longer count as unanswered */
-    if (complete && (late || (!waiting_answers() && (!P.lockstep || R.deliveries >= P.expected_deliveries)))) publish_done();
+    if (complete && (late || (!waiting_answers() && !unsent() && (!P.lockstep || R.deliveries >= P.expected_deliveries)))) publish_done();
 }
 
 /* Takes in one answer if it is there whole: its length, or 0. */
@@ -228,13 +279,19 @@ static void publish_start(const char *command) {
     P.rate = json_number(command, "rate", 0);
     P.wanted = (uint64_t)json_number(command, "requests", 0);
     P.spin = json_number(command, "spin", 0) != 0;
-    P.lockstep = json_number(command, "lockstep", 0) != 0;
+    P.lockstep = (unsigned)json_number(command, "lockstep", 0);
+    char *feed = json_string(command, "feed", "");
+    P.lines = !strcmp(feed, "lines");
+    P.frames = !strcmp(feed, "frames");
+    P.post = !strcmp(feed, "post");
+    free(feed);
     double seconds = json_number(command, "seconds", 0);
     if (!P.connections || P.connections > PUBLISHERS || !P.depth || P.depth > DEPTH || !(P.wanted || seconds > 0) || strlen(P.job) > 100) {
         puts("{\"event\":\"error\",\"error\":\"connections 1-64, depth 1-256, and requests or seconds are needed\"}");
         return;
     }
-    P.issued = P.answered = P.accepted = P.duplicates = P.failed = P.latest_slip_ns = P.idle_ns = P.expected_deliveries = 0;
+    P.issued = P.answered = P.accepted = P.duplicates = P.failed = P.latest_slip_ns = P.idle_ns = 0;
+    P.expected_deliveries = R.deliveries;
     P.turn = 0;
     P.error_text[0] = 0;
     histogram_clear(&P.answer);
@@ -246,6 +303,12 @@ static void publish_start(const char *command) {
         int one = 1;
         setsockopt(p->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
         if (connect(p->fd, (struct sockaddr *)&peer, sizeof peer) < 0) die("connect (publisher)");
+        if (P.frames) {
+            dprintf(p->fd, "GET /feed HTTP/1.1\r\nHost: %s:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n", P.host, P.port);
+            char answer[2048] = "";
+            if (recv(p->fd, answer, sizeof answer - 1, 0) < 12 || atoi(answer + 9) != 101) die("the feed's handshake");
+        }
         fcntl(p->fd, F_SETFL, O_NONBLOCK);
         watch(p->fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, TAG_PUBLISHER, i);
     }

@@ -31,7 +31,7 @@ static struct {
     struct sockaddr_in peer;
     bool websocket, poll, check, churn;
     char *subscribe, *host, *path, *headers; /* {n} in path or subscribe: a number of each reader's own */
-    unsigned wanted, opened, sample, full_every, window, sources, rcvbuf, first_number, step;
+    unsigned wanted, opened, sample, full_every, window, sources, rcvbuf, first_number, step, turn;
     double rate;
     uint64_t arrivals_from_ns, churn_until_ns;
     int arrivals;
@@ -219,9 +219,13 @@ static inline void batch_add(struct reader *r, const char *at, size_t length) {
     R.batch[R.batched++] = (struct message){at, length};
 }
 
+static unsigned reader_number(const struct reader *r) {
+    return R.first_number + (R.turn ? r->index % R.turn : r->index) * R.step;
+}
+
 /* A text frame from a client, masked with zeros: the mask must be there, its value is free (RFC 6455, section 5.3). */
 static void reader_subscribe(struct reader *r) {
-    char *text = with_number(R.subscribe, R.first_number + r->index * R.step);
+    char *text = with_number(R.subscribe, reader_number(r));
     size_t n = strlen(text), head = n < 126 ? 6 : 8;
     char *frame = calloc(1, head + n + 1);
     frame[0] = (char)0x81;
@@ -235,7 +239,7 @@ static void reader_subscribe(struct reader *r) {
 
 /* Asks for the stream, or for what came after the cursor. */
 static void reader_request(struct reader *r, const char *cursor) {
-    char *path = with_number(R.path, R.first_number + r->index * R.step), more[100] = "";
+    char *path = with_number(R.path, reader_number(r)), more[100] = "";
     if (R.poll) snprintf(more, sizeof more, *cursor ? "&timeout=30&last_seen=%s" : "&timeout=0%s", cursor);
     char *request = malloc(strlen(path) + strlen(R.headers) + strlen(R.host) + 500);
     int length = sprintf(request, "GET %s%s HTTP/1.1\r\nHost: %s:%d\r\n%s%s\r\n", path, more, R.host, ntohs(R.peer.sin_port),
@@ -547,6 +551,7 @@ static void readers_start(const char *command) {
     R.subscribe = json_string(command, "subscribe", "");
     R.first_number = (unsigned)json_number(command, "first", 0);
     R.step = (unsigned)json_number(command, "step", 1);
+    R.turn = (unsigned)json_number(command, "turn", 0);
     R.websocket = !strcmp(transport, "ws");
     R.poll = !strcmp(transport, "poll");
     R.peer = address(R.host, (int)json_number(command, "port", 3000));
