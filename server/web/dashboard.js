@@ -26,6 +26,7 @@ let scheduled = false;
 let choiceChanged = true;
 let nextView = 0;
 let shown = 0;
+let running = 0;
 
 const jobs = createJobs();
 const choice = { text: "", statuses: new Set(), kind: "", user: "", sort: "created" };
@@ -201,9 +202,7 @@ function arrange(now) {
   const { entries, counts, kinds, users } = jobs.view(choice);
   shown = entries.length;
   list.set(entries);
-  const running = counts.get("processing") ?? 0;
-  const title = running && state.name === "live" ? `${running} running · Statuswire` : "Statuswire";
-  if (document.title !== title) document.title = title;
+  running = counts.get("processing") ?? 0;
   for (const [status, chip] of chips) {
     const count = counts.get(status) ?? 0;
     write(chip, `${status} ${amount(count)}`);
@@ -247,6 +246,8 @@ function drawState(live) {
   );
   $("retry").hidden = !["offline", "reconnecting", "closed"].includes(name);
   $("split").classList.toggle("stale", !live);
+  const title = running && live ? `${amount(running)} running · Statuswire` : "Statuswire";
+  if (document.title !== title) document.title = title;
   const nothing = emptiness(live);
   $("empty").hidden = nothing === "";
   write($("empty"), nothing);

@@ -181,8 +181,9 @@ export function createList({ box, sizer, onOpen, onScroll }) {
         if (row.open !== (jobId === openId)) row.item.classList.toggle("open", (row.open = jobId === openId));
       }
       for (const row of spare) if (!row.item.hidden) row.item.hidden = true;
-      const at = rows.get(active);
-      if (at) box.setAttribute("aria-activedescendant", at.item.id);
+      const at = rows.get(active)?.item.id ?? null;
+      if (box.getAttribute("aria-activedescendant") === at) return;
+      if (at) box.setAttribute("aria-activedescendant", at);
       else box.removeAttribute("aria-activedescendant");
     },
   };

@@ -48,7 +48,7 @@ export function createTimeline({ root, ask, complain, onClose, schedule }) {
   let jobId = null;
   let updates = []; // by version, the newest SHOWN at most
   let waiting = []; // live ones that came before the history
-  let fresh = []; // not drawn yet
+  let fresh = 0; // how many of the last ones are not drawn yet
   let earliest = true; // whether the first of `updates` is the job's first
   let status = ""; // loading | shown | failed | deleted
   let why = "";
@@ -90,11 +90,21 @@ export function createTimeline({ root, ask, complain, onClose, schedule }) {
   }
 
   function take(record) {
-    if (status === "loading") waiting.push(record);
-    else if (record.version > (updates.at(-1)?.version ?? 0)) {
+    if (status === "loading") {
+      waiting.push(record);
+      if (waiting.length > 2 * SHOWN) waiting.splice(0, SHOWN);
+    } else if (record.version > (updates.at(-1)?.version ?? 0)) {
       updates.push(record);
-      fresh.push(record);
+      fresh += 1;
+      // Nothing is drawn while nobody looks: what comes meanwhile is bounded here.
+      if (updates.length > 2 * SHOWN) trim();
     }
+  }
+
+  function trim() {
+    if (updates.length <= SHOWN) return;
+    updates.splice(0, updates.length - SHOWN);
+    earliest = false;
   }
 
   function item(record, before) {
@@ -121,8 +131,8 @@ export function createTimeline({ root, ask, complain, onClose, schedule }) {
       rebuilt = false;
       curveAt = 0;
       curveOf = null;
-    } else if (fresh.length) {
-      const shown = updates.slice(-Math.min(fresh.length, SHOWN));
+    } else if (fresh) {
+      const shown = updates.slice(-Math.min(fresh, SHOWN));
       let before = updates[updates.length - shown.length - 1];
       for (const record of shown) {
         list.prepend(item(record, before));
@@ -130,11 +140,8 @@ export function createTimeline({ root, ask, complain, onClose, schedule }) {
       }
       while (list.children.length > SHOWN) list.lastElementChild.remove();
     }
-    fresh = [];
-    if (updates.length > SHOWN) {
-      updates.splice(0, updates.length - SHOWN);
-      earliest = false;
-    }
+    fresh = 0;
+    trim();
   }
 
   function drawCurve(now) {

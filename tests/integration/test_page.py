@@ -307,6 +307,13 @@ async def test_a_timeline_is_history_and_then_live(new_page: NewPage, server: Ru
     await say(server, "POST", "updates", many)
     await page.wait(f"{updates}[0].includes('step 699') && {updates}.length === 300")
     await page.wait(f"{TIMELINE}.textContent.includes('earlier ones are not shown')")
+    # So it is with what comes while another part is looked at.
+    await click(page, "document.getElementById('tab-playground')")
+    await say(server, "POST", "updates", [{"jobId": "long-one", "message": f"late {n}"} for n in range(2000)])
+    await publish(server, "later")
+    await click(page, "document.getElementById('tab-jobs')")
+    await page.wait(f"{job('later')} && {updates}[0].includes('late 1999') && {updates}.length === 300")
+    assert "late 1700" in await page.run(f"{updates}[299]")
     assert page.problems == []
 
 
