@@ -11,6 +11,12 @@ import { createTimeline } from "./timeline.js";
 
 const TRANSPORTS = { websocket: "WebSocket", sse: "SSE", longpoll: "long-poll", poll: "polling" };
 const WORDS = { connecting: "Connecting", live: "Live", reconnecting: "Reconnecting", offline: "Offline", token: "Token needed", closed: "Closed" };
+// What the client says of it in one word.
+const WHY = {
+  unreachable: "the server cannot be reached",
+  timeout: "the server does not answer",
+  offline: "this device is offline",
+};
 // Orders that change with every update are not made anew more often, nor with more than a share of the time.
 const VIEW_MS = 400;
 const VIEW_SHARE = 0.05;
@@ -139,7 +145,7 @@ function follow() {
     return;
   }
   const name = { connecting: lastLive ? "reconnecting" : "connecting", offline: "offline", closed: "closed" }[client.state];
-  become(name, state.transport, error?.message ?? "");
+  become(name, state.transport, WHY[error?.code] ?? error?.message ?? "");
 }
 
 function settle() {

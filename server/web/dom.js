@@ -26,13 +26,19 @@ export function write(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+// Characters that turn the direction of what comes after them: with these a text could pass for what stands beside it.
+const TURNING = /[\u202a-\u202e\u2066-\u2069]/g;
+const OTHER_SCRIPT = /[^\u0000-\u024f]/;
+
+/** Texts in one line, each in the direction of its own script. */
 export function join(parts) {
-  return parts.filter(Boolean).map(asText).join(" · ");
+  const texts = parts.filter(Boolean).map(asText);
+  return texts.map((text) => (OTHER_SCRIPT.test(text) ? `\u2068${text}\u2069` : text)).join(" · ");
 }
 
 export function asText(value) {
   if (value === undefined || value === null) return "";
-  return typeof value === "string" ? value : JSON.stringify(value);
+  return (typeof value === "string" ? value : JSON.stringify(value)).replace(TURNING, "");
 }
 
 const two = (number) => String(number).padStart(2, "0");

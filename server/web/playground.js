@@ -1,6 +1,6 @@
 // Publishing by hand, and what goes over the wire of each transport, as it is.
 
-import { $, asText, el, write } from "./dom.js";
+import { $, el, write } from "./dom.js";
 import { call } from "./session.js";
 import { WIRES } from "./wire.js";
 
@@ -115,7 +115,7 @@ export function createPlayground() {
 
     // `way` is ">" for what we send, "<" for what comes, "" for what is neither.
     function tell(way, text) {
-      pending.push([way, asText(text)]);
+      pending.push([way, text]);
       if (pending.length > LINES) pending.shift();
       if (scheduled) return;
       scheduled = true;

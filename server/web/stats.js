@@ -170,7 +170,7 @@ export function createStats() {
       one.channels.join(", "),
       one.clientId,
     ];
-    return el("tr", "", ...cells.map((text) => el("td", "", text)));
+    return el("tr", "", ...cells.map((text) => Object.assign(el("td", "", text), { title: text })));
   }
 
   function fail(error) {

@@ -149,6 +149,7 @@ export function createTimeline({ root, ask, complain, onClose, schedule }) {
     curveAt = now;
     if (curveOf === updates.at(-1)) return;
     curveOf = updates.at(-1);
+    progress.svg.toggleAttribute("hidden", updates.length < 2);
     const times = updates.map((record) => Date.parse(record.timestamp));
     const span = times.at(-1) - times[0] || 1;
     progress.draw(updates.map((record, at) => [(times[at] - times[0]) / span, (record.progress ?? 0) / 100]));

@@ -171,6 +171,10 @@ async def test_text_of_jobs_stays_in_its_place(new_page: NewPage, server: Runnin
         await page.wait(job(name))
         assert await page.run(f"{boxes}('{name}')") == usual
         assert await page.run(f"getComputedStyle({job(name)}.querySelector('.what')).unicodeBidi") == "isolate"
+    # Nothing of a kind reaches over to the user that stands behind it.
+    who = await page.run(job("turned", ".who"))
+    assert "\u202e" not in who
+    assert who.endswith(" · anonymous")
     await open_timeline(page, "x" * 128)
     assert await page.run("document.documentElement.scrollWidth") <= 1200
     assert await page.run(f"{TIMELINE}.scrollWidth <= {TIMELINE}.clientWidth")
@@ -541,7 +545,7 @@ async def test_it_is_honest_while_the_device_is_offline(new_page: NewPage, serve
     condition = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     await page.call("Network.emulateNetworkConditions", offline=True, **condition)
     await page.wait(f"{STATE} === 'offline'")
-    assert "offline" in await page.run(text_of("state-more"))
+    assert "this device is offline" in await page.run(text_of("state-more"))
     await page.call("Network.emulateNetworkConditions", offline=False, **condition)
     await page.wait(f"{STATE} === 'live'")
 
