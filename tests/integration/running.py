@@ -58,7 +58,7 @@ async def running(directory: Path, *arguments: str, environ: Mapping[str, str] |
     )
     assert process.stdout is not None
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(60):  # a loaded machine needs more than twenty seconds for it at times
             start_line = b""
             while not start_line.endswith(b"\n"):
                 data = await process.stdout.receive_some()
