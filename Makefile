@@ -30,7 +30,7 @@ run: setup  ## start the server with a live demo (ARGS="--port 8080" is passed o
 	@# The shell becomes the server, so a signal for this command reaches it; the demo ends when the server's output does.
 	@exec $(BIN)/statuswire serve $(ARGS) > >(exec $(BIN)/python tools/demo.py --follow)
 
-test: setup-dev system  ## run every test and measure coverage
+test: setup-dev system $(VENV)/load/.done  ## run every test and measure coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
@@ -44,7 +44,7 @@ test-fast: setup-dev  ## the tests that take under a minute
 bench: setup  ## measure speed beside this machine's bare limit (needs gcc; see perf/README.md)
 	$(BIN)/python -m perf.bench $(BENCH_ARGS)
 
-.PHONY: budget peers bench-peers
+.PHONY: budget peers bench-peers load locust
 budget: setup system  ## count instructions per delivery, publish and connection, and make them the budget
 	$(BIN)/python -m perf.budget --write
 
@@ -57,6 +57,18 @@ peers: system  ## install what others make, to be measured beside this server (i
 	test -e $(VENV)/peers/nginx/usr/sbin/nginx || { mkdir -p $(VENV)/peers/nginx && cd $(VENV)/peers/nginx && \
 		apt-get -qq -o APT::Sandbox::User=root download nginx libnginx-mod-nchan && \
 		for package in *.deb; do dpkg -x $$package . || exit; done; } || echo 'without nchan: no package of it here' >&2
+
+load: setup $(VENV)/load/.done  ## users of every kind by Locust, headless, and what must hold (LOAD_ARGS="--seconds 10")
+	$(BIN)/python -m perf.scenarios $(LOAD_ARGS)
+
+locust: $(VENV)/load/.done  ## the same users with Locust's web page, against a server that runs (LOAD_ARGS="--host URL")
+	$(VENV)/load/bin/locust -f perf/locustfile.py --class-picker --host http://127.0.0.1:3000 $(LOAD_ARGS)
+
+# Locust brings gevent, which has no business in the server's own place.
+$(VENV)/load/.done: pyproject.toml | $(BIN)/python
+	test -x $(VENV)/load/bin/python || $(BIN)/python -m venv $(VENV)/load
+	$(VENV)/load/bin/pip install --quiet --editable '.[load]'
+	@touch $@
 
 bench-peers: setup peers  ## this server beside others, in one run: tables, plots, documents (eight minutes)
 	$(BIN)/pip install --quiet --editable '.[plots]'

@@ -1,0 +1,411 @@
+"""Users for Locust: what readers and publishers do, over every transport, as they do it.
+
+    make load                                      # scenarios headless, with what must hold (perf/scenarios.py)
+    make locust                                    # web UI; choose the classes there
+
+Readers watch one of `--jobs` jobs each, and come again now and then with their cursor. They report as Locust events:
+`connect` (up to the snapshot), `reconnect`, `delivery` (from the publisher's clock to the reader's), and for every
+update that did not come a failed `delivery`. Publishers stamp each update with the time. gevent moves the bytes; events
+and messages are the project's own `protocol`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import gevent
+import h11
+import msgspec
+from gevent.exceptions import LoopExit
+from locust import User, events, task
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import CloseConnection, Ping, RejectConnection, Request, TextMessage
+
+from protocol.messages import Subscribe
+from protocol.sse import EventParser
+
+TIMEOUT_S = 30.0
+TURNS = itertools.count()
+
+
+class Refused(Exception):
+    """The server did not do what was asked; the message is its answer."""
+
+
+class Lost(Exception):
+    """Updates that a reader should have had."""
+
+
+@events.init_command_line_parser.add_listener
+def options(parser: LocustArgumentParser) -> None:
+    """What all users share."""
+    parser.add_argument("--jobs", type=int, default=100, help="jobs that are published to and watched")
+    parser.add_argument("--updates", type=float, default=100.0, help="updates per second of one publisher")
+    parser.add_argument("--batch", type=int, default=1, help="updates in one request of a publisher")
+    parser.add_argument("--stay", type=float, default=60.0, help="seconds, about, until a reader comes again")
+    parser.add_argument("--token", default="", help="for servers that want one")
+
+
+def parts(url: str) -> tuple[str, int]:
+    """Host and port."""
+    found = urlsplit(url)
+    return found.hostname or "127.0.0.1", found.port or 80
+
+
+class WebSocket:
+    """One connection; `open` returns once it is subscribed and has its snapshot."""
+
+    type = "WS"
+
+    def __init__(self, user: Reader) -> None:
+        self._connection = WSConnection(ConnectionType.CLIENT)
+        self._socket = socket.create_connection(user.address, TIMEOUT_S)
+        self._waiting: list[dict[str, Any]] = []
+        target = "/ws/jobs" if not user.blocked else "/blocked"
+        request = Request(host="localhost", target=target, extra_headers=user.headers_of_bytes())
+        self._socket.sendall(self._connection.send(request))
+        self._read(lambda: self._connection.state.name == "OPEN")
+        subscribe = Subscribe(job_ids=[user.job], last_seen=user.cursor or None)
+        self._socket.sendall(self._connection.send(TextMessage(msgspec.json.encode(subscribe).decode())))
+        self._text = ""
+        self._read(lambda: any(message["type"] == "subscribed" for message in self._waiting))
+
+    def _read(self, done: Callable[[], bool]) -> None:
+        while not done():
+            data = self._socket.recv(65536)
+            self._connection.receive_data(data or None)
+            for event in self._connection.events():
+                if isinstance(event, RejectConnection):
+                    raise Refused(f"status {event.status_code}")
+                if isinstance(event, CloseConnection):
+                    raise Refused(f"closed: {event.code} {event.reason}")
+                if isinstance(event, Ping):
+                    self._socket.sendall(self._connection.send(event.response()))
+                if isinstance(event, TextMessage):
+                    self._text += event.data
+                    if event.message_finished:
+                        text, self._text = self._text, ""
+                        self._take(json.loads(text))
+            if not data:
+                raise Refused("the connection ended")
+
+    _text = ""
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if message["type"] == "error":
+            raise Refused(str(message.get("message")))
+        self._waiting.append(message)
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What comes, for ever."""
+        while True:
+            waiting, self._waiting = self._waiting, []
+            yield from waiting
+            self._read(lambda: bool(self._waiting))
+
+    def close(self) -> None:
+        """Goodbye."""
+        with suppress(OSError, Exception):
+            self._socket.sendall(self._connection.send(CloseConnection(code=1000)))
+        self._socket.close()
+
+
+class Stream:
+    """One event stream."""
+
+    type = "SSE"
+
+    def __init__(self, user: Reader) -> None:
+        self._connection = h11.Connection(h11.CLIENT)
+        self._socket = socket.create_connection(user.address, TIMEOUT_S)
+        self._parser = EventParser(last_event_id=user.cursor)
+        headers = [("Host", "localhost"), ("Accept", "text/event-stream"), *user.headers.items()]
+        if user.cursor:
+            headers.append(("Last-Event-ID", user.cursor))
+        target = f"/api/v2/jobs/stream?jobIds={user.job}" if not user.blocked else "/blocked"
+        self._socket.sendall(self._connection.send(h11.Request(method="GET", target=target, headers=headers)) or b"")
+        self._ready: list[dict[str, Any]] = [next(self._read())]
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        while True:
+            event = self._connection.next_event()
+            if event is h11.NEED_DATA:
+                self._connection.receive_data(self._socket.recv(65536))
+            elif isinstance(event, h11.Response) and event.status_code != 200:
+                raise Refused(f"status {event.status_code}")
+            elif isinstance(event, h11.Data):
+                for found in self._parser.feed(bytes(event.data)):
+                    yield {**json.loads(found.data), "id": found.id}
+            elif isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)):
+                raise Refused("the stream ended")
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What comes, for ever."""
+        yield from self._ready
+        yield from self._read()
+
+    def close(self) -> None:
+        """Goodbye."""
+        self._socket.close()
+
+
+class Poll:
+    """Questions one after another, each waiting for something new."""
+
+    type = "POLL"
+    timeout_s, pause_s = 20, 0.0
+
+    def __init__(self, user: Reader) -> None:
+        self._user = user
+        host, port = user.address
+        self._connection = HTTPConnection(host, port, timeout=TIMEOUT_S + self.timeout_s)
+        self._path = f"/api/v2/jobs/poll?jobIds={user.job}" if not user.blocked else "/blocked?"
+        self._cursor = user.cursor
+        self._ready = self._ask(0)
+
+    def _ask(self, timeout_s: int) -> list[dict[str, Any]]:
+        cursor = f"&last_seen={self._cursor}" if self._cursor else ""
+        self._connection.request("GET", f"{self._path}&timeout={timeout_s}{cursor}", headers=self._user.headers)
+        response = self._connection.getresponse()
+        data = response.read()
+        if response.status != 200:
+            raise Refused(f"status {response.status}")
+        answer = json.loads(data)
+        first, self._cursor = not self._cursor, answer["last_seen"]
+        if first or answer.get("reset"):
+            return [{"type": "snapshot", "jobs": answer.get("jobs", []), "id": self._cursor}]
+        return [{**update, "id": self._cursor} for update in answer["updates"]]
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What comes, for ever."""
+        yield from self._ready
+        while True:
+            gevent.sleep(self.pause_s)
+            yield from self._ask(self.timeout_s)
+
+    def close(self) -> None:
+        """Goodbye."""
+        self._connection.close()
+
+
+class Asking(Poll):
+    """The same without waiting, once in two seconds."""
+
+    type = "GET"
+    timeout_s, pause_s = 0, 2.0
+
+
+Transport = type[WebSocket] | type[Stream] | type[Poll]
+EVERY: tuple[Transport, ...] = (WebSocket, Stream, Poll, Asking)
+# What can go wrong with a connection. LoopExit: gevent has nothing left to wait for.
+TROUBLE = (
+    OSError,
+    Refused,
+    HTTPException,
+    h11.ProtocolError,
+    LoopExit,
+    StopIteration,
+    RuntimeError,
+    ValueError,
+    KeyError,
+)
+
+
+class Reader(User):
+    """Watches one job, and comes again now and then where it left off."""
+
+    abstract = True
+    transport: ClassVar[Transport]
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        given = environment.parsed_options
+        assert given is not None
+        self.address = parts(self.host or "http://127.0.0.1:3000")
+        self.headers = {"Authorization": f"Bearer {given.token}"} if given.token else {}
+        self.stay_s = float(given.stay)
+        self.job = f"load-{next(TURNS) % given.jobs}"
+        self.cursor = ""
+        self.version: int | None = None
+        self.blocked = False
+
+    def headers_of_bytes(self) -> list[tuple[bytes, bytes]]:
+        """For wsproto."""
+        return [(name.encode(), value.encode()) for name, value in self.headers.items()]
+
+    def report(self, kind: str, name: str, ms: float, error: Exception | None = None) -> None:
+        """One Locust event."""
+        self.environment.events.request.fire(
+            request_type=kind, name=name, response_time=ms, response_length=0, exception=error, context={}
+        )
+
+    @contextmanager
+    def connected(self, transport: Transport) -> Iterator[WebSocket | Stream | Poll | None]:
+        """A connection with its snapshot, or None if there is none to be had."""
+        kind, name = transport.type, "reconnect" if self.cursor else "connect"
+        began = time.perf_counter()
+        try:
+            connection = transport(self)
+        except TROUBLE as error:
+            if not self.blocked:
+                self.report(kind, name, (time.perf_counter() - began) * 1e3, error)
+            yield None
+            return
+        self.report(kind, name, (time.perf_counter() - began) * 1e3)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def read(self, transport: Transport) -> bool:
+        """Reads until it is time to come again; False if there was no connection."""
+        with self.connected(transport) as connection:
+            if connection is None:
+                return False
+            # Where nothing comes, nobody looks at the time either: a timer ends the wait.
+            with gevent.Timeout(random.uniform(0.5, 1.5) * self.stay_s, False):
+                try:
+                    for message in connection.messages():
+                        self.take(transport.type, message)
+                except TROUBLE as error:
+                    self.report(transport.type, "stream", 0, error)
+        return True
+
+    def take(self, kind: str, message: dict[str, Any]) -> None:
+        """One message: how late it is, and whether one before it is missing."""
+        what = message["type"]
+        if message.get("id") and what != "connected":
+            self.cursor = str(message["id"])
+        if what in ("subscribed", "snapshot"):
+            for record in message.get("snapshot") or message.get("jobs") or ():
+                self.follow(kind, record["version"] + 1)
+        elif what in ("status_update", "job_completed"):
+            self.follow(kind, message["version"])
+            self.version = message["version"]
+            sent = int(message["message"].removeprefix("t="))
+            self.report(kind, "delivery", max(0.0, (time.time_ns() - sent) / 1e6))
+
+    def follow(self, kind: str, version: int) -> None:
+        """The next version; those that were left out are lost."""
+        if self.version is not None:
+            for missing in range(self.version + 1, version):
+                self.report(kind, "delivery", 0, Lost(f"version {missing} of {self.job}"))
+        self.version = max(self.version or 0, version - 1)
+
+    def on_start(self) -> None:
+        """Not all in the same moment: Locust starts a second's users at once."""
+        gevent.sleep(random.random())
+
+    @task
+    def watch(self) -> None:
+        """Reads, for a while."""
+        if not self.read(self.transport):
+            gevent.sleep(1)
+
+
+class WebSocketReader(Reader):
+    """Over WebSocket."""
+
+    transport = WebSocket
+    weight = 6
+
+
+class StreamReader(Reader):
+    """Over SSE."""
+
+    transport = Stream
+    weight = 6
+
+
+class LongPollReader(Reader):
+    """By long-poll."""
+
+    transport = Poll
+    weight = 4
+
+
+class PollReader(Reader):
+    """By plain polling."""
+
+    transport = Asking
+    weight = 2
+
+
+class FallbackReader(Reader):
+    """Somebody behind something that lets none, some or all of the better transports through."""
+
+    transport = WebSocket
+    weight = 2
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self.lets_through = next(TURNS) % len(EVERY)
+
+    @task
+    def watch(self) -> None:
+        """Tries one after another; what is blocked is not reported, as nobody else is to blame."""
+        for number, transport in enumerate(EVERY):
+            self.blocked = number < self.lets_through
+            if self.read(transport):
+                return
+        gevent.sleep(1)
+
+
+class Publisher(User):
+    """Publishes to all jobs in turn, on a schedule."""
+
+    fixed_count = 1
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        given = environment.parsed_options
+        assert given is not None
+        self.given = given
+        self.connection = HTTPConnection(*parts(self.host or "http://127.0.0.1:3000"), timeout=TIMEOUT_S)
+        self.headers = {"Content-Type": "application/json"}
+        if given.token:
+            self.headers["Authorization"] = f"Bearer {given.token}"
+        self.number = 0
+        self.due = time.monotonic()
+
+    @task
+    def publish(self) -> None:
+        """One request, when it is due."""
+        self.due += self.given.batch / self.given.updates
+        gevent.sleep(max(0.0, self.due - time.monotonic()))
+        batch = []
+        for _ in range(self.given.batch):
+            self.number += 1
+            job = f"load-{self.number % self.given.jobs}"
+            stamp = f"t={time.time_ns()}"
+            batch.append({"jobId": job, "userId": "load", "status": "processing", "message": stamp})
+        began = time.perf_counter()
+        error: Exception | None = None
+        try:
+            self.connection.request("POST", "/api/v2/updates", json.dumps(batch), self.headers)
+            response = self.connection.getresponse()
+            answer = json.loads(response.read())
+            if response.status != 200 or answer["accepted"] != len(batch):
+                error = Refused(f"status {response.status}: {str(answer)[:200]}")
+        except (OSError, HTTPException, ValueError) as trouble:
+            error = trouble
+            self.connection.close()
+        self.environment.events.request.fire(
+            request_type="HTTP",
+            name="publish",
+            response_time=(time.perf_counter() - began) * 1e3,
+            response_length=0,
+            exception=error,
+            context={},
+        )
