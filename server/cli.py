@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."""
     try:
         arguments = _parser().parse_args(argv)
-        command = importlib.import_module(f"server.commands.{arguments.module}")
+        name = arguments.module
+        command = importlib.import_module(name if "." in name else f"server.commands.{name}")
         status: int = command.run(arguments)
         sys.stdout.flush()
     except ConfigError as error:
@@ -97,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _token_options(command("token", "token", "sign an access token with the configured key and print it"))
     _publish_options(command("publish", "publish", "publish one update of a job and print the answer"))
+    # It is a worker: of the package for workers, in no part of the server.
+    _run_options(command("run", "statuswire.running", "run a command as a job: its exit status is how the job ends"))
     _watch_options(command("watch", "watch", "follow jobs live, until the named ones have ended"))
     return parser
 
@@ -157,6 +160,22 @@ def _publish_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", metavar="S")
     parser.add_argument("--data", metavar="JSON", help='further fields, {"kind":"export","result":{…}}; - reads stdin')
     _client_options(parser)
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--job", metavar="JOB", help="the job's id (the command's name and something random)")
+    parser.add_argument("--user", metavar="U", help="owner; needed to create the job")
+    parser.add_argument("--kind", metavar="K", help="(the command's name)")
+    parser.add_argument("--attempt", type=int, metavar="N", help="which attempt it is, if it is not the first")
+    parser.add_argument(
+        "--ttl", type=_number(above=0), metavar="SECONDS", help="its death shows so soon after this process dies"
+    )
+    parser.add_argument(
+        "--pattern", metavar="REGEX",
+        help="progress in its output: groups percent, or done and total (45%%, 120/300 and 3 of 8 are found)",
+    )  # fmt: skip
+    _client_options(parser)
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="and its arguments")
 
 
 def _watch_options(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -44,7 +45,10 @@ def modules() -> Path:
     place.mkdir(exist_ok=True)
     lock = (HERE / "package-lock.json").read_bytes()
     done = place / "installed-lock.json"
-    if not done.is_file() or done.read_bytes() != lock:
+    with (place / "busy").open("w") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)  # tests run side by side
+        if done.is_file() and done.read_bytes() == lock:
+            return place / "node_modules"
         for name in ("package.json", "package-lock.json"):
             shutil.copy(HERE / name, place)
         # Not `npm ci`: it wants native variants for all systems in the lock file, of what is not even installed.
@@ -198,8 +202,10 @@ async def test_bullmq_and_bull(redis: RedisServer, modules: Path, tmp_path: Path
         if not (killed and job["userId"] == "queue:v"):
             assert job["userId"] == f"user_{int(number) % 3}", job
         if does == "die":
-            # The first one has killed its worker; another one has worked it off.
-            assert (job["status"], job["attempt"]) == ("completed", 2 if number == "0" else 1), job
+            # The first one has killed its worker, and another one has worked it off; how often its lock ran out on the
+            # way depends on how slow this machine is.
+            assert job["status"] == "completed", job
+            assert job["attempt"] >= (2 if number == "0" else 1), job
         else:
             check(job, does)
 

@@ -17,6 +17,8 @@ _COUNT: Final = 500
 _BLOCK_MS: Final = 500
 _DISCOVER_S: Final = 2.0
 MAX_QUEUES: Final = 1000
+# Events while hashes are read.
+_MEANWHILE: Final = 10_000
 _BEGINNING: Final = "0-0"
 
 
@@ -98,8 +100,12 @@ class BullMq(Source):
         """Take from the hashes what the stream does not tell any more."""
         key = stream_key(prefix_of(self.config), queue)
         (newest,) = await ask(client, [("XREVRANGE", key, "+", "-", "COUNT", 1)])
-        seq = seq_of(newest[0][0].decode()) if newest else 0
-        await self.taker.take(await look(client, self.taker, self.config, queue, seq))
+        last = newest[0][0] if newest else b"0-0"
+        sightings = await look(client, self.taker, self.config, queue, seq_of(last.decode()))
+        # What happened meanwhile is in some hashes already, and will be read from the stream: not twice.
+        (later,) = await ask(client, [("XRANGE", key, b"(" + last, "+", "COUNT", _MEANWHILE)])
+        moving = {texts(values or []).get("jobId") for _, values in later or ()}
+        await self.taker.take([seen for seen in sightings if seen.job not in moving])
         self._behind.pop(queue, None)
 
 

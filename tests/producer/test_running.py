@@ -1,0 +1,131 @@
+"""``statuswire run``: a command as a job."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from statuswire.running import PATTERN, progress_in
+from tests.redis_servers import eventually
+from tests.support import InProcess, server
+
+DEFAULT = re.compile(PATTERN)
+
+
+@pytest.mark.parametrize(
+    ("line", "percent"),
+    [
+        ("45%", 45),
+        ("frame=  120 45.5 % done", 45.5),
+        ("[120/300] compiling", 40),
+        ("page 3 of 8", 37.5),
+        ("10% … 20%", 20),
+        ("100%", 100),
+        ("250%", None),
+        ("3/0", None),
+        ("9/8", None),
+        ("http://host/2024", None),
+        ("no news", None),
+        ("9" * 4000 + "%", None),
+    ],
+)
+def test_progress_is_found_in_what_commands_print(line: str, percent: float | None) -> None:
+    assert progress_in(line, DEFAULT) == percent
+
+
+def test_a_pattern_of_ones_own() -> None:
+    assert progress_in("step 7 complete", re.compile(r"step (\d+)")) == 7
+    assert progress_in("step x", re.compile(r"step (\w+)")) is None
+    assert progress_in("at 3 out of 4", re.compile(r"at (?P<done>\d+) out of (?P<total>\d+)")) == 75
+
+
+async def run(at: InProcess, spool: Path, *command: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    """Run a command in ``statuswire run``: its status, output and errors."""
+    done = await trio.run_process(
+        [sys.executable, "-m", "server", "run", "--url", at.url, "--user", "alice", *options, "--", *command],
+        check=False, capture_stdout=True, capture_stderr=True, env=environment(spool),
+    )  # fmt: skip
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def environment(spool: Path) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("STATUSWIRE_")}
+    return clean | {"STATUSWIRE_SPOOL_DIR": str(spool), "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+async def record(at: InProcess, job: str) -> dict[str, Any]:
+    answer = await at.get(f"/api/v2/jobs/{job}")
+    assert answer.status == 200, answer
+    found: dict[str, Any] = answer.json
+    return found
+
+
+async def test_what_it_prints_passes_through_and_is_its_progress(tmp_path: Path) -> None:
+    async with server() as at:
+        script = "echo begin; echo '30% of it'; printf 'a\\r2 of 4\\r'; echo oops >&2; printf 'no end'"
+        found = await run(at, tmp_path, "sh", "-c", script, options=("--job", "j1"))
+        assert found == (0, "begin\n30% of it\na\r2 of 4\rno end", "oops\n")
+        ended = await record(at, "j1")
+        assert (ended["status"], ended["progress"], ended["kind"], ended["userId"]) == ("completed", 100, "sh", "alice")
+        # What it was called with may be secret.
+        assert "printf" not in str(ended)
+
+
+async def test_how_it_ends_is_how_the_job_ends(tmp_path: Path) -> None:
+    async with server() as at:
+        status, _, errors = await run(at, tmp_path, "sh", "-c", "echo why >&2; exit 3", options=("--job", "j1"))
+        assert (status, errors) == (3, "why\n")
+        ended = await record(at, "j1")
+        assert (ended["status"], ended["error"]) == ("failed", "exit status 3: why")
+        status, _, _ = await run(at, tmp_path, "sh", "-c", "kill -9 $$", options=("--job", "j2"))
+        assert status == 128 + 9
+        assert (await record(at, "j2"))["error"] == "killed by SIGKILL"
+        status, _, errors = await run(at, tmp_path, "/nonexistent/command", options=("--job", "j3"))
+        assert status == 127
+        assert "No such file" in errors
+        assert (await record(at, "j3"))["status"] == "failed"
+
+
+async def test_without_a_server_the_command_runs_as_well(tmp_path: Path) -> None:
+    async with server() as at:
+        gone = at.url
+    command = [sys.executable, "-m", "server", "run", "--url", gone, "--", "sh", "-c", "echo done; exit 4"]
+    done = await trio.run_process(command, check=False, capture_stdout=True, env=environment(tmp_path))
+    assert (done.returncode, done.stdout) == (4, b"done\n")
+
+
+@pytest.mark.parametrize("how", ["cancel", "signal"])
+async def test_it_is_stopped_by_whoever_cancels_the_job_and_by_signals(tmp_path: Path, how: str) -> None:
+    async with server() as at:
+        command = [sys.executable, "-m", "server", "run", "--url", at.url, "--user", "a", "--job", "j1", "--ttl", "1"]
+        process = subprocess.Popen([*command, "--", "sleep", "60"], env=environment(tmp_path))  # noqa: ASYNC220
+        try:
+            await eventually(lambda: at.node.jobs.get("j1") is not None, within=30)
+            if how == "cancel":
+                assert (await at.ask("POST", "/api/v2/jobs/j1/cancel", {})).status == 202
+            else:
+                process.send_signal(signal.SIGTERM)
+            status = await trio.to_thread.run_sync(process.wait)
+        finally:
+            process.kill()
+            process.wait()
+        assert status == 128 + signal.SIGTERM
+        ended = await record(at, "j1")
+        assert ended["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "--"], ["run", "--pattern", "(", "--", "true"]])
+def test_what_cannot_be_run_is_said(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server", *arguments], capture_output=True, text=True, env=environment(tmp_path)
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("statuswire: ")
