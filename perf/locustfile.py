@@ -184,7 +184,7 @@ class Poll:
         answer = json.loads(data)
         first, self._cursor = not self._cursor, answer["last_seen"]
         if first or answer.get("reset"):
-            return [{"type": "snapshot", "jobs": answer.get("jobs", []), "id": self._cursor}]
+            return [{"type": "snapshot", "jobs": answer["updates"], "id": self._cursor}]
         return [{**update, "id": self._cursor} for update in answer["updates"]]
 
     def messages(self) -> Iterator[dict[str, Any]]:
