@@ -148,8 +148,8 @@ def paced(side: Side, seconds: float) -> dict[str, float]:
     side.client.mark()
     watch = Watch(side.target, side.client.pid)
     published = side.publish(seconds, rate=10)
-    report = side.delivered(published["accepted"] * READERS)
     _checked(published)
+    report = side.delivered(published["accepted"] * READERS)
     return watch.stop() | {"p99": report["latency"]["p99_ms"]}
 
 
@@ -158,8 +158,8 @@ def spread(side: Side, seconds: float) -> dict[str, float]:
     side.client.mark()
     watch = Watch(side.target, side.client.pid)
     published = side.publish(seconds, rate=10_000, batch=10, jobs=CHANNELS)
-    report = side.delivered(published["accepted"] * READERS // CHANNELS)
     _checked(published)
+    report = side.delivered(published["accepted"] * READERS // CHANNELS)
     result = watch.stop()
     return result | {
         "spread_p99": report["latency"]["p99_ms"],
