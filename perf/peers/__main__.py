@@ -39,7 +39,7 @@ class Plan:
     idle: int
 
 
-FULL = Plan(rounds=2, short=0.4, paced=1.5, spread=1.0, idle=5000)
+FULL = Plan(rounds=2, short=0.3, paced=1.5, spread=0.8, idle=5000)
 QUICK = Plan(rounds=1, short=0.2, paced=0.5, spread=0.3, idle=500)
 
 
