@@ -17,7 +17,7 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: help setup setup-dev system run test test-fast bench web sizes lint types format clean
+.PHONY: examples example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ setup-dev: $(VENV)/.dev  ## the same with everything for tests and linters
 run: setup  ## start the server with a live demo (ARGS="--port 8080" is passed on)
 	@# The shell becomes the server, so a signal for this command reaches it; the demo ends when the server's output does.
 	@exec $(BIN)/statuswire serve $(ARGS) > >(exec $(BIN)/python tools/demo.py --follow)
+
+example-celery example-bullmq example-rq: example-%: setup-dev system
+	@exec $(BIN)/python tools/examples/live.py $* $(ARGS)
+
+examples:  ## real queues, live: make example-celery, example-bullmq or example-rq (ARGS="--port 8080")
+	@echo "make example-celery, make example-bullmq or make example-rq"
 
 test: setup-dev system $(VENV)/load/.done  ## run every test and measure coverage
 	$(BIN)/coverage erase

@@ -1,0 +1,54 @@
+"""`make example-celery` and the others: one command, and there are jobs to be seen."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.support import ROOT, Address
+
+pytestmark = pytest.mark.slow
+
+
+async def jobs_of(at: Address) -> list[dict[str, Any]]:
+    try:
+        answer = await at.get("/api/v2/jobs")
+    except OSError:
+        return []
+    found: list[dict[str, Any]] = answer.json["jobs"]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["celery", "bullmq", "rq"])
+async def test_an_example_shows_jobs_with_progress_and_owners(kind: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, str(ROOT / "tools" / "examples" / "live.py"), kind, "--port", "0"]
+    with log.open("wb") as out:
+        process = await trio.to_thread.run_sync(
+            lambda: subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        )
+    try:
+        with trio.fail_after(60):
+            while not (found := re.search(r"listening on http://[^ ]*:(\d+)", log.read_text())):  # noqa: ASYNC110
+                await trio.sleep(0.1)
+            at = Address(int(found[1]))
+            while not any(job["progress"] > 0 for job in await jobs_of(at)):
+                assert process.poll() is None, log.read_text()
+                await trio.sleep(0.1)
+            assert {job["userId"] for job in await jobs_of(at)} <= {"alice", "bob", "carol"}
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            await trio.to_thread.run_sync(lambda: process.wait(20))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
