@@ -9,7 +9,7 @@ import trio
 
 from protocol.queues import bullmq
 from protocol.queues.sighting import Sighting, job_id
-from protocol.update import CANCELLED, ENDED, FAILED
+from protocol.update import CANCELLED, ENDED, FAILED, QUEUED
 from server.brokers.redis_client import Client
 from server.config import Queue
 from server.ingest.queues.source import ask, texts
@@ -52,6 +52,15 @@ async def describe(client: Client, taker: Taker, config: Queue, sightings: list[
             bullmq.describe(seen, data, user)
 
 
+async def count(client: Client, config: Queue, sightings: list[Sighting]) -> None:
+    """Read of jobs that wait which attempt that is: they may have been looked at since, and what is heard is late."""
+    waiting = [seen for seen in sightings if seen.status == QUEUED and not seen.again]
+    prefix = prefix_of(config)
+    commands = [("HGET", bullmq.job_key(prefix, seen.queue, seen.job), "attemptsMade") for seen in waiting]
+    for seen, made in zip(waiting, await ask(client, commands), strict=True):
+        seen.attempt = 1 + (int(made) if made and made.isdigit() and len(made) < 10 else 0)
+
+
 async def look(client: Client, taker: Taker, config: Queue, queue: str, seq: int) -> list[Sighting]:
     """What is where in a queue, as far as its records here do not say so already.
 
@@ -91,13 +100,13 @@ async def look(client: Client, taker: Taker, config: Queue, queue: str, seq: int
     ]
     missing = [job for job in ours if job not in places]
     return [
-        *await _read(client, config, queue, wanted, places, seq),
+        *await _read(client, taker, config, queue, wanted, places, seq),
         *await _vanished(client, taker, config, queue, missing, seq),
     ]
 
 
 async def _read(
-    client: Client, config: Queue, queue: str, jobs: list[str], places: dict[str, str], seq: int
+    client: Client, taker: Taker, config: Queue, queue: str, jobs: list[str], places: dict[str, str], seq: int
 ) -> list[Sighting]:
     prefix, found = prefix_of(config), []
     for start in range(0, len(jobs), _AT_ONCE):
@@ -113,6 +122,10 @@ async def _read(
                 place = "completed" if "returnvalue" in data else "failed"
             seen = bullmq.read_hash(queue, job, data, place, seq, results=config.results)
             bullmq.describe(seen, data, user_of(config))
+            # Bull does not count an attempt whose worker has died.
+            known = taker.known(job_id(queue, job))
+            if known is not None and seen.attempt is not None:
+                seen.attempt = max(seen.attempt, known.attempt)
             found.append(seen)
         await trio.lowlevel.checkpoint()
     return found

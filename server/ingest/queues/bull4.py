@@ -10,7 +10,7 @@ import trio
 from protocol.queues.bull4 import UNNAMED, read_message, split_channel
 from protocol.queues.sighting import Sighting
 from server.brokers.redis_client import Client
-from server.ingest.queues.bull import Watch, describe, look, prefix_of
+from server.ingest.queues.bull import Watch, count, describe, look, prefix_of
 from server.ingest.queues.bullmq import MAX_QUEUES
 from server.ingest.queues.source import Heard, Source, escaped, scan
 
@@ -49,6 +49,7 @@ class Bull4(Source):
                     if seen is not None:
                         sightings.append(seen)
                 await describe(client, self.taker, self.config, sightings)
+                await count(client, self.config, sightings)
                 await self.taker.take(sightings)
                 if trio.current_time() >= next_repair:
                     next_repair = trio.current_time() + _REPAIR_S
