@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import ApiError
@@ -473,7 +473,6 @@ operations = st.one_of(
 
 
 @given(st.lists(st.lists(operations, max_size=4), max_size=12))
-@settings(deadline=None)
 def test_any_interleaving_keeps_the_laws(batches: list[list[Operation]]) -> None:
     async def main() -> Rig:
         async with running("memory", Path("unused")) as rig:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import ApiError
@@ -193,7 +193,6 @@ def test_a_small_snapshot_is_one_message() -> None:
     assert parts == [(b'{"type":"subscribed","ref":1,"snapshot":[],"id":"e:1"}', True)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, SNAPSHOT_PART_BYTES + 10), max_size=8))
 def test_a_large_snapshot_is_cut_between_records(sizes: list[int]) -> None:
     records = [b'"' + b"x" * size + b'"' for size in sizes]
