@@ -213,7 +213,8 @@ class Channel(NamedTuple):
 CHANNELS: Final[dict[str, Channel]] = {
     "websocket": Channel(
         "/ws/jobs",
-        "JSON in text frames (RFC 6455), subprotocol statuswire.v1; a ref comes back in the answer",
+        "JSON in text frames (RFC 6455), subprotocol statuswire.v1 (or statuswire.v1.lines: several "
+        "messages in a frame, one a line); a ref comes back in the answer",
         (
             Connected, Authenticated, Subscribed, Unsubscribed, Jobs, Published, Pong, Heartbeat, Reset, ErrorMessage,
             JobMessage, Notification,

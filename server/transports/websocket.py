@@ -78,6 +78,15 @@ from server.transports.sse import REPLAY_UPDATES
 from server.wheel import Timer
 
 PROTOCOL: Final = "statuswire.v1"
+# The same, but what goes out together comes in one frame, a message a line.
+LINES: Final = "statuswire.v1.lines"
+# By whether the client reads lines, and whether messages are compressed.
+_FRAMINGS: Final = {
+    (False, False): Framing.WEBSOCKET,
+    (False, True): Framing.WEBSOCKET_DEFLATE,
+    (True, False): Framing.WEBSOCKET_LINES,
+    (True, True): Framing.WEBSOCKET_LINES_DEFLATE,
+}
 # The client's time to send ``auth`` when the handshake carried no token.
 AUTH_TIMEOUT_S: Final = 10.0
 # Malformed or rate-limited messages in a row after which the client is not one of ours.
@@ -128,7 +137,7 @@ async def jobs_socket(exchange: Exchange) -> Stream:
 def accept(exchange: Exchange) -> Handshake:
     """Check a handshake. Raises ApiError 400, 403, 405, 426."""
     check_origin(exchange.request, exchange.node.origins, websocket=True)
-    return accept_handshake(exchange.request, protocols=(PROTOCOL,), echo_prefix="bearer.", deflate=True)
+    return accept_handshake(exchange.request, protocols=(LINES, PROTOCOL), echo_prefix="bearer.", deflate=True)
 
 
 def switch_protocol(exchange: Exchange, handshake: Handshake) -> bytes:
@@ -158,7 +167,7 @@ class Session(LiveReader):
     takes_notices = True
 
     def __init__(self, exchange: Exchange, handshake: Handshake, early: bytes, client_id: str) -> None:
-        self._framing = Framing.WEBSOCKET_DEFLATE if handshake.deflate else Framing.WEBSOCKET
+        self._framing = _FRAMINGS[handshake.protocol == LINES, handshake.deflate is not None]
         connection = exchange.connection
         super().__init__(
             exchange.node,

@@ -45,11 +45,13 @@ class Page:
     Attributes:
         problems: uncaught exceptions and what the browser complained of, violations of the content security policy too.
         sent: every request as (method, url).
+        context: what it shares storage with.
     """
 
     def __init__(self, socket: trio_websocket.WebSocketConnection, session: str | None) -> None:
         self.problems: list[str] = []
         self.sent: list[tuple[str, str]] = []
+        self.context: dict[str, Any] = {}
         self._socket = socket
         self._session = {} if session is None else {"sessionId": session}
         self._answers: dict[int, tuple[trio.Event, dict[str, Any]]] = {}
@@ -103,6 +105,7 @@ class Page:
                         const value = ({condition});
                         if (value) resolve(value);
                         else if (performance.now() > deadline) reject(new Error(document.body.innerText));
+                        else if (document.hidden) setTimeout(look, 20); // what is not seen has no frames
                         else requestAnimationFrame(look);
                     }};
                     look();
@@ -186,12 +189,16 @@ async def using_browser(address: str) -> AsyncIterator[Callable[[], Any]]:
         contexts: list[dict[str, Any]] = []
         nursery.start_soon(_dispatch, socket, pages)
 
-        async def new_page() -> Page:
-            context = await browser.call("Target.createBrowserContext")
-            contexts.append(context)
+        async def new_page(beside: Page | None = None) -> Page:
+            if beside is None:
+                context = await browser.call("Target.createBrowserContext")
+                contexts.append(context)
+            else:
+                context = beside.context
             target = await browser.call("Target.createTarget", url="about:blank", **context)
             attached = await browser.call("Target.attachToTarget", flatten=True, targetId=target["targetId"])
             page = pages[attached["sessionId"]] = Page(socket, attached["sessionId"])
+            page.context = context
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await page.call(f"{domain}.enable")
             return page

@@ -1033,6 +1033,23 @@ async def test_without_compression_nothing_is_compressed(server: InProcess) -> N
         assert ws.raw[0] == 0x81
 
 
+async def test_what_goes_out_together_comes_in_one_frame_to_who_reads_lines(server: InProcess) -> None:
+    for job_id in "abc":
+        put(server, job_id)
+    async with trio_websocket.open_websocket_url(
+        f"{server.ws_url}/ws/jobs", subprotocols=["statuswire.v1", "statuswire.v1.lines"]
+    ) as connection:
+        assert connection.subprotocol == "statuswire.v1.lines"
+        assert json.loads(await connection.get_message())["type"] == "connected"
+        await connection.send_message('{"type":"subscribe","jobIds":["a","b","c"]}')
+        assert len(json.loads(await connection.get_message())["snapshot"]) == 3
+        updates = [{"jobId": job_id, "progress": 5} for job_id in "abca"]
+        assert (await server.post("/api/v2/updates", updates)).status == 200
+        with trio.fail_after(5):
+            lines = (await connection.get_message()).split("\n")
+        assert [json.loads(line)["jobId"] for line in lines] == ["a", "b", "c", "a"]
+
+
 async def test_another_client_library_gets_along(server: InProcess) -> None:
     put(server, "a")
     async with trio_websocket.open_websocket_url(

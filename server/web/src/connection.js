@@ -129,7 +129,7 @@ export function createConnection({ http, store, options, onState, complain }) {
       say("connecting", why);
       return go();
     }
-    if (why.token || why.status === 401 || why.final || !autoReconnect) return close(why);
+    if (why.status === 401 || why.final || !autoReconnect) return close(why);
     if (one.live) {
       failures = Date.now() - one.liveAt > STABLE_MS ? 0 : Math.min(failures + 1, 2);
       say("connecting", why);

@@ -7,10 +7,11 @@
 import { connect } from "./client.js";
 
 const STYLE = `
-:host { display: inline-grid; grid-template-columns: 1fr auto; align-items: center; gap: .5em; min-width: 10em; font-variant-numeric: tabular-nums }
+:host { display: inline-grid; grid-template-columns: 1fr 3.5em; align-items: center; gap: .5em; min-width: 10em; contain: content; font-variant-numeric: tabular-nums }
 :host([hidden]) { display: none }
 [part=bar] { height: .5em; border-radius: .25em; overflow: hidden; background: color-mix(in srgb, currentColor 15%, transparent) }
-[part=fill] { height: 100%; background: var(--job-progress-color, #2457c5); transform-origin: 0; transform: scaleX(0) }
+[part=label] { contain: strict; height: 1.5em; line-height: 1.5; text-align: end }
+[part=fill] { height: 100%; background: linear-gradient(var(--job-progress-color, #2457c5) 0 0) 0 / 0 no-repeat }
 :host([data-status=completed]) [part=fill] { background: #1a7f45 }
 :host([data-status=failed]) [part=fill] { background: #b3261e }
 :host([data-live=false]) { opacity: .6 }
@@ -30,15 +31,14 @@ function drawSoon(element) {
   waiting.add(element);
 }
 
-/** Write only what is another: most frames change one thing. */
-const put = (element, name, value) => element.getAttribute(name) !== value && element.setAttribute(name, value);
-
 class JobProgress extends (globalThis.HTMLElement ?? Object) {
   static observedAttributes = ["job", "url"];
   #client;
   #job;
   #close;
   #parts;
+  #filled;
+  #said;
 
   get client() {
     const url = this.getAttribute("url") ?? undefined;
@@ -69,8 +69,8 @@ class JobProgress extends (globalThis.HTMLElement ?? Object) {
       const bar = part("bar", root);
       this.#parts = { fill: part("fill", bar), label: part("label", root) };
       this.#parts.label.ariaHidden = "true";
-      put(this, "role", "progressbar");
-      if (!this.hasAttribute("aria-label") && !this.hasAttribute("aria-labelledby")) put(this, "aria-label", "Progress");
+      this.role = "progressbar";
+      if (!this.hasAttribute("aria-label") && !this.hasAttribute("aria-labelledby")) this.ariaLabel = "Progress";
     }
     this.#watch();
   }
@@ -105,21 +105,22 @@ class JobProgress extends (globalThis.HTMLElement ?? Object) {
   draw() {
     const { fill, label } = this.#parts;
     const job = this.#job;
-    const live = String(Boolean(this.#close) && this.client.live);
+    const live = Boolean(this.#close) && this.client.live;
     const status = job?.status ?? "unknown";
     // 0 until somebody reports a progress: while it is worked on, that is no number to show.
     const known = job && (job.progress || job.steps || status !== "processing");
-    const percent = known ? Math.floor(job.progress ?? 0) : 0;
-    const text = known ? `${percent} %` : "…";
-    fill.style.transform = `scaleX(${known ? (job.progress ?? 0) / 100 : 0})`;
-    put(this, "data-status", status);
-    put(this, "data-live", live);
-    if (label.textContent !== text) {
-      label.textContent = text;
-      if (known) put(this, "aria-valuenow", String(percent));
-      else this.removeAttribute("aria-valuenow");
-    }
-    put(this, "aria-valuetext", [text, status, live === "false" && "not live"].filter(Boolean).join(", "));
+    const progress = known ? (job.progress ?? 0) : 0;
+    // Finer than that nobody sees it, and each change is painted.
+    const filled = Math.round(progress * 5) / 500;
+    const text = known ? `${Math.floor(progress)} %` : "…";
+    if (this.#filled !== filled) fill.style.backgroundSize = `${100 * (this.#filled = filled)}%`;
+    if (this.#said === (this.#said = `${text}, ${status}${live ? "" : ", not live"}`)) return;
+    label.textContent = text;
+    this.setAttribute("aria-valuetext", this.#said);
+    this.setAttribute("data-status", status);
+    this.setAttribute("data-live", String(live));
+    if (known) this.setAttribute("aria-valuenow", String(Math.floor(progress)));
+    else this.removeAttribute("aria-valuenow");
   }
 }
 

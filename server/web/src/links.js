@@ -16,6 +16,7 @@ const SLACK_MS = 8000;
 // A browser has six connections to a server (HTTP/1.1); some must be left for other requests.
 const MAX_WAITING = 4;
 const IDS_IN_MESSAGE = 1000;
+const REFUSED = { status: 401, token: true };
 
 const scope = (kind, names) =>
   kind === "job" ? { jobIds: names }
@@ -119,19 +120,20 @@ export function openSocket(to) {
     if (over) return;
     const url = http.locate("ws/jobs");
     url.protocol = url.protocol.replace("http", "ws");
-    socket = new WebSocket(url, ["statuswire.v1"]);
+    socket = new WebSocket(url, ["statuswire.v1.lines", "statuswire.v1"]);
     // In a message and not in the address: addresses end up in the logs of proxies.
     socket.onopen = () => token && send({ type: "auth", token });
     socket.onmessage = ({ data }) => {
       if (over) return;
       to.heard();
-      receive(JSON.parse(data));
+      for (const line of data.split("\n")) receive(JSON.parse(line));
     };
     socket.onclose = ({ code, reason }) => {
       // The server also says 1008 to those whom it took for dead.
       const final = code === 1008 && !/ping/.test(reason);
       const delay = code === 1001 ? +/\d+/.exec(reason)?.[0] || 0 : undefined;
-      end(new StatusError(code === 4401 ? "unauthorized" : "closed", reason || undefined, { final, delay, token: code === 4401 }));
+      const refused = code === 4401 && REFUSED;
+      end(new StatusError(refused ? "unauthorized" : "closed", reason || undefined, { final, delay, ...refused }));
     };
   }
   begin().catch(end);
@@ -280,7 +282,7 @@ export function openStreams(to) {
         whole.jobs = [];
         settle();
       } else if (type === "error") {
-        failure = new StatusError(code, message.message, { delay, final: code === "disconnected", token: code === "token_expired" });
+        failure = new StatusError(code, message.message, { delay, final: code === "disconnected", ...(code === "token_expired" && REFUSED) });
       } else to.store.apply(key, { ...message, id }, id);
     }
 

@@ -78,8 +78,8 @@ export function createStore({ since, changed, shown }) {
     }
   }
 
-  function show(job) {
-    for (const key of topicsOf(job)) tell(key, job);
+  function show(job, keys) {
+    for (const key of keys) tell(key, job);
     shown(job);
   }
 
@@ -88,9 +88,10 @@ export function createStore({ since, changed, shown }) {
     const known = jobs.get(jobId) ?? gone.get(jobId);
     const same = known?.createdAt === createdAt;
     if (known && (same ? (force ? version === known.version : version <= known.version) : !force && createdAt < known.createdAt)) return;
-    if (topicsOf(job).length) {
+    const keys = topicsOf(job);
+    if (keys[0]) {
       jobs.set(jobId, job);
-      show(job);
+      show(job, keys);
     }
   }
 
@@ -100,7 +101,7 @@ export function createStore({ since, changed, shown }) {
     if (!job || (id && gone.get(jobId)?.id === id)) return;
     jobs.delete(jobId);
     remember(gone, jobId, { ...job, id });
-    show({ ...job, ...message });
+    show({ ...job, ...message }, topicsOf(job));
   }
 
   const covers = (keys, key) => !keys || keys.includes(key);

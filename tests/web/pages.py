@@ -1,0 +1,83 @@
+"""A page with a client on it, whose every step is written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import trio
+
+from tests.integration.browser import Page
+from tests.support import Address
+
+TRANSPORTS = ("websocket", "sse", "longpoll", "poll")
+LIVE = "client.live"
+
+
+class NewPage(Protocol):
+    """Opens a tab; ``beside`` another one it shares that one's storage."""
+
+    def __call__(self, beside: Page | None = None) -> Awaitable[Page]: ...
+
+
+async def start(page: Page, url: str, what: object = "job-1", token: str = "", **options: object) -> None:
+    """Load the client from a server, and watch over it; ``token`` is an expression for ``getToken``.
+
+    Sets ``client``, ``seen`` (what came), ``states``, ``errors`` and ``missed`` (what came twice or late).
+    """
+    # A page without anything on it, of the server's origin.
+    await page.open(f"{url}/client.d.ts")
+    given = json.dumps({"reconnectDelay": 50, **options})
+    await page.run(
+        f"""(async () => {{
+            const {{ connect }} = await import("{url}/client.js");
+            Object.assign(window, {{ seen: [], states: [], errors: [], missed: [], connect }});
+            const getToken = {token or "undefined"};
+            window.client = connect({{ ...{given}, getToken, onError: ({{ code }}) => errors.push(code) }});
+            client.onState(({{ state, transport }}) => states.push(`${{state}} ${{transport}}`));
+            const versions = new Map();
+            window.watched = client.watch({json.dumps(what)}, (job) => {{
+                if (job.version <= (versions.get(job.jobId) ?? 0)) missed.push(job);
+                versions.set(job.jobId, job.version);
+                seen.push(job);
+            }});
+        }})()"""
+    )
+
+
+async def until_live(page: Page, transport: str = "") -> None:
+    """Wait until it is, over this transport or any."""
+    await page.wait(LIVE + (f" && client.transport === '{transport}'" if transport else ""))
+
+
+async def publish(at: Address, job_id: str = "job-1", **fields: object) -> Any:
+    """One accepted update."""
+    return (await at.publish(job_id, **{"userId": "anonymous", **fields})).json
+
+
+async def versions(page: Page) -> list[int]:
+    """Of all that came, in order."""
+    found: list[int] = await page.run("seen.map((job) => job.version)")
+    return found
+
+
+Publish = Callable[..., Awaitable[Any]]
+
+
+@asynccontextmanager
+async def busy(publish_one: Callable[[int], Awaitable[object]], pause: float = 0.02) -> AsyncIterator[None]:
+    """Publish number after number until the block ends."""
+
+    async def run() -> None:
+        number = 0
+        while True:
+            number += 1
+            await publish_one(number)
+            await trio.sleep(pause)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        yield
+        nursery.cancel_scope.cancel()

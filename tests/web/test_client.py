@@ -1,0 +1,230 @@
+"""The client in a real Chromium: every transport, and everything that can happen to it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.integration.browser import started_chromium, using_browser
+from tests.integration.running import running
+from tests.redis_servers import running_proxy
+from tests.support import AUTH, WORKER, Address, in_seconds, server, token, until
+from tests.web.pages import TRANSPORTS, NewPage, busy, publish, start, until_live, versions
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
+        yield address
+
+
+@pytest.fixture
+async def new_page(chromium: str) -> AsyncIterator[NewPage]:
+    async with using_browser(chromium) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_every_version_once_and_the_end(new_page: NewPage, transport: str) -> None:
+    async with server() as at:
+        await publish(at, status="processing")
+        page = await new_page()
+        await start(page, at.url, transports=[transport])
+        await until_live(page, transport)
+        for number in range(1, 20):
+            await publish(at, progress=number * 5)
+        await publish(at, status="completed")
+        await page.wait("seen.at(-1)?.status === 'completed'")
+        assert await page.run("missed") == []
+        if transport != "poll":
+            assert await versions(page) == list(range(1, 22))
+        assert await page.run("client.state") == ("open" if transport in ("websocket", "sse") else "polling")
+        assert await page.run("errors") == []
+        assert [problem for problem in page.problems if "favicon" not in problem] == []
+
+
+@pytest.mark.parametrize("transport", ["websocket", "sse", "longpoll"])
+async def test_cut_at_random_fifty_times(new_page: NewPage, transport: str) -> None:
+    async with server() as at, running_proxy(at.port) as proxy:
+        # What the server asks of EventSource is longer than this test has.
+        proxy.replace = (b"retry: 3000", b"retry: 0050")
+        await publish(at, status="processing")
+        page = await new_page()
+        await start(page, f"http://127.0.0.1:{proxy.port}", transports=[transport])
+        async with busy(lambda number: publish(at, message=str(number))):
+            for _ in range(50):
+                await until_live(page)
+                await trio.sleep(random.uniform(0, 0.1))
+                before = proxy.connections
+                proxy.cut()
+                await until(lambda before=before: proxy.connections > before)  # type: ignore[misc]
+        ended = await publish(at, status="completed")
+        await page.wait("seen.at(-1)?.status === 'completed'")
+        assert await page.run("missed") == []
+        first, *_ = seen = await versions(page)
+        assert seen == list(range(first, ended["version"] + 1))
+        assert proxy.connections >= 50
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_restart_is_told_and_survived(new_page: NewPage, tmp_path: Path, transport: str) -> None:
+    page = await new_page()
+    async with running(tmp_path) as first:
+        at = Address(first.port)
+        await publish(at, progress=10)
+        await start(page, at.url, transports=[transport])
+        await until_live(page, transport)
+        assert await page.run("watched.live")
+    await page.wait("client.state === 'offline'")
+    assert not await page.run("watched.live")
+    assert await page.run("watched.jobs[0].progress") == 10  # known, but not as if it were so now
+    async with running(tmp_path, "--port", str(at.port)):
+        await publish(at, progress=20)
+        await page.wait(f"client.live && client.transport === '{transport}' && watched.jobs[0].progress === 20")
+        assert await versions(page) == [1, 2]
+
+
+async def test_a_drain_says_when_to_come_back(new_page: NewPage, tmp_path: Path) -> None:
+    page = await new_page()
+    async with running(tmp_path, environ={"STATUSWIRE_SERVER_DRAIN": "1"}) as first:
+        at = Address(first.port)
+        await start(page, at.url, transports=["websocket"])
+        await until_live(page)
+        first.process.send_signal(signal.SIGTERM)
+        await page.wait("!client.live")
+        assert await page.run("client.error.delay > 0 && client.error.message.includes('ms')")
+    async with running(tmp_path, "--port", str(at.port)):
+        await until_live(page)
+
+
+async def test_a_log_that_is_lost_replaces_what_was_known(new_page: NewPage, tmp_path: Path) -> None:
+    page = await new_page()
+    async with running(tmp_path, "--store", "memory:") as first:
+        at = Address(first.port)
+        await publish(at, "gone", progress=1)
+        for _ in range(5):
+            await publish(at, "back", progress=1)
+        await start(page, at.url, {"all": True})
+        await page.wait("client.live && watched.jobs.length === 2")
+    async with running(tmp_path, "--store", "memory:", "--port", str(at.port)):
+        await publish(at, "back", progress=3)
+        await page.wait("client.live && watched.jobs.length === 1 && watched.jobs[0].progress === 3")
+        assert await page.run(
+            "seen.at(-2).type + seen.at(-2).jobId === 'job_deletedgone' || seen.at(-1).jobId === 'gone'"
+        )
+
+
+@pytest.mark.parametrize("transport", ["websocket", "sse"])
+async def test_a_silent_connection_is_replaced(new_page: NewPage, tmp_path: Path, transport: str) -> None:
+    page = await new_page()
+    async with running(tmp_path, environ={"STATUSWIRE_SERVER_HEARTBEAT": "0.5"}) as first:
+        at = Address(first.port)
+        await start(page, at.url, transports=[transport])
+        await until_live(page)
+        os.kill(first.process.pid, signal.SIGSTOP)
+        try:
+            await page.wait("!client.live && client.error.code === 'timeout'")
+        finally:
+            os.kill(first.process.pid, signal.SIGCONT)
+        await publish(at, progress=3)
+        await page.wait("client.live && watched.jobs[0]?.progress === 3")
+
+
+@pytest.mark.parametrize("transport", ["websocket", "sse"])
+async def test_a_frozen_page_catches_up(new_page: NewPage, transport: str) -> None:
+    async with server() as at:
+        await publish(at, progress=1)
+        page = await new_page()
+        await start(page, at.url, transports=[transport])
+        await page.wait("client.live && seen.length === 1")
+        await page.call("Page.setWebLifecycleState", state="frozen")
+        await until(lambda: not at.node.streams)
+        for progress in (2, 3, 4):
+            await publish(at, progress=progress)
+        await page.call("Page.setWebLifecycleState", state="active")
+        await page.wait("client.live && seen.length === 4")
+        assert await page.run("states.some((state) => state.startsWith('connecting'))")
+        assert await versions(page) == [1, 2, 3, 4]
+
+
+async def test_it_is_offline_and_says_so(new_page: NewPage) -> None:
+    condition = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    async with server() as at:
+        page = await new_page()
+        await start(page, at.url)
+        await until_live(page)
+        await page.call("Network.emulateNetworkConditions", offline=True, **condition)
+        await page.wait("client.state === 'offline' && client.error.code === 'offline'")
+        await publish(at, progress=1)
+        await page.call("Network.emulateNetworkConditions", offline=False, **condition)
+        await page.wait("client.live && seen.length === 1")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_token_is_renewed_before_it_ends(new_page: NewPage, transport: str) -> None:
+    async with server(auth=AUTH) as at:
+        page = await new_page()
+        tokens = [token("alice", exp=in_seconds(3)), token("alice", exp=in_seconds(600))]
+        await start(
+            page,
+            at.url,
+            token=f"(() => {{ const left = {tokens!r}; window.asked = 0; return () => left[asked++ && 1]; }})()",
+            transports=[transport],
+        )
+        await until_live(page)
+        await page.wait("asked === 2")
+        await trio.sleep(max(0, 3.2 - (await page.run("performance.now()")) / 1000))
+        await at.publish("job-1", WORKER, userId="alice", progress=5)
+        await page.wait("seen.at(-1)?.progress === 5 && client.live")
+        states = await page.run("states")
+        assert states == [states[0]], "it was never interrupted"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_refused_token_is_asked_for_once_more_and_no_more(new_page: NewPage, transport: str) -> None:
+    async with server(auth=AUTH) as at:
+        page = await new_page()
+        await start(
+            page,
+            at.url,
+            token="(window.asked = [], ({ refused }) => (asked.push(refused), 'not.a.token'))",
+            transports=[transport],
+        )
+        await page.wait("client.state === 'closed'")
+        assert await page.run("asked") == [False, True]
+        assert await page.run("client.error.status") == 401
+        assert await page.run("client.done('job-1').catch(({ code }) => code)") in ("unauthorized", "invalid_token")
+
+
+async def test_one_connection_for_all_tabs(new_page: NewPage) -> None:
+    async with server() as at:
+        pages = [await new_page()]
+        pages += [await new_page(pages[0]) for _ in range(2)]
+        for page in pages:
+            await start(page, at.url, share=True)
+            await until_live(page)
+        assert len(at.node.streams) == 1
+        await publish(at, progress=1)
+        for page in pages:
+            await page.wait("seen.length === 1")
+        # What a second tab alone watches comes over the same connection.
+        await pages[1].run("client.watch('job-2', (job) => (window.other = job.version))")
+        await publish(at, "job-2", progress=1)
+        await pages[1].wait("window.other === 1")
+        await pages[0].call("Page.close")
+        async with busy(lambda number: publish(at, message=str(number))):
+            await trio.sleep(0.5)
+            await until(lambda: len(at.node.streams) == 1)
+        last = await publish(at, status="completed")
+        for page in pages[1:]:
+            await page.wait("client.live && seen.at(-1)?.status === 'completed'")
+            assert await versions(page) == list(range(1, last["version"] + 1))
+        assert len(at.node.streams) == 1

@@ -1,0 +1,273 @@
+"""React hooks and <job-progress> on a page of another origin, and what many bars cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+import trio
+
+from tests.integration.browser import Page, started_chromium, using_browser
+from tests.integration.running import running
+from tests.support import Address, server, until
+from tests.web.pages import NewPage, publish
+from tests.web.tools import ROOT, WEB, web_tools
+
+pytestmark = pytest.mark.slow
+
+BARS = 200
+UPDATES_PER_SECOND = 50
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
+        yield address
+
+
+@pytest.fixture
+async def new_page(chromium: str) -> AsyncIterator[NewPage]:
+    async with using_browser(chromium) as opened:
+        yield opened
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def application(directory: Path) -> Iterator[str]:
+    """Serve a directory: the application's own pages, as far as a browser can tell."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(directory))) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{served.server_port}"
+        finally:
+            served.shutdown()
+            thread.join()
+
+
+def bundle(directory: Path, entry: str, *flags: str) -> Path:
+    """A file of these tests with its packages from npm in it."""
+    tools = web_tools()
+    made = directory / Path(entry).with_suffix(".mjs").name
+    subprocess.run(
+        [
+            *(tools / ".bin" / "esbuild", f"tests/web/{entry}", f"--outfile={made}", "--format=esm", *flags),
+            *("--bundle", "--log-level=error", '--define:process.env.NODE_ENV="development"'),
+        ],
+        check=True,
+        cwd=ROOT,
+        env={"NODE_PATH": str(tools), "PATH": os.environ["PATH"]},
+    )
+    return made
+
+
+async def shows(page: Page, name: str, text: str) -> None:
+    """Wait for the text of an element."""
+    await page.wait(f"document.getElementById('{name}')?.textContent === {json.dumps(text)}")
+
+
+async def test_hooks_in_strict_mode(new_page: NewPage, tmp_path: Path) -> None:
+    bundle(tmp_path, "react-all.mjs")
+    shutil.copy(ROOT / "tests" / "web" / "react-page.mjs", tmp_path)
+    with application(tmp_path) as url:
+        async with server(cors={"origins": [url]}) as at:
+            imports = {
+                "react": "./react-all.mjs",
+                "react-dom/client": "./react-all.mjs",
+                "statuswire-react": f"{at.url}/react.js",
+            }
+            (tmp_path / "index.html").write_text(
+                f"""<!doctype html><link rel="icon" href="data:,"><div id="root"></div>
+                <script type="importmap">{json.dumps({"imports": imports})}</script>
+                <script type="module" src="react-page.mjs"></script>"""
+            )
+            page = await new_page()
+            await page.open(f"{url}/index.html")
+            await shows(page, "job", "- - true open")
+            await publish(at, status="processing", progress=10)
+            await shows(page, "job", "1 10 true open")
+            await shows(page, "jobs", "job-1 true")
+            await shows(page, "task", "running true open -")
+            await publish(at, "job-2", progress=1)
+            await shows(page, "jobs", "job-1,job-2 true")
+            for data in (1, 2):
+                body = {"target": "channel", "targetId": "news", "event": "e", "data": data}
+                assert (await at.post("/api/sse/message", body)).status == 200
+            await shows(page, "news", "1,2")
+            assert len(at.node.streams) == 1, "all hooks share a connection"
+
+            await page.run("showJob('job-2')")
+            await shows(page, "job", "1 1 true open")
+            await publish(at, "job-2", status="failed", error="no room")
+            await shows(page, "task", "failed true open no room")
+            told = await page.run("texts.told.join()")
+            assert told == "running,pending,failed", told
+
+            await page.run("task.disconnect()")
+            await shows(page, "task", "failed false closed no room")
+            await page.run("task.reconnect()")
+            await shows(page, "task", "failed true open no room")
+            await page.run("unmount()")
+            (session,) = at.node.streams
+            await until(lambda: not session.wants)
+            assert page.problems == []
+
+
+async def test_a_hook_with_settings_has_its_own_connection(new_page: NewPage, tmp_path: Path) -> None:
+    bundle(tmp_path, "react-all.mjs")
+    with application(tmp_path) as url:
+        async with server(cors={"origins": [url]}) as at:
+            imports = {"react": "./react-all.mjs", "statuswire-react": f"{at.url}/react.js"}
+            (tmp_path / "index.html").write_text(
+                f"""<!doctype html><link rel="icon" href="data:,"><div id="root"></div>
+                <script type="importmap">{json.dumps({"imports": imports})}</script>
+                <script type="module">
+                    import {{ StrictMode, createElement, createRoot }} from "./react-all.mjs";
+                    import {{ useTaskProgress }} from "statuswire-react";
+                    const said = (window.said = []);
+                    const options = {{ url: "{at.url}", transports: ["sse"],
+                        onConnect: () => said.push("connect"), onDisconnect: () => said.push("disconnect") }};
+                    function Task() {{
+                        const {{ progress, connection }} = useTaskProgress("job-1", options);
+                        return createElement("p", {{ id: "task" }}, `${{progress?.progress}} ${{connection}}`);
+                    }}
+                    const root = createRoot(document.getElementById("root"));
+                    root.render(createElement(StrictMode, null, createElement(Task)));
+                    window.unmount = () => root.unmount();
+                </script>"""
+            )
+            await publish(at, progress=30)
+            page = await new_page()
+            await page.open(f"{url}/index.html")
+            await shows(page, "task", "30 open")
+            await until(lambda: [stream.transport for stream in at.node.streams].count("sse") == 1)
+            assert await page.run("said") == ["connect"]
+            await page.run("unmount()")
+            await page.wait("said.length === 2")
+            await until(lambda: not [stream for stream in at.node.streams if stream.transport == "sse"])
+            assert page.problems == []
+
+
+def test_hooks_on_the_server(tmp_path: Path) -> None:
+    made = bundle(
+        tmp_path,
+        "react-server.mjs",
+        f"--alias:statuswire-react={WEB / 'react.js'}",
+        "--platform=node",
+        "--format=cjs",
+    )
+    made = made.rename(made.with_suffix(".cjs"))
+    done = subprocess.run(["node", made], capture_output=True, text=True, check=True, timeout=30)
+    assert '<p id="job">- - false connecting</p><p id="jobs"> false</p>' in done.stdout
+
+
+async def test_a_bar_says_what_it_knows(new_page: NewPage, tmp_path: Path) -> None:
+    page = await new_page()
+    bar = "document.querySelector('job-progress')"
+    with application(tmp_path) as url:
+        async with running(tmp_path, environ={"STATUSWIRE_CORS_ORIGINS": url}) as first:
+            at = Address(first.port)
+            (tmp_path / "index.html").write_text(
+                f"""<!doctype html><link rel="icon" href="data:,"><job-progress job="job-1"></job-progress>
+                <script type="module" src="{at.url}/job-progress.js"></script>"""
+            )
+            await page.open(f"{url}/index.html")
+            await page.wait(f"{bar}.dataset.live === 'true'")
+            assert await page.run(f"[{bar}.role, {bar}.ariaValueNow, {bar}.dataset.status]") == [
+                "progressbar",
+                None,
+                "unknown",
+            ]
+            await publish(at, status="processing")
+            await page.wait(f"{bar}.dataset.status === 'processing'")
+            assert await page.run(f"{bar}.ariaValueNow") is None, "nobody has said how far it is"
+            await publish(at, progress=45.9)
+            await page.wait(f"{bar}.ariaValueNow === '45'")
+            assert await page.run(f"{bar}.ariaValueText") == "45 %, processing"
+            assert await page.run(f"{bar}.shadowRoot.querySelector('[part=fill]').style.transform") == "scaleX(0.459)"
+            await publish(at, "job-2", status="completed")
+            await page.run(f"{bar}.setAttribute('job', 'job-2')")
+            await page.wait(f"{bar}.ariaValueNow === '100' && {bar}.dataset.status === 'completed'")
+        await page.wait(f"{bar}.dataset.live === 'false'")
+        assert await page.run(f"{bar}.ariaValueText") == "100 %, completed, not live"
+        assert page.problems == [problem for problem in page.problems if "ERR_CONNECTION" in problem]
+
+
+async def test_two_hundred_bars_leave_the_page_free(new_page: NewPage, tmp_path: Path) -> None:
+    """10,000 updates a second: the main thread is busy for less than 30 % of the time, and nothing is drawn late."""
+    seconds = 5
+    ids = [f"job-{number}" for number in range(BARS)]
+    page = await new_page()
+    with application(tmp_path) as url:
+        async with running(tmp_path, "--store", "memory:", environ={"STATUSWIRE_CORS_ORIGINS": url}) as started:
+            at = Address(started.port)
+            bars = "".join(f'<job-progress job="{job_id}"></job-progress>' for job_id in ids)
+            (tmp_path / "index.html").write_text(
+                f"""<!doctype html><link rel="icon" href="data:,">
+                <style>body {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px 16px }}</style>
+                {bars}<script type="module" src="{at.url}/job-progress.js"></script>"""
+            )
+            await page.open(f"{url}/index.html")
+            await page.wait("document.querySelectorAll('job-progress[data-live=true]').length === 200")
+            # Each frame of a socket would be told to this test, at the page's cost.
+            await page.call("Network.disable")
+            await page.run(LATENESS)
+            await page.call("Performance.enable")
+            before = await metrics(page)
+            async with httpx.AsyncClient(base_url=at.url, timeout=20) as client:
+                begun = time.monotonic()
+                for turn in range(seconds * UPDATES_PER_SECOND):
+                    batch = [{"jobId": job_id, "userId": "u", "progress": turn / 10} for job_id in ids]
+                    (await client.post("/api/v2/updates", json=batch)).raise_for_status()
+                    await trio.sleep(max(0, begun + (turn + 1) / UPDATES_PER_SECOND - time.monotonic()))
+            after = await metrics(page)
+            passed = after["Timestamp"] - before["Timestamp"]
+            busy = {
+                name: (after[name] - before[name]) / passed for name in ("ThreadTime", "TaskDuration", "ScriptDuration")
+            }
+            await page.wait("document.querySelectorAll('job-progress[aria-valuenow=\"24\"]').length === 200")
+            late = await page.run("late")
+            print(f"\n{BARS * UPDATES_PER_SECOND * seconds / passed:,.0f} updates/s, {late}", busy)
+            assert busy["ThreadTime"] < 0.3, busy
+            assert late["wrong"] == 0, late
+
+
+# Frames are counted before the bars are drawn: what came before the last one has been drawn by now.
+LATENESS = """(async () => {
+    const { connect } = await import(document.querySelector("script").src.replace("job-progress", "client"));
+    const bars = [...document.querySelectorAll("job-progress")];
+    window.late = { looked: 0, wrong: 0, frames: 0 };
+    let before = new Map();
+    const look = () => {
+        late.frames += 1;
+        for (const [bar, progress] of before) {
+            late.looked += 1;
+            const shown = parseFloat(bar.shadowRoot.querySelector("[part=fill]").style.backgroundSize);
+            if (shown < progress - 0.11) late.wrong += 1;
+        }
+        before = new Map(bars.filter((bar) => bar.job).map((bar) => [bar, bar.job.progress]));
+        requestAnimationFrame(look);
+    };
+    requestAnimationFrame(look);
+})()"""
+
+
+async def metrics(page: Page) -> dict[str, float]:
+    """What the browser has counted of a page."""
+    found = (await page.call("Performance.getMetrics"))["metrics"]
+    return {one["name"]: one["value"] for one in found}

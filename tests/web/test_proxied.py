@@ -1,0 +1,176 @@
+"""The client through nginx: with everything let through, and with one transport after the other blocked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.integration.browser import started_chromium, using_browser
+from tests.integration.running import ROOT, free_port
+from tests.support import PATIENCE_S, Address, server
+from tests.web.pages import TRANSPORTS, NewPage, publish, start, until_live, versions
+
+pytestmark = pytest.mark.slow
+
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:{ROOT}/.venv/nginx/usr/sbin")
+# How proxies and firewalls keep something out: an answer of their own, or none at all.
+REFUSED = "return 403;"
+CUT_OFF = "return 444;"
+WEBSOCKET = "location = /ws/jobs {{ {} }}"
+SSE = "location = /api/v2/jobs/stream {{ {} }}"
+LONG_POLL = "if ($arg_timeout ~ [1-9]) {{ {} }}"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
+        yield address
+
+
+@pytest.fixture
+async def new_page(chromium: str) -> AsyncIterator[NewPage]:
+    async with using_browser(chromium) as opened:
+        yield opened
+
+
+class Nginx(Address):
+    """An nginx in front of a server."""
+
+    def __init__(self, directory: Path, target: int, port: int) -> None:
+        super().__init__(port)
+        self._directory = directory
+        self._target = target
+        self.process: trio.Process | None = None
+
+    def configure(self, *blocked: str) -> None:
+        """Write the configuration; what is running takes it up when told to."""
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {self._directory}/{kind};\n" for kind in kinds)
+        (self._directory / "nginx.conf").write_text(
+            f"""daemon off; error_log stderr notice; pid {self._directory}/nginx.pid; events {{}}
+            http {{ {paths} access_log off;
+                map $http_upgrade $connection_upgrade {{ default upgrade; "" ""; }}
+                server {{
+                    listen 127.0.0.1:{self.port};
+                    {" ".join(blocked)}
+                    location / {{
+                        proxy_pass http://127.0.0.1:{self._target};
+                        proxy_http_version 1.1;
+                        proxy_set_header Host $http_host;
+                        proxy_set_header Upgrade $http_upgrade;
+                        proxy_set_header Connection $connection_upgrade;
+                        proxy_read_timeout 120s;
+                    }}
+                }}
+            }}"""
+        )
+
+    def reconfigure(self, *blocked: str) -> None:
+        """The same while it runs."""
+        assert self.process is not None
+        self.configure(*blocked)
+        self.process.send_signal(signal.SIGHUP)
+
+
+@asynccontextmanager
+async def nginx(directory: Path, target: Address, *blocked: str) -> AsyncIterator[Nginx]:
+    """Run nginx in front of a server, with some locations blocked."""
+    assert NGINX, "nginx is not there: run `make system`"
+    proxy = Nginx(directory, target.port, free_port())
+    proxy.configure(*blocked)
+    process = proxy.process = await trio.lowlevel.open_process(
+        [NGINX, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")], stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    try:
+        async with trio.open_nursery() as nursery:
+            said = b""
+            with trio.fail_after(PATIENCE_S):
+                while b"start worker process" not in said:
+                    data = await process.stderr.receive_some()
+                    assert data, said.decode()
+                    said += data
+            nursery.start_soon(_discard, process.stderr)
+            yield proxy
+            nursery.cancel_scope.cancel()
+    finally:
+        process.terminate()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+            await process.stderr.aclose()
+
+
+async def _discard(stream: trio.abc.ReceiveStream) -> None:
+    while await stream.receive_some():
+        pass
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_every_transport_through_nginx(new_page: NewPage, tmp_path: Path, transport: str) -> None:
+    async with server() as at, nginx(tmp_path, at) as proxy:
+        await publish(at, status="processing")
+        page = await new_page()
+        await start(page, proxy.url, transports=[transport])
+        await until_live(page, transport)
+        for number in range(1, 10):
+            await publish(at, progress=number * 10)
+        await publish(at, status="completed")
+        await page.wait("seen.at(-1)?.status === 'completed'")
+        assert await page.run("missed") == []
+        if transport != "poll":
+            assert await versions(page) == list(range(1, 12))
+
+
+@pytest.mark.parametrize("how", [REFUSED, CUT_OFF], ids=["refused", "cut-off"])
+@pytest.mark.parametrize(
+    ("blocked", "left"),
+    [((WEBSOCKET,), "sse"), ((WEBSOCKET, SSE), "longpoll"), ((WEBSOCKET, SSE, LONG_POLL), "poll")],
+    ids=["websocket", "and-sse", "and-longpoll"],
+)
+async def test_what_is_let_through_is_used(
+    new_page: NewPage, tmp_path: Path, blocked: tuple[str, ...], left: str, how: str
+) -> None:
+    async with server() as at, nginx(tmp_path, at, *(place.format(how) for place in blocked)) as proxy:
+        await publish(at, status="processing")
+        page = await new_page()
+        await start(page, proxy.url)
+        await until_live(page, left)
+        await publish(at, progress=50)
+        await publish(at, status="completed")
+        await page.wait("seen.at(-1)?.status === 'completed'")
+        assert await page.run("missed") == []
+        # The next page of the session begins with what worked.
+        page.sent.clear()
+        await start(page, proxy.url)
+        await until_live(page, left)
+        asked = [url for kind, url in page.sent if kind == "WEBSOCKET" or "/api/" in url]
+        path = "/api/v2/jobs/" + ("stream" if left == "sse" else "poll")
+        assert asked
+        assert all(url.startswith(proxy.url + path) for url in asked)
+
+
+async def test_it_comes_back_to_the_best_without_a_gap(new_page: NewPage, tmp_path: Path) -> None:
+    async with server() as at, nginx(tmp_path, at, WEBSOCKET.format(REFUSED)) as proxy:
+        page = await new_page()
+        await start(page, proxy.url)
+        await until_live(page, "sse")
+        proxy.reconfigure()
+        number = 0
+        with trio.fail_after(PATIENCE_S):
+            while await page.run("client.transport") != "websocket":
+                number += 1
+                await publish(at, message=str(number))
+                await trio.sleep(0.02)
+        last = await publish(at, status="completed")
+        await page.wait("seen.at(-1).status === 'completed'")
+        assert await versions(page) == list(range(1, last["version"] + 1))
+        assert await page.run("missed") == []
+        assert await page.run("states") == ["open sse", "open websocket"]
