@@ -1,6 +1,7 @@
 // The client in Node, against the server at STATUSWIRE_URL. Run by test_node.py.
 
 import assert from "node:assert/strict";
+import { createServer } from "node:http";
 import { createRequire } from "node:module";
 import { test } from "node:test";
 
@@ -130,4 +131,87 @@ test("the other forms of the file have the same in them", () => {
   const common = createRequire(import.meta.url)("../../server/web/client.cjs");
   assert.equal(typeof common.connect, "function");
   assert.equal(new common.StatusError("code", "text").code, "code");
+});
+
+/** A server that answers as it is told, for as long as the test lasts; `asked` are the times of its requests. */
+async function pretend(t, answer) {
+  const asked = [];
+  const server = createServer((request, response) => {
+    asked.push(Date.now());
+    answer(request, response, asked.length);
+  });
+  await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+  t.after(() => server.close() && server.closeAllConnections());
+  return { url: `http://127.0.0.1:${server.address().port}`, asked };
+}
+
+const more = (asked, count) =>
+  within(
+    (async () => {
+      while (asked.length < count) await new Promise((resolve) => setTimeout(resolve, 5));
+    })(),
+  );
+
+test("Retry-After is obeyed, and nothing else is tried meanwhile", async (t) => {
+  const { url, asked } = await pretend(t, (request, response) => response.writeHead(503, { "retry-after": "1" }).end());
+  client(t, { url, transports: ["sse", "longpoll", "poll"], reconnectDelay: 1 });
+  await more(asked, 2);
+  assert.ok(asked[1] - asked[0] >= 990, String(asked[1] - asked[0]));
+});
+
+test("retry: of a stream that ends is obeyed", async (t) => {
+  const { url, asked } = await pretend(t, (request, response) => {
+    response.writeHead(200, { "content-type": "text/event-stream" });
+    response.end('retry: 700\ndata: {"type":"connected","heartbeat":30}\n\ndata: {"type":"error","code":"try_later","message":"full"}\n\n');
+  });
+  const made = client(t, { url, transports: ["sse"], reconnectDelay: 1 });
+  made.watch({ all: true }, () => {});
+  await more(asked, 2);
+  assert.ok(asked[1] - asked[0] >= 690, String(asked[1] - asked[0]));
+});
+
+test("waits grow and are random, and it gives up when it shall", async (t) => {
+  const { url, asked } = await pretend(t, (request, response) => response.destroy());
+  const made = client(t, { url, transports: ["poll"], reconnectDelay: 40, maxReconnectAttempts: 5 });
+  await until(made, "closed");
+  assert.equal(made.error.code, "gave_up");
+  assert.equal(asked.length, 6);
+  const waits = asked.slice(1).map((at, index) => at - asked[index]);
+  waits.forEach((wait, index) => assert.ok(wait <= 40 * 2 ** (index + 1) + 250, String(waits)));
+  await assert.rejects(made.done("job"), { code: "gave_up" });
+});
+
+test("without autoReconnect one failure is the end", async (t) => {
+  const { url, asked } = await pretend(t, (request, response) => response.destroy());
+  const made = client(t, { url, transports: ["poll"], autoReconnect: false });
+  await until(made, "closed");
+  assert.equal(asked.length, 1);
+});
+
+test("since a cursor there is what came after it, and no state", async (t) => {
+  const jobId = newId("since");
+  await publish(jobId, { progress: 1 });
+  const { id } = await publish(jobId, { progress: 2 });
+  await publish(jobId, { progress: 3 });
+  for (const transport of transports) {
+    const made = client(t, { since: id, transports: [transport] });
+    const heard = [];
+    for await (const job of made.watch(jobId)) {
+      heard.push(job.version);
+      break;
+    }
+    assert.deepEqual(heard, [3], transport);
+  }
+});
+
+test("what may not be watched is told and spoils nothing else", async (t) => {
+  const jobId = newId("allowed");
+  const errors = [];
+  const made = client(t, { onError: ({ code }) => errors.push(code) });
+  made.watch({ user: "not an id" }, () => {});
+  const other = made.watch(jobId)[Symbol.asyncIterator]();
+  await publish(jobId, { progress: 1 });
+  assert.equal((await within(other.next())).value.progress, 1);
+  assert.deepEqual(errors, ["invalid_parameter"]);
+  assert.equal(made.live, true);
 });

@@ -12,8 +12,10 @@ export const StatusContext = createContext();
 let common;
 const useClient = () => useContext(StatusContext) ?? (globalThis.window && (common ??= connect()));
 
+const none = () => none;
+
 /** `what` is a list of things to watch; `read(news, last, watch)` makes a value, here called `name`, of what comes. */
-function useWatch(client, what, name, read, start) {
+function useWatch(client, what, name, read, start, paused) {
   const source = useMemo(() => {
     let now = { live: false, state: "connecting", [name]: start };
     return [
@@ -29,7 +31,6 @@ function useWatch(client, what, name, read, start) {
         };
         // Pages that are not seen have no frames.
         const plan = () => (planned ||= setTimeout(() => (document.hidden ? update() : requestAnimationFrame(update))));
-        if (!client) return () => {};
         const stopped = new AbortController();
         // Notifications reach every watch of a channel: the first is enough.
         const watches = what.map((one, index) => client.watch(one, (item) => index || plan(news.push(item)), stopped));
@@ -44,7 +45,7 @@ function useWatch(client, what, name, read, start) {
       () => now,
     ];
   }, [client, JSON.stringify(what)]);
-  return useSyncExternalStore(...source, source[1]);
+  return useSyncExternalStore(client && !paused ? source[0] : none, source[1], source[1]);
 }
 
 const latest = (news) => news.at(-1);
@@ -90,7 +91,7 @@ export function useTaskProgress(taskId, { onProgress, onError, onConnect, onDisc
     setOwn(made);
     return made.disconnect;
   }, [settings]);
-  const { progress, live, state, error } = useWatch(client, wanted && taskId ? [taskId] : NONE, "progress", asTask);
+  const { progress, live, state, error } = useWatch(client, taskId ? [taskId] : NONE, "progress", asTask, undefined, !wanted);
   const isConnected = wanted && live;
   useTelling(progress, onProgress);
   useTelling(error, onError);
