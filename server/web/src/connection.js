@@ -117,7 +117,7 @@ export function createConnection({ http, store, options, onState, complain }) {
     const ms = http.renewIn();
     clearTimeout(renewal);
     // Longer than that a timer cannot wait. If there is no new one, there is time for another try.
-    if (wanted && ms < 2 ** 31) renewal = setTimeout(() => http.bearer().then(() => link?.renewed()).catch(complain).then(watchToken), ms > 0 ? ms : SOON_MS);
+    if (wanted && ms < 2 ** 31) renewal = setTimeout(() => http.bearer().then(() => link?.renewed()).catch(complain).then(watchToken), ms > 0 ? ms + 1 : SOON_MS);
   }
 
   // ---- losing it
