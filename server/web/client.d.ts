@@ -56,7 +56,7 @@ export interface Options {
   /** The server's address; by default where the script came from. */
   url?: string | URL;
   /** Gives a JWT, for as long as it is asked; `refused` says that the last one was not accepted. */
-  getToken?: (why: { refused: boolean }) => string | Promise<string>;
+  getToken?: (why: { refused: boolean }) => string | undefined | Promise<string | undefined>;
   /** Which to try, best first. All by default. */
   transports?: Transport[];
   /** Where to go on from: a cursor, or a unix time; without it watching begins with the present state. */
@@ -127,7 +127,7 @@ export interface Client {
 export function connect(options?: Options): Client;
 
 export class StatusError extends Error {
-  constructor(code: string, message: string, more?: { status?: number; delay?: number; final?: boolean; token?: string | null });
+  constructor(code: string, message?: string, more?: { status?: number; delay?: number });
   /**
    * The server's own, such as `unauthorized`, `forbidden` or `job_not_found`; or `unreachable`, `timeout`, `blocked` (something
    * on the way does not let it through), `closed`, `offline`, `disconnected`, `denied` or `gave_up`.
