@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { createServer } from "node:http";
 import { createRequire } from "node:module";
-import { test } from "node:test";
+import { describe, test } from "node:test";
 
 import { connect } from "../../server/web/client.js";
 
@@ -38,101 +38,6 @@ const until = (made, state) =>
     }),
   );
 
-for (const transport of transports) {
-  test(`${transport}: from the first state to the end, each version once`, async (t) => {
-    const jobId = newId(transport);
-    await publish(jobId, { status: "processing", progress: 5 });
-    const made = client(t, { transports: [transport] });
-    const seen = [];
-    for await (const job of made.watch(jobId)) {
-      seen.push(job.version);
-      if (seen.length < 4) await publish(jobId, seen.length < 3 ? { progress: 10 * seen.length } : { status: "completed" });
-    }
-    assert.deepEqual(seen, [1, 2, 3, 4]);
-    assert.equal((await within(made.done(jobId))).status, "completed");
-    assert.equal(made.transport, transport);
-    assert.equal(made.state, transport === "sse" || transport === "websocket" ? "open" : "polling");
-  });
-
-  test(`${transport}: jobs that come later, a user's jobs, and one that is deleted`, async (t) => {
-    const [one, two, user] = [newId("one"), newId("two"), newId("user")];
-    const made = client(t, { transports: [transport] });
-    const heard = [];
-    const waiters = [];
-    const note = (job) => {
-      heard.push(`${job.jobId}:${job.type === "job_deleted" ? "gone" : job.version}`);
-      for (const waiter of waiters) waiter();
-    };
-    const come = (text) => within(new Promise((resolve) => {
-      const look = () => heard.includes(text) && resolve();
-      waiters.push(look);
-      look();
-    }));
-    made.watch(one, note);
-    await until(made, transport === "sse" || transport === "websocket" ? "open" : "polling");
-    await publish(one, { userId: user, progress: 1 });
-    await come(`${one}:1`);
-    await publish(two, { userId: user, progress: 1 });
-    made.watch({ user }, note);
-    await come(`${two}:1`);
-    await publish(two, { progress: 2, userId: user });
-    await come(`${two}:2`);
-    await say("DELETE", `/api/v2/jobs/${two}`);
-    await come(`${two}:gone`);
-    assert.deepEqual(made.watch({ user }).jobs.map((job) => job.jobId), [one]);
-  });
-
-  test(`${transport}: notifications of a channel, once each`, async (t) => {
-    const channel = newId("channel");
-    const made = client(t, { transports: [transport] });
-    const heard = [];
-    const three = new Promise((resolve) => made.watch({ channel }, ({ event, data }) => {
-      heard.push(`${event} ${data}`);
-      if (heard.length === 3) resolve();
-    }));
-    await until(made, transport === "sse" || transport === "websocket" ? "open" : "polling");
-    for (const data of [1, 2, 3]) await say("POST", "/api/sse/message", { target: "channel", targetId: channel, event: "news", data });
-    await within(three);
-    assert.deepEqual(heard, ["news 1", "news 2", "news 3"]);
-  });
-}
-
-test("a cancel is asked for", async (t) => {
-  const jobId = newId("cancel");
-  await publish(jobId, { status: "processing" });
-  const made = client(t);
-  assert.equal((await made.cancel(jobId)).cancelRequested, true);
-  assert.equal((await made.snapshot(jobId)).cancelRequested, true);
-  await assert.rejects(made.cancel("nothing-like-it"), { code: "job_not_found", status: 404 });
-});
-
-test("an aborted watch hears nothing more", async (t) => {
-  const jobId = newId("abort");
-  const made = client(t);
-  const stopped = new AbortController();
-  const heard = [];
-  made.watch(jobId, (job) => heard.push(job.version), { signal: stopped.signal });
-  const other = made.watch(jobId)[Symbol.asyncIterator]();
-  await publish(jobId, { progress: 1 });
-  await within(other.next());
-  stopped.abort();
-  await publish(jobId, { progress: 2 });
-  await within(other.next());
-  assert.deepEqual(heard, [1]);
-  const watch = made.watch(jobId);
-  const loop = watch[Symbol.asyncIterator]();
-  await within(loop.next());
-  const waiting = loop.next();
-  watch.close();
-  assert.equal((await within(waiting)).done, true);
-});
-
-test("the other forms of the file have the same in them", () => {
-  const common = createRequire(import.meta.url)("../../server/web/client.cjs");
-  assert.equal(typeof common.connect, "function");
-  assert.equal(new common.StatusError("code", "text").code, "code");
-});
-
 /** A server that answers as it is told, for as long as the test lasts; `asked` are the times of its requests. */
 async function pretend(t, answer) {
   const asked = [];
@@ -152,66 +57,163 @@ const more = (asked, count) =>
     })(),
   );
 
-test("Retry-After is obeyed, and nothing else is tried meanwhile", async (t) => {
-  const { url, asked } = await pretend(t, (request, response) => response.writeHead(503, { "retry-after": "1" }).end());
-  client(t, { url, transports: ["sse", "longpoll", "poll"], reconnectDelay: 1 });
-  await more(asked, 2);
-  assert.ok(asked[1] - asked[0] >= 990, String(asked[1] - asked[0]));
-});
-
-test("retry: of a stream that ends is obeyed", async (t) => {
-  const { url, asked } = await pretend(t, (request, response) => {
-    response.writeHead(200, { "content-type": "text/event-stream" });
-    response.end('retry: 700\ndata: {"type":"connected","heartbeat":30}\n\ndata: {"type":"error","code":"try_later","message":"full"}\n\n');
-  });
-  const made = client(t, { url, transports: ["sse"], reconnectDelay: 1 });
-  made.watch({ all: true }, () => {});
-  await more(asked, 2);
-  assert.ok(asked[1] - asked[0] >= 690, String(asked[1] - asked[0]));
-});
-
-test("waits grow and are random, and it gives up when it shall", async (t) => {
-  const { url, asked } = await pretend(t, (request, response) => response.destroy());
-  const made = client(t, { url, transports: ["poll"], reconnectDelay: 40, maxReconnectAttempts: 5 });
-  await until(made, "closed");
-  assert.equal(made.error.code, "gave_up");
-  assert.equal(asked.length, 6);
-  const waits = asked.slice(1).map((at, index) => at - asked[index]);
-  waits.forEach((wait, index) => assert.ok(wait <= 40 * 2 ** (index + 1) + 250, String(waits)));
-  await assert.rejects(made.done("job"), { code: "gave_up" });
-});
-
-test("without autoReconnect one failure is the end", async (t) => {
-  const { url, asked } = await pretend(t, (request, response) => response.destroy());
-  const made = client(t, { url, transports: ["poll"], autoReconnect: false });
-  await until(made, "closed");
-  assert.equal(asked.length, 1);
-});
-
-test("since a cursor there is what came after it, and no state", async (t) => {
-  const jobId = newId("since");
-  await publish(jobId, { progress: 1 });
-  const { id } = await publish(jobId, { progress: 2 });
-  await publish(jobId, { progress: 3 });
+describe("the client", { concurrency: 8 }, () => {
   for (const transport of transports) {
-    const made = client(t, { since: id, transports: [transport] });
-    const heard = [];
-    for await (const job of made.watch(jobId)) {
-      heard.push(job.version);
-      break;
-    }
-    assert.deepEqual(heard, [3], transport);
-  }
-});
+    test(`${transport}: from the first state to the end, each version once`, async (t) => {
+      const jobId = newId(transport);
+      await publish(jobId, { status: "processing", progress: 5 });
+      const made = client(t, { transports: [transport] });
+      const seen = [];
+      for await (const job of made.watch(jobId)) {
+        seen.push(job.version);
+        if (seen.length < 4) await publish(jobId, seen.length < 3 ? { progress: 10 * seen.length } : { status: "completed" });
+      }
+      assert.deepEqual(seen, [1, 2, 3, 4]);
+      assert.equal((await within(made.done(jobId))).status, "completed");
+      assert.equal(made.transport, transport);
+      assert.equal(made.state, transport === "sse" || transport === "websocket" ? "open" : "polling");
+    });
 
-test("what may not be watched is told and spoils nothing else", async (t) => {
-  const jobId = newId("allowed");
-  const errors = [];
-  const made = client(t, { onError: ({ code }) => errors.push(code) });
-  made.watch({ user: "not an id" }, () => {});
-  const other = made.watch(jobId)[Symbol.asyncIterator]();
-  await publish(jobId, { progress: 1 });
-  assert.equal((await within(other.next())).value.progress, 1);
-  assert.deepEqual(errors, ["invalid_parameter"]);
-  assert.equal(made.live, true);
+    test(`${transport}: jobs that come later, a user's jobs, and one that is deleted`, async (t) => {
+      const [one, two, user] = [newId("one"), newId("two"), newId("user")];
+      const made = client(t, { transports: [transport] });
+      const heard = [];
+      const waiters = [];
+      const note = (job) => {
+        heard.push(`${job.jobId}:${job.type === "job_deleted" ? "gone" : job.version}`);
+        for (const waiter of waiters) waiter();
+      };
+      const come = (text) => within(new Promise((resolve) => {
+        const look = () => heard.includes(text) && resolve();
+        waiters.push(look);
+        look();
+      }));
+      made.watch(one, note);
+      await until(made, transport === "sse" || transport === "websocket" ? "open" : "polling");
+      await publish(one, { userId: user, progress: 1 });
+      await come(`${one}:1`);
+      await publish(two, { userId: user, progress: 1 });
+      made.watch({ user }, note);
+      await come(`${two}:1`);
+      await publish(two, { progress: 2, userId: user });
+      await come(`${two}:2`);
+      await say("DELETE", `/api/v2/jobs/${two}`);
+      await come(`${two}:gone`);
+      assert.deepEqual(made.watch({ user }).jobs.map((job) => job.jobId), [one]);
+    });
+
+    test(`${transport}: notifications of a channel, once each`, async (t) => {
+      const channel = newId("channel");
+      const made = client(t, { transports: [transport] });
+      const heard = [];
+      const three = new Promise((resolve) => made.watch({ channel }, ({ event, data }) => {
+        heard.push(`${event} ${data}`);
+        if (heard.length === 3) resolve();
+      }));
+      await until(made, transport === "sse" || transport === "websocket" ? "open" : "polling");
+      for (const data of [1, 2, 3]) await say("POST", "/api/sse/message", { target: "channel", targetId: channel, event: "news", data });
+      await within(three);
+      assert.deepEqual(heard, ["news 1", "news 2", "news 3"]);
+    });
+  }
+
+  test("a cancel is asked for", async (t) => {
+    const jobId = newId("cancel");
+    await publish(jobId, { status: "processing" });
+    const made = client(t);
+    assert.equal((await made.cancel(jobId)).cancelRequested, true);
+    assert.equal((await made.snapshot(jobId)).cancelRequested, true);
+    await assert.rejects(made.cancel("nothing-like-it"), { code: "job_not_found", status: 404 });
+  });
+
+  test("an aborted watch hears nothing more", async (t) => {
+    const jobId = newId("abort");
+    const made = client(t);
+    const stopped = new AbortController();
+    const heard = [];
+    made.watch(jobId, (job) => heard.push(job.version), { signal: stopped.signal });
+    const other = made.watch(jobId)[Symbol.asyncIterator]();
+    await publish(jobId, { progress: 1 });
+    await within(other.next());
+    stopped.abort();
+    await publish(jobId, { progress: 2 });
+    await within(other.next());
+    assert.deepEqual(heard, [1]);
+    const watch = made.watch(jobId);
+    const loop = watch[Symbol.asyncIterator]();
+    await within(loop.next());
+    const waiting = loop.next();
+    watch.close();
+    assert.equal((await within(waiting)).done, true);
+  });
+
+  test("the other forms of the file have the same in them", () => {
+    const common = createRequire(import.meta.url)("../../server/web/client.cjs");
+    assert.equal(typeof common.connect, "function");
+    assert.equal(new common.StatusError("code", "text").code, "code");
+  });
+
+  test("Retry-After is obeyed, and nothing else is tried meanwhile", async (t) => {
+    const { url, asked } = await pretend(t, (request, response) => response.writeHead(503, { "retry-after": "1" }).end());
+    client(t, { url, transports: ["sse", "longpoll", "poll"], reconnectDelay: 1 });
+    await more(asked, 2);
+    assert.ok(asked[1] - asked[0] >= 990, String(asked[1] - asked[0]));
+  });
+
+  test("retry: of a stream that ends is obeyed", async (t) => {
+    const { url, asked } = await pretend(t, (request, response) => {
+      response.writeHead(200, { "content-type": "text/event-stream" });
+      response.end('retry: 700\ndata: {"type":"connected","heartbeat":30}\n\ndata: {"type":"error","code":"try_later","message":"full"}\n\n');
+    });
+    const made = client(t, { url, transports: ["sse"], reconnectDelay: 1 });
+    made.watch({ all: true }, () => {});
+    await more(asked, 2);
+    assert.ok(asked[1] - asked[0] >= 690, String(asked[1] - asked[0]));
+  });
+
+  test("waits grow and are random, and it gives up when it shall", async (t) => {
+    const { url, asked } = await pretend(t, (request, response) => response.destroy());
+    const made = client(t, { url, transports: ["poll"], reconnectDelay: 40, maxReconnectAttempts: 5 });
+    await until(made, "closed");
+    assert.equal(made.error.code, "gave_up");
+    assert.equal(asked.length, 6);
+    const waits = asked.slice(1).map((at, index) => at - asked[index]);
+    waits.forEach((wait, index) => assert.ok(wait <= 40 * 2 ** (index + 1) + 250, String(waits)));
+    await assert.rejects(made.done("job"), { code: "gave_up" });
+  });
+
+  test("without autoReconnect one failure is the end", async (t) => {
+    const { url, asked } = await pretend(t, (request, response) => response.destroy());
+    const made = client(t, { url, transports: ["poll"], autoReconnect: false });
+    await until(made, "closed");
+    assert.equal(asked.length, 1);
+  });
+
+  test("since a cursor there is what came after it, and no state", async (t) => {
+    const jobId = newId("since");
+    await publish(jobId, { progress: 1 });
+    const { id } = await publish(jobId, { progress: 2 });
+    await publish(jobId, { progress: 3 });
+    for (const transport of transports) {
+      const made = client(t, { since: id, transports: [transport] });
+      const heard = [];
+      for await (const job of made.watch(jobId)) {
+        heard.push(job.version);
+        break;
+      }
+      assert.deepEqual(heard, [3], transport);
+    }
+  });
+
+  test("what may not be watched is told and spoils nothing else", async (t) => {
+    const jobId = newId("allowed");
+    const errors = [];
+    const made = client(t, { onError: ({ code }) => errors.push(code) });
+    made.watch({ user: "not an id" }, () => {});
+    const other = made.watch(jobId)[Symbol.asyncIterator]();
+    await publish(jobId, { progress: 1 });
+    assert.equal((await within(other.next())).value.progress, 1);
+    assert.deepEqual(errors, ["invalid_parameter"]);
+    assert.equal(made.live, true);
+  });
 });
