@@ -17,7 +17,7 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: examples example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
+.PHONY: examples example-vanilla example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -33,8 +33,15 @@ run: setup  ## start the server with a live demo (ARGS="--port 8080" is passed o
 example-celery example-bullmq example-rq: example-%: setup-dev system
 	@exec $(BIN)/python tools/examples/live.py $* $(ARGS)
 
-examples:  ## real queues, live: make example-celery, example-bullmq or example-rq (ARGS="--port 8080")
-	@echo "make example-celery, make example-bullmq or make example-rq"
+# Pages of applications. What these are made of is in places of their own, not where the server is.
+example-vanilla: setup
+	@exec $(BIN)/python tools/examples/web.py $(@:example-%=%) $(ARGS)
+
+examples:  ## list the examples: applications and queues with live jobs, each by one command (ARGS="--port 8080")
+	@echo 'make example-vanilla    a page with live bars, without a framework'
+	@echo 'make example-celery     the jobs of a Celery application on the dashboard'
+	@echo 'make example-bullmq     the jobs of BullMQ'
+	@echo 'make example-rq         the jobs of RQ'
 
 test: setup-dev system $(VENV)/load/.done  ## run every test and measure coverage
 	$(BIN)/coverage erase

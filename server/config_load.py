@@ -44,8 +44,8 @@ from server.config import (
 
 ENV_PREFIX = "STATUSWIRE_"
 DEFAULT_FILE = "statuswire.toml"
-# These belong to the client commands (where to find a server), not to the server's configuration.
-CLIENT_VARIABLES = frozenset({"STATUSWIRE_URL", "STATUSWIRE_TOKEN"})
+# These belong to client commands and workers (where to find a server), not to the server's configuration.
+CLIENT_VARIABLES = frozenset({"STATUSWIRE_URL", "STATUSWIRE_TOKEN", "STATUSWIRE_SPOOL_DIR"})
 # RFC 7518 section 3.2 asks HMAC keys to be as long as the hash; 32 bytes is the least that withstands guessing.
 MIN_SECRET_BYTES = 32
 # Those of webhooks are often given by the other side, and a guess can be checked against this server only.

@@ -271,7 +271,7 @@ def test_unknown_flag_key() -> None:
 
 
 def test_client_variables_are_not_ours() -> None:
-    environ = {"STATUSWIRE_URL": "http://x", "STATUSWIRE_TOKEN": "t"}
+    environ = {"STATUSWIRE_URL": "http://x", "STATUSWIRE_TOKEN": "t", "STATUSWIRE_SPOOL_DIR": "/x"}
     assert load_config({}, environ, None) == Config()
 
 

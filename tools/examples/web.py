@@ -1,0 +1,147 @@
+"""An application whose page shows its jobs live, and statuswire: everything that an example needs, by one command.
+
+Run: python tools/examples/web.py vanilla|react|fastapi|django|nginx [--port 8000]
+`make example-vanilla` and the others install what each needs first. Ctrl-C ends all of it; what it kept goes with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BIN = Path(sys.executable).parent
+# What applications are made of has no business in the server's own place; see the Makefile.
+APPLICATIONS = ROOT / ".venv" / "examples" / "bin" / "python"
+PATIENCE_S = 60
+
+
+class Failed(Exception):
+    """Something did not start, in words for the terminal."""
+
+
+@dataclass
+class Stage:
+    """Where an example runs.
+
+    Attributes:
+        port: of the address to open.
+        directory: for all that is kept; it goes when the example ends.
+        processes: what was started, in this order.
+    """
+
+    port: int
+    directory: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, *command: str | Path, **environ: str) -> None:
+        """Run something until the example ends."""
+        # Ends of jobs that are yet to be sent go with the example, too.
+        environment = os.environ | {"STATUSWIRE_SPOOL_DIR": str(self.directory / "spool")} | environ
+        # Its own start line would be a second address to wonder about; logs and errors go to stderr.
+        process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=subprocess.DEVNULL)
+        self.processes.append(process)
+
+    def serve(self, config: Path, *flags: str | Path, **environ: str) -> str:
+        """Start statuswire on its embedded store, with an example's configuration; its address."""
+        port = free_port()
+        keep = f"sqlite:{self.directory / 'statuswire.db'}"
+        flags = ("--config", config, "--store", keep, "--port", str(port), *flags)
+        self.start(BIN / "statuswire", "serve", "--log-level", "warning", *flags, **environ)
+        return f"http://127.0.0.1:{port}"
+
+    def wait(self, url: str) -> None:
+        """Until it answers, whatever it answers."""
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                return
+            except urllib.error.HTTPError as answer:
+                answer.close()
+                return
+            except OSError:
+                if any(process.poll() is not None for process in self.processes):
+                    raise Failed("one of the processes did not start") from None
+                if time.monotonic() > give_up:
+                    raise Failed(f"{url} does not answer") from None
+                time.sleep(0.05)
+
+    def end(self) -> None:
+        """The last one first: nothing loses what it stands on."""
+        for process in reversed(self.processes):
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def vanilla(stage: Stage) -> None:
+    """A page without a framework."""
+    place = HERE / "vanilla_example"
+    url = stage.serve(place / "statuswire.toml", STATUSWIRE_CORS_ORIGINS=stage.url)
+    stage.wait(f"{url}/health")
+    stage.start(BIN / "python", place / "app.py", "--port", str(stage.port), STATUSWIRE_URL=url)
+
+
+EXAMPLES: Mapping[str, Callable[[Stage], None]] = {"vanilla": vanilla}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A page with live jobs.")
+    parser.add_argument("kind", choices=EXAMPLES)
+    parser.add_argument("--port", type=int, default=8000, help="of the address to open (8000); 0 takes any free one")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with tempfile.TemporaryDirectory(prefix="statuswire-example-") as directory:
+        stage = Stage(arguments.port or free_port(), Path(directory))
+        try:
+            with socket.socket() as taken:
+                if taken.connect_ex(("127.0.0.1", stage.port)) == 0:
+                    raise Failed(f"port {stage.port} is taken: choose another one with --port")
+            EXAMPLES[arguments.kind](stage)
+            stage.wait(stage.url)
+            print(f"Open {stage.url} in a browser. Ctrl-C ends it.", flush=True)
+            while not any(process.poll() is not None for process in stage.processes):
+                time.sleep(0.2)
+            raise Failed("one of the processes has ended")
+        except KeyboardInterrupt:
+            print()
+        except Failed as failure:
+            print(f"example-{arguments.kind}: {failure}", file=sys.stderr)
+            return 1
+        finally:
+            # From here on a second Ctrl-C must not leave something behind.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            stage.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
