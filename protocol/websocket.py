@@ -303,6 +303,11 @@ class WebSocketReader:
             raise WebSocketError(CloseCode.PROTOCOL_ERROR, str(error), events) from error
         return events
 
+    @property
+    def unfinished(self) -> int:
+        """Bytes of a message of which something is still to come."""
+        return 0 if self._partial is None else len(self._partial)
+
     def release(self) -> None:
         """Give back wsproto's 2 KB if nothing is half received; the next byte makes them again, for 4 µs.
 

@@ -151,14 +151,25 @@ class Limits(Struct, frozen=True, kw_only=True):
 
     Attributes:
         connections_per_user: live connections of one user.
+        connections_per_address: open sockets of one address; behind a trusted proxy, requests and streams.
         connects_per_second: accepted sockets per address.
         messages_per_second: incoming WebSocket messages per user.
         publishes_per_second: published updates per user.
         max_message: bytes of the largest incoming WebSocket message.
         backlog: bytes that may wait for one slow reader before it is closed to resume later.
+        unfinished: bytes of large bodies and messages that are being received, over all connections.
+        jobs_per_connection: jobs that one WebSocket connection may watch by name.
+        head_timeout: seconds for the head of a request, from its first byte; of a new connection from the beginning.
+        body_timeout: seconds between two pieces of a body.
+        upload_timeout: seconds for all of a body that is read before it is answered.
+        idle_timeout: seconds that an HTTP connection is kept without a request.
+        send_timeout: seconds in which a peer that takes nothing of what it is sent is given up.
+        auth_timeout: seconds until a WebSocket client without a token must have sent ``auth``.
     """
 
     connections_per_user: CountOrZero = 0
+    # Behind a proxy that is not in ``trusted_proxies`` everyone has one address.
+    connections_per_address: CountOrZero = 0
     connects_per_second: RateOrZero = 0.0
     messages_per_second: RateOrZero = 0.0
     publishes_per_second: RateOrZero = 0.0
@@ -167,6 +178,20 @@ class Limits(Struct, frozen=True, kw_only=True):
     # The newest of some ten thousand jobs. What is held is shared with the log and the records, so this much text
     # costs about 1 MB of memory.
     backlog: AtLeastOne = 4 * 1024 * 1024
+    # Thirty of the largest batches at once, or two thousand of the largest updates.
+    unfinished: AtLeastOne = 256 * 1024 * 1024
+    # More than any page shows; who wants more asks for a user's jobs, or all.
+    jobs_per_connection: AtLeastOne = 10_000
+    # A head that takes longer than this to come is an attack or a broken peer: a person's slowest link needs 2 s.
+    head_timeout: Seconds = 10.0
+    body_timeout: Seconds = 30.0
+    # 8 MiB come in that time at 30 KB/s.
+    upload_timeout: Seconds = 300.0
+    # Longer than the 60 s for which nginx keeps an upstream connection, so that it is never we who close under it.
+    idle_timeout: Seconds = 75.0
+    # Below the two minutes after which a silent connection is called stale (RFC 9112 section 9.5 leaves it to us).
+    send_timeout: Seconds = 60.0
+    auth_timeout: Seconds = 10.0
 
 
 class Store(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,6 @@ import logging
 import re
 import socket
 from contextlib import suppress
-from typing import Final
 
 import trio
 
@@ -24,14 +23,6 @@ from server.logs import log_event
 from server.node import LOG, Node, Stream
 from server.origins import cors_headers
 from server.socketio import linger, prepare, receive, send_all
-
-# A head that takes longer than this to come is an attack or a broken peer: a person's slowest link needs 2 s.
-HEAD_TIMEOUT_S: Final = 10.0
-# Longer than the 60 s for which nginx keeps an upstream connection, so that it is never we who close under it.
-IDLE_TIMEOUT_S: Final = 75.0
-# Between two pieces of a body, and for all of one that is read whole: 8 MiB come in that time at 30 KB/s.
-BODY_TIMEOUT_S: Final = 30.0
-WHOLE_BODY_TIMEOUT_S: Final = 300.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
 
@@ -115,19 +106,30 @@ class Connection:
         peer: address at the other end, ``unix`` for a Unix socket.
         nursery: ends with the connection.
         refusal: the connection came over a limit: what every request on it but health checks is told.
+
+    Attributes:
+        place: the address whose ``connections_per_address`` this one takes, "" for none.
     """
 
-    __slots__ = ("_over", "http", "node", "nursery", "peer", "refusal", "sock")
+    __slots__ = ("_held", "_over", "http", "node", "nursery", "peer", "place", "refusal", "sock")
 
     def __init__(
-        self, node: Node, sock: socket.socket, peer: str, nursery: trio.Nursery, refusal: ApiError | None
+        self,
+        node: Node,
+        sock: socket.socket,
+        peer: str,
+        nursery: trio.Nursery,
+        refusal: ApiError | None,
+        place: str,
     ) -> None:
         self.node = node
         self.sock = sock
         self.peer = peer
         self.nursery = nursery
         self.refusal = refusal
+        self.place = place
         self.http = HttpConnection()
+        self._held = 0
         self._over = False
 
     async def run(self) -> Stream | None:
@@ -139,21 +141,27 @@ class Connection:
         from server.routes import answer  # imported late: routes know transports, which know connections
 
         first = True
+        proxied = self.node.proxies.trusts(self.peer)
         while not self._over:
-            request = await self._next_request(HEAD_TIMEOUT_S if first else IDLE_TIMEOUT_S)
+            limits = self.node.config.limits
+            request = await self._next_request(limits.head_timeout if first else limits.idle_timeout)
             if request is None:
                 return None
             exchange = Exchange(self, request)
-            if first:
-                self._count_behind_proxy(exchange.address)
-                first = False
+            if proxied:
+                self._count_behind_proxy(exchange.address, first)
+            first = False
             self.node.begin()
             try:
                 stream = await answer(exchange)
             finally:
+                if self._held:
+                    self.hold(-self._held)
                 self.node.end()
             if stream is not None:
                 return stream
+            if proxied:
+                self._leave()
             if not self._over and not self.http.next_request():
                 await linger(self.sock)
                 return None
@@ -161,21 +169,34 @@ class Connection:
             await trio.lowlevel.checkpoint()
         return None
 
-    def _count_behind_proxy(self, address: str) -> None:
-        """A trusted proxy's connection counts for the client whose request it brings first, not for the proxy."""
+    def _count_behind_proxy(self, address: str, first: bool) -> None:
+        """A trusted proxy's connection is a connect of the client whose request it brings first, not of the proxy; and
+        an open one of each client while that one's request is answered: proxies keep connections for whoever comes."""
         node = self.node
-        if self.refusal is None and node.proxies.trusts(self.peer) and not node.proxies.trusts(address):
+        if self.refusal is None and not node.proxies.trusts(address):
             try:
-                node.limits.check_connect(address, trio.current_time())
+                if first:
+                    node.limits.check_connect(address, trio.current_time())
+                self.place = node.limits.enter(address)
             except ApiError as error:
                 self.refusal = error
                 node.counters.refused[error.code] += 1
 
+    def _leave(self) -> None:
+        place, self.place = self.place, ""
+        self.node.limits.leave(place)
+
+    def hold(self, size: int) -> None:
+        """The request under way takes this many bytes more, until it is answered. Raises ApiError 503."""
+        self.node.limits.hold(self._held, self._held + size)
+        self._held += size
+
     async def _next_request(self, patience_s: float) -> Request | None:
         """The next request; None when there is none to answer any more."""
         begun = self.http.begun  # pipelined, in part
+        head_timeout = self.node.config.limits.head_timeout
         refusal: ApiError | None = None
-        with trio.move_on_after(HEAD_TIMEOUT_S if begun else patience_s) as patience:
+        with trio.move_on_after(head_timeout if begun else patience_s) as patience:
             try:
                 while True:
                     event = self.http.next_event()
@@ -186,12 +207,12 @@ class Connection:
                     data = await receive(self.sock)
                     if not begun and data:
                         begun = True
-                        patience.deadline = trio.current_time() + HEAD_TIMEOUT_S
+                        patience.deadline = trio.current_time() + head_timeout
                     self.http.receive(data)
             except ApiError as error:
                 refusal = error
         if refusal is None and begun:
-            refusal = ApiError(408, "request_timeout", f"the head took more than {HEAD_TIMEOUT_S:g} s")
+            refusal = ApiError(408, "request_timeout", f"the head took more than {head_timeout:g} s")
         if refusal is not None:
             await self._refuse(refusal)
         return None
@@ -213,7 +234,7 @@ class Connection:
         response = error_answer(error, request_id)
         headers = [("Date", self.node.http_date()), ("X-Request-Id", request_id), *response.headers]
         assert isinstance(response.body, bytes)
-        await send_all(self.sock, self.http.respond(error.status, headers, response.body, close=True))
+        await self.send(self.http.respond(error.status, headers, response.body, close=True))
         await linger(self.sock)
 
     async def next_piece(self) -> bytes:
@@ -232,22 +253,26 @@ class Connection:
             if isinstance(event, PeerClosed):
                 raise Disconnected
             if self.http.expects_continue:
-                await send_all(self.sock, self.http.send_continue())
-            with trio.move_on_after(BODY_TIMEOUT_S) as patience:
+                await self.send(self.http.send_continue())
+            body_timeout = self.node.config.limits.body_timeout
+            with trio.move_on_after(body_timeout) as patience:
                 data = await receive(self.sock)
             if patience.cancelled_caught:
-                raise ApiError(408, "request_timeout", f"no more of the body came for {BODY_TIMEOUT_S:g} s")
+                raise ApiError(408, "request_timeout", f"no more of the body came for {body_timeout:g} s")
             self.http.receive(data)
 
     async def read_body(self, limit: int) -> bytes:
-        """The whole body, of at most ``limit`` bytes; raises what ``next_piece`` raises."""
+        """The whole body, of at most ``limit`` bytes; raises what ``next_piece`` raises,
+        and 503 if too much is under way."""
         self.http.limit_body(limit)
         pieces = []
-        with trio.move_on_after(WHOLE_BODY_TIMEOUT_S) as patience:
+        upload_timeout = self.node.config.limits.upload_timeout
+        with trio.move_on_after(upload_timeout) as patience:
             while piece := await self.next_piece():
+                self.hold(len(piece))
                 pieces.append(piece)
         if patience.cancelled_caught:
-            raise ApiError(408, "request_timeout", f"the body took more than {WHOLE_BODY_TIMEOUT_S:g} s")
+            raise ApiError(408, "request_timeout", f"the body took more than {upload_timeout:g} s")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def respond(self, exchange: Exchange, response: Response) -> None:
@@ -255,12 +280,16 @@ class Connection:
         headers = [*exchange.headers(), *response.headers]
         close = self.node.draining or self.refusal is not None
         if isinstance(response.body, bytes):
-            await send_all(self.sock, self.http.respond(response.status, headers, response.body, close=close))
+            await self.send(self.http.respond(response.status, headers, response.body, close=close))
             return
-        await send_all(self.sock, self.http.start_stream(response.status, headers, close=close))
+        await self.send(self.http.start_stream(response.status, headers, close=close))
         for piece in response.body:
-            await send_all(self.sock, self.http.stream_chunk(piece))
-        await send_all(self.sock, self.http.end_stream())
+            await self.send(self.http.stream_chunk(piece))
+        await self.send(self.http.end_stream())
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes as they are. Raises OSError, also for a peer that takes nothing."""
+        await send_all(self.sock, data, self.node.config.limits.send_timeout)
 
     @property
     def can_answer(self) -> bool:
@@ -272,13 +301,20 @@ class Connection:
         self._over = True
 
 
-async def serve_connection(node: Node, sock: socket.socket, peer: str, refusal: ApiError | None = None) -> None:
-    """Serve one accepted socket and close it. Raises nothing but cancellation."""
+async def serve_connection(
+    node: Node, sock: socket.socket, peer: str, refusal: ApiError | None = None, place: str = ""
+) -> None:
+    """Serve one accepted socket and close it, and leave its ``place``. Raises nothing but cancellation."""
     try:
         prepare(sock)
         async with trio.open_nursery() as nursery:
             with suppress(OSError, Disconnected):  # the peer may go at any time
-                stream = await Connection(node, sock, peer, nursery, refusal).run()
+                connection = Connection(node, sock, peer, nursery, refusal, place)
+                try:
+                    stream = await connection.run()
+                finally:
+                    place = connection.place
+                    del connection
                 if stream is not None:
                     await stream.run()
             nursery.cancel_scope.cancel()
@@ -290,3 +326,7 @@ async def serve_connection(node: Node, sock: socket.socket, peer: str, refusal: 
     finally:
         sock.close()
         node.connections -= 1
+        if refusal is not None:
+            node.turned_away -= 1
+        if place:
+            node.limits.leave(place)

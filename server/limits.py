@@ -36,6 +36,9 @@ MAX_BUCKETS = 65_536
 # updates out of it. A connection that comes with all the channels it may have, and comes again, stays within.
 EVENTS_AT_ONCE = 2000
 EVENTS_PER_SECOND = 20.0
+# What each connection may hold of a body or message that is not whole yet, without a share of ``limits.unfinished``:
+# ordinary ones are not refused because somebody sends many large ones.
+UNFINISHED_FREE = 65_536  # bytes
 # When a user's connection will end is unknown; soon enough to be no nuisance, late enough to be no load.
 CONNECTION_RETRY = 5  # seconds
 # More proxies in a row than anyone has; a forwarded list longer than this comes from somebody who wants us to work.
@@ -59,15 +62,20 @@ class Limits:
 
     Attributes:
         common: the rates per user over all nodes, if there can be several.
+        unfinished: bytes of bodies and messages that are not whole yet, without those that are free.
     """
 
     def __init__(self, limits: config.Limits) -> None:
         self.common: Common | None = None
+        self.unfinished = 0
+        self._open: dict[str, int] = {}
         self.reload(limits)
 
     def reload(self, limits: config.Limits) -> None:
         """Take new limits; rates start anew."""
         self.connections_per_user = limits.connections_per_user
+        self.connections_per_address = limits.connections_per_address
+        self.max_unfinished = limits.unfinished
         self._connects = Rates(limits.connects_per_second, "connections from your address")
         self._messages = Rates(limits.messages_per_second, "messages")
         self._publishes = Rates(limits.publishes_per_second, "updates")
@@ -91,6 +99,49 @@ class Limits:
         """
         if self._connects.rate:
             self._connects.take(_network_of(address), now, 1)
+
+    def enter(self, address: str) -> str:
+        """Take a place for one more open connection of an address.
+
+        Returns:
+            The place, for ``leave``; "" if they are not counted.
+
+        Raises:
+            ApiError: 429 ``rate_limited``: these are ``connections_per_address`` already.
+        """
+        limit = self.connections_per_address
+        if not limit:
+            return ""
+        place = _network_of(address)
+        held = self._open.get(place, 0)
+        if held >= limit:
+            message = f"there are {held} connections open from your address, which is the limit; close one first"
+            raise _too_much(message, CONNECTION_RETRY)
+        self._open[place] = held + 1
+        return place
+
+    def leave(self, place: str) -> None:
+        """Give a place back."""
+        left = self._open.get(place, 0) - 1
+        if left > 0:
+            self._open[place] = left
+        else:
+            self._open.pop(place, None)
+
+    def hold(self, before: int, now: int) -> None:
+        """What one connection has of a body or message that is not whole yet has become more or less.
+
+        Args:
+            before: bytes until now, 0 at the beginning.
+            now: bytes from now on, 0 at the end.
+
+        Raises:
+            ApiError: 503 ``try_later``: all connections together have ``unfinished`` already; nothing has changed.
+        """
+        change = max(0, now - UNFINISHED_FREE) - max(0, before - UNFINISHED_FREE)
+        if change > 0 and self.unfinished + change > self.max_unfinished:
+            raise ApiError(503, "try_later", "the server is taking in as much as it can; try again", retry_after=1)
+        self.unfinished += change
 
     async def check_message(self, user: str, now: float) -> None:
         """Take one of a user's WebSocket messages.
@@ -152,7 +203,7 @@ class Limits:
     def entries(self) -> int:
         """How many table entries there are, over all tables."""
         rates = (self._connects, self._messages, self._publishes, self._events)
-        return sum(len(each) for each in rates) + len(self._shares)
+        return sum(len(each) for each in rates) + len(self._shares) + len(self._open)
 
 
 class Rates:

@@ -25,7 +25,7 @@ BACKLOG: Final = 4096
 ACCEPT_BATCH: Final = 32
 # Without descriptors there is nothing to accept; each wait gives connections the time to end.
 EXHAUSTED_PAUSE_S: Final = 0.1
-# Over max_connections a client is still told so, on this many sockets more; beyond, it is closed unheard.
+# Who comes over a limit is still told so, on this many sockets more; beyond, it is closed unheard.
 REFUSED_SOCKETS: Final = 256
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -178,25 +178,27 @@ async def accept_forever(node: Node, listener: socket.socket, connections: trio.
                 continue  # this one was gone before it was accepted
             exhausted = False
             peer = UNIX if listener.family == socket.AF_UNIX else address[0]
-            refusal = _refusal(node, peer)
-            if refusal is not None and node.connections >= node.config.server.max_connections + REFUSED_SOCKETS:
-                sock.close()
-                node.counters.refused["unheard"] += 1
-                continue
+            refusal, place = _admit(node, peer)
             if refusal is not None:
+                if node.turned_away >= REFUSED_SOCKETS:
+                    sock.close()
+                    node.counters.refused["unheard"] += 1
+                    continue
+                node.turned_away += 1
                 node.counters.refused[refusal.code] += 1
             node.connections += 1
             node.counters.sockets += 1
-            connections.start_soon(serve_connection, node, sock, peer, refusal)
+            connections.start_soon(serve_connection, node, sock, peer, refusal, place)
 
 
-def _refusal(node: Node, peer: str) -> ApiError | None:
-    """Why a new connection is not to be served, or None."""
-    if node.connections >= node.config.server.max_connections:
-        return ApiError(503, "too_many_connections", "the server is full; try again", retry_after=5)
+def _admit(node: Node, peer: str) -> tuple[ApiError | None, str]:
+    """Why a new connection is not to be served, or None; and the place that it has taken."""
+    if node.connections - node.turned_away >= node.config.server.max_connections:
+        return ApiError(503, "too_many_connections", "the server is full; try again", retry_after=5), ""
     if not node.proxies.trusts(peer):  # behind a proxy the client is known only with its request
         try:
             node.limits.check_connect(peer, trio.current_time())
+            return None, node.limits.enter(peer)
         except ApiError as error:
-            return error
-    return None
+            return error, ""
+    return None, ""

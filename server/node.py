@@ -73,6 +73,7 @@ class Node:
     Attributes:
         streams: live WebSocket and event-stream connections.
         connections: open sockets.
+        turned_away: those of them that came over a limit.
         presence: who is connected.
         polls: wake-ups of the polls that wait.
         counters: what has happened so far.
@@ -151,6 +152,7 @@ class Node:
         self.streams: dict[Stream, None] = {}
         self.polls: dict[trio.Event, None] = {}
         self.connections = 0
+        self.turned_away = 0
         self._busy = 0
         self._quiet: trio.Event | None = None
         self.draining = False

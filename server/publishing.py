@@ -61,12 +61,13 @@ class Batch:
         """
         indexes: list[int] = []
         operations: list[Publish] = []
-        rejected: list[tuple[int, ApiError]] = []
+        rejected: list[tuple[int, str, str, str | None]] = []
         for index, item in enumerate(items, first_index):
             try:
                 fields = decode_fields(item)
             except ApiError as error:
-                rejected.append((index, error))
+                # Not the error itself: with its traceback it is ten times as large as the line, and there may be many.
+                rejected.append((index, error.code, error.message, error.field))
                 continue
             indexes.append(index)
             item_key = None if key is None else f"{key}#{index}"
@@ -94,13 +95,12 @@ class Batch:
                 if result.cancel_requested and result.job is not None:
                     cancels[result.job.latest.job_id] = None
             else:
-                rejected.append((index, result))
+                rejected.append((index, result.code, result.message, result.field))
         self._counters.publishes(self._source, accepted, duplicates, len(rejected))
         rejected.sort(key=lambda refusal: refusal[0])
         refusals = [
-            {"index": index, "code": error.code, "message": error.message}
-            | ({} if error.field is None else {"field": error.field})
-            for index, error in rejected
+            {"index": index, "code": code, "message": message} | ({} if field is None else {"field": field})
+            for index, code, message, field in rejected
         ]
         return Outcome(accepted, duplicates, spooled, refusals, last, list(cancels))
 

@@ -28,9 +28,6 @@ from server.wheel import Timer, Wheel
 TURN_BYTES: Final = 256 * 1024
 # Held updates are put on the wire in pieces of this many, so a piece is some tens of kilobytes.
 PIECE_UPDATES: Final = 64
-# A peer that takes nothing for this long is gone (RFC 9112 section 9.5 leaves the time to us); it is below
-# the two minutes after which a silent connection is called stale.
-STALL_TIMEOUT_S: Final = 60.0
 
 
 class PushReader(Reader):
@@ -108,6 +105,11 @@ class PushReader(Reader):
         and everything is written, ``broken`` after a socket error or stall, ``overflow`` past the bound of what
         may be held, or one of the subclass's own. Must not wait."""
         raise AssertionError("a transport must say how it ends")
+
+    @property
+    def send_timeout(self) -> float:
+        """Seconds in which a peer that takes nothing is given up."""
+        raise AssertionError("a transport must say how patient it is")
 
     def on_log_lost(self) -> None:
         """The log was lost: queue a reset and a fresh snapshot. Must not wait."""
@@ -325,7 +327,7 @@ class PushReader(Reader):
     async def _drain(self) -> None:
         try:
             while not self.ended:
-                with trio.move_on_after(STALL_TIMEOUT_S) as self._patience:
+                with trio.move_on_after(self.send_timeout) as self._patience:
                     await trio.lowlevel.wait_writable(self.sock)
                 if self._patience.cancelled_caught:
                     self.finish("broken")

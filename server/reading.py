@@ -14,9 +14,6 @@ from server.auth import Identity
 from server.history import History
 from server.jobs import Jobs
 
-# One reader may name this many jobs, over all its subscriptions.
-MAX_WATCHED_JOBS = 10_000
-
 
 def channels_for(identity: Identity, watch: Watch, *, all_jobs: bool = False) -> list[str]:
     """The channels on which this reader gets what it asks for and nothing it may not see.

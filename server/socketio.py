@@ -16,8 +16,6 @@ from typing import Final
 import trio
 
 RECEIVE_BYTES: Final = 65536
-# A peer that takes nothing for this long is gone.
-SEND_PATIENCE_S: Final = 60.0
 # After a final answer: read on for so long and so much, so that unread input does not turn the close into a reset
 # that takes the answer with it (RFC 9112 section 9.6). Twice the largest body that is taken anywhere: who sends one
 # somewhat too large hears so.
@@ -50,7 +48,7 @@ async def receive(sock: socket.socket, size: int = RECEIVE_BYTES) -> bytes:
             await trio.lowlevel.wait_readable(sock)
 
 
-async def send_all(sock: socket.socket, data: bytes, patience_s: float = SEND_PATIENCE_S) -> None:
+async def send_all(sock: socket.socket, data: bytes, patience_s: float) -> None:
     """Send everything, waiting while the socket is full.
 
     Raises:

@@ -36,6 +36,8 @@ MAX_BATCH: Final = 8 * 1024 * 1024
 MAX_UPDATES: Final = 100_000
 # A batch is decided in portions of this many updates, so that a large one (some 5 µs an update) holds up nobody.
 PORTION: Final = 200
+# What is known of an update until its batch is answered, in bytes.
+HELD_PER_UPDATE: Final = 512
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
 
@@ -160,6 +162,7 @@ async def _wait_rate(exchange: Exchange, count: int, *, first: bool) -> None:
 
 async def _publish_portion(exchange: Exchange, batches: list[Batch], items: list[bytes], key: str | None) -> None:
     node, caller = exchange.node, exchange.caller
+    exchange.connection.hold(len(items) * HELD_PER_UPDATE)
     await node.hub.wait_room()
     first = batches[-1].next_index if batches else 0
     batches.append(Batch(node, caller, items, first_index=first, key=key))

@@ -9,7 +9,7 @@ import trio
 from protocol.frames import binary_frame, close_frame, deflated_text_frame, pong_frame, text_frame
 from protocol.websocket import Binary, CloseReceived, Ping, Text, WebSocketError, WebSocketReader, close_reply
 from server.connection import Exchange
-from server.socketio import linger, receive, send_all
+from server.socketio import linger, receive
 from server.transports.websocket import accept, switch_protocol
 
 MAX_ECHO: Final = 16 * 1024 * 1024
@@ -19,7 +19,7 @@ async def echo_socket(exchange: Exchange) -> None:
     """``GET /ws/echo``: returns every message, for compliance suites."""
     connection, sock = exchange.connection, exchange.connection.sock
     handshake = accept(exchange)
-    await send_all(sock, switch_protocol(exchange, handshake))
+    await connection.send(switch_protocol(exchange, handshake))
     incoming = WebSocketReader(handshake.deflate, MAX_ECHO)
     text = deflated_text_frame if handshake.deflate else text_frame
     data = connection.http.hand_over()
@@ -31,17 +31,17 @@ async def echo_socket(exchange: Exchange) -> None:
             events, failure = error.events, error
         for event in events:
             if isinstance(event, Text):
-                await send_all(sock, text(event.data.encode()))
+                await connection.send(text(event.data.encode()))
             elif isinstance(event, Binary):
-                await send_all(sock, binary_frame(event.data))
+                await connection.send(binary_frame(event.data))
             elif isinstance(event, Ping):
-                await send_all(sock, pong_frame(event.payload))
+                await connection.send(pong_frame(event.payload))
             elif isinstance(event, CloseReceived):
-                await send_all(sock, close_reply(event))
+                await connection.send(close_reply(event))
                 await linger(sock)
                 return
         if failure is not None:
-            await send_all(sock, close_frame(failure.code, failure.reason))
+            await connection.send(close_frame(failure.code, failure.reason))
             await linger(sock)
             return
         await trio.lowlevel.checkpoint()

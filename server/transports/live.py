@@ -87,6 +87,11 @@ class LiveReader(PushReader):
         node.counters.open(self.transport, trio.current_time())
 
     @property
+    def send_timeout(self) -> float:
+        """As it is configured."""
+        return self.node.config.limits.send_timeout
+
+    @property
     def user(self) -> str:
         """Whose it is, once that is known."""
         assert self.identity is not None

@@ -20,7 +20,7 @@ from server.hub import Want
 from server.ids import new_id
 from server.node import Node, Stream
 from server.reading import Start, channels_for, live, missed_updates, over, snapshot, start_from
-from server.socketio import all_acknowledged, receive, send_all
+from server.socketio import all_acknowledged, receive
 from server.transports.live import DISCONNECTED, LiveReader
 
 HEADERS: Final = (
@@ -250,4 +250,4 @@ async def try_later(exchange: Exchange, error: ApiError, view: View, view_id: st
     delay_ms = max(exchange.node.retry_delay_ms(), 1000 * (error.retry_after or 0))
     form = wire_form(_framing(exchange), None, view)
     event = say(form, "error", None, delay_ms, id=view_id, code="try_later", message=error.message)
-    await send_all(connection.sock, head + event + connection.http.end_stream())
+    await connection.send(head + event + connection.http.end_stream())

@@ -62,7 +62,6 @@ from server.origins import check_origin
 from server.publishing import Batch, summary
 from server.reading import (
     FRESH,
-    MAX_WATCHED_JOBS,
     Start,
     channel_of_job,
     channels_for,
@@ -87,8 +86,6 @@ _FRAMINGS: Final = {
     (True, False): Framing.WEBSOCKET_LINES,
     (True, True): Framing.WEBSOCKET_LINES_DEFLATE,
 }
-# The client's time to send ``auth`` when the handshake carried no token.
-AUTH_TIMEOUT_S: Final = 10.0
 # Malformed or rate-limited messages in a row after which the client is not one of ours.
 MAX_MISTAKES: Final = 10
 # Publishes whose answer is still on its way; a client further ahead of the store waits.
@@ -155,6 +152,7 @@ class Session(LiveReader):
         "_farewell",
         "_framing",
         "_from_inbox",
+        "_held",
         "_incoming",
         "_joined",
         "_mistakes",
@@ -181,6 +179,7 @@ class Session(LiveReader):
         self._early = early
         self._auth_timer: Timer | None = None
         self._farewell: bytes | None = None
+        self._held = 0  # bytes of a message that is not whole yet
         self._mistakes = 0
         self._too_fast = 0
         self._unanswered = 0
@@ -194,7 +193,8 @@ class Session(LiveReader):
     def await_auth(self) -> None:
         """Give the client some time to say who it is."""
         self._auth_timer = self.wheel.after(
-            AUTH_TIMEOUT_S, lambda: self.close_with(CloseCode.AUTH_TIMEOUT, "no auth message came in time")
+            self.node.config.limits.auth_timeout,
+            lambda: self.close_with(CloseCode.AUTH_TIMEOUT, "no auth message came in time"),
         )
 
     def welcome(self, identity: Identity, ref: Ref = None) -> None:
@@ -251,6 +251,8 @@ class Session(LiveReader):
 
     def close(self) -> None:
         super().close()
+        if self._held:
+            self._account(0)
         if self._auth_timer is not None:
             self._auth_timer.cancel()
 
@@ -287,6 +289,8 @@ class Session(LiveReader):
                 if failure is not None:
                     self.close_with(failure.code, failure.reason)
                     return
+                if self._incoming.unfinished != self._held:
+                    self._account(self._incoming.unfinished)
                 # One client must not keep the loop to itself by never letting its socket run dry.
                 await trio.lowlevel.checkpoint()
                 if self.wants:
@@ -294,6 +298,14 @@ class Session(LiveReader):
             data = await receive(self.sock, TURN_BYTES)
             if not data:
                 return
+
+    def _account(self, size: int) -> None:
+        try:
+            self.node.limits.hold(self._held, size)
+        except ApiError as error:
+            self.close_with(CloseCode.TRY_LATER, error.message)
+        else:
+            self._held = size
 
     async def _take_events(self, events: list[Event]) -> None:
         pong: Ping | None = None
@@ -398,7 +410,7 @@ class Session(LiveReader):
         if named is not None:
             job_ids, denied = split_ids(
                 named,
-                MAX_WATCHED_JOBS - len(self.wants),
+                self.node.config.limits.jobs_per_connection - len(self.wants),
                 lambda job_id: channel_of_job(identity, job_id, message.user_id) in self.wants,
             )
         channels: list[str] = []
@@ -497,7 +509,7 @@ class Session(LiveReader):
 
     async def _get(self, message: Get) -> None:
         identity = self._known()
-        good, _ = split_ids(message.job_ids, MAX_WATCHED_JOBS)
+        good, _ = split_ids(message.job_ids, self.node.config.limits.jobs_per_connection)
         names = channels_for(identity, Watch(tuple(good)))
         await self.node.broker.follow(names)
         self.catch_up()  # no update that comes after the answer is older than it

@@ -12,7 +12,7 @@ import trio
 from protocol.errors import ApiError
 from protocol.fields import MAX_UPDATE
 from protocol.http1 import MAX_HEADER_SECTION, MAX_REQUEST_LINE
-from server import connection, socketio
+from server import socketio
 from server.answers import JSON, Response
 from server.connection import Exchange
 from server.routes import ROUTES, Route
@@ -340,9 +340,8 @@ async def test_empty_lines_before_a_request_are_skipped() -> None:
 # --- slow and vanishing peers -------------------------------------------------------------------------------------
 
 
-async def test_a_head_that_does_not_come_to_its_end_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
-    async with server() as at, at.connect() as http, at.connect() as silent:
+async def test_a_head_that_does_not_come_to_its_end_is_408() -> None:
+    async with server(limits={"head_timeout": 0.2}) as at, at.connect() as http, at.connect() as silent:
         await http.send(GET)
         assert (await http.answer()).status == 200
         await http.send(b"GET /health HTTP/1.1\r\n")
@@ -358,9 +357,8 @@ async def test_a_head_that_does_not_come_to_its_end_is_408(monkeypatch: pytest.M
 async def test_a_refused_head_that_lingers_is_no_mistake_of_ours(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.1)
     monkeypatch.setattr(socketio, "LINGER_S", 0.3)
-    async with server() as at, at.connect() as http:
+    async with server(limits={"head_timeout": 0.1}) as at, at.connect() as http:
         await http.send(b"\0")
         assert (await http.answer()).status == 400
         # The server reads on for a moment, beyond the time that a head may take.
@@ -371,13 +369,12 @@ async def test_a_refused_head_that_lingers_is_no_mistake_of_ours(
 @pytest.mark.parametrize(
     ("limit", "begin"),
     [
-        ("HEAD_TIMEOUT_S", b"GET /health HTTP/1.1\r\nX: "),
-        ("WHOLE_BODY_TIMEOUT_S", request_bytes("POST", JOBS, headers={"Content-Length": "100000"})),
+        ("head_timeout", b"GET /health HTTP/1.1\r\nX: "),
+        ("upload_timeout", request_bytes("POST", JOBS, headers={"Content-Length": "100000"})),
     ],
 )
-async def test_trickling_prolongs_nothing(limit: str, begin: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, limit, 0.3)
-    async with server() as at, at.connect() as http:
+async def test_trickling_prolongs_nothing(limit: str, begin: bytes) -> None:
+    async with server(limits={limit: 0.3}) as at, at.connect() as http:
         answered = trio.Event()
 
         async def trickle() -> None:
@@ -396,9 +393,8 @@ async def test_trickling_prolongs_nothing(limit: str, begin: bytes, monkeypatch:
             answered.set()
 
 
-async def test_a_body_that_stops_coming_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.1)
-    async with server() as at, at.connect() as http:
+async def test_a_body_that_stops_coming_is_408() -> None:
+    async with server(limits={"body_timeout": 0.1}) as at, at.connect() as http:
         await http.send(request_bytes("POST", JOBS, headers={"Content-Length": "14"}) + b'{"jobId"')
         answer = await http.answer()
         assert (answer.status, answer.error, answer.headers["connection"]) == (408, "request_timeout", "close")
@@ -406,16 +402,69 @@ async def test_a_body_that_stops_coming_is_408(monkeypatch: pytest.MonkeyPatch) 
         assert (await at.get(JOBS)).json["jobs"] == []
 
 
-async def test_an_idle_connection_is_closed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "IDLE_TIMEOUT_S", 0.1)
-    async with server() as at, at.connect() as http:
+async def test_large_bodies_under_way_are_bounded_together() -> None:
+    async with server(limits={"unfinished": 140_000}) as at, at.connect() as first, at.connect() as second:
+        head = request_bytes("POST", "/api/v2/updates", headers={"Content-Length": "200000"})
+        await first.send(head + b"[" + b" " * 149_999)
+        await until(lambda: at.node.limits.unfinished > 84_000)
+        await second.send(head + b"[" + b" " * 149_999)
+        answer = await second.answer()
+        assert (answer.status, answer.error, answer.headers["retry-after"]) == (503, "try_later", "1")
+        assert (await at.publish("small", userId="a", message="m" * 2000)).status == 200, "ordinary ones go on"
+        await first.send(b" " * 10_000 + b"]" + b" " * 39_999)
+        assert (await first.answer()).status == 200
+        assert at.node.limits.unfinished == 0
+
+
+async def test_what_is_known_of_a_batch_is_bounded_until_it_is_answered() -> None:
+    async with server(limits={"unfinished": 500_000}) as at:
+        lines = b"x\n" * 5000
+        answer = await at.ask("POST", "/api/v2/updates", lines, {"Content-Type": "application/x-ndjson"})
+        assert (answer.status, answer.error) == (503, "try_later")
+        answer = await at.ask("POST", "/api/v2/updates", lines[:2000], {"Content-Type": "application/x-ndjson"})
+        assert (answer.status, len(answer.json["rejected"])) == (200, 1000)
+        assert at.node.limits.unfinished == 0
+
+
+async def test_an_address_cannot_take_all_the_places() -> None:
+    async with server(limits={"connections_per_address": 2}, server={"trusted_proxies": ["127.0.0.2/32"]}) as at:
+        async with at.connect() as one, at.connect() as two:
+            assert [await alive(http) for http in (one, two)] == [True, True]
+            refused = await at.get(JOBS)
+            assert (refused.status, refused.error) == (429, "rate_limited")
+            assert (await at.get("/health")).status == 200
+            await one.aclose()
+            await until(lambda: at.node.connections == 1)
+            assert (await at.get(JOBS)).status == 200
+        await until(lambda: at.node.connections == 0)
+        assert at.node.limits.entries == 0
+
+
+async def test_behind_a_proxy_it_is_the_clients_whose_requests_are_counted() -> None:
+    proxied = {"trusted_proxies": ["127.0.0.1/32"]}
+    async with server(limits={"connections_per_address": 1}, server=proxied) as at:
+        poll = request_bytes("GET", f"{JOBS}/poll?jobIds=j&timeout=20", headers={"X-Forwarded-For": "192.0.2.1"})
+        async with at.connect() as waiting, at.connect() as kept:
+            await waiting.send(poll)
+            await until(lambda: at.node.polls)
+            for _ in range(2):  # a connection that the proxy keeps takes no place between requests
+                assert (await kept.request("GET", JOBS, headers={"X-Forwarded-For": "192.0.2.2"})).status == 200
+            assert (await at.get(JOBS, {"X-Forwarded-For": "192.0.2.2"})).status == 200
+            assert (await at.get(JOBS, {"X-Forwarded-For": "192.0.2.1"})).status == 429
+            await at.publish("j", userId="a")
+            assert (await waiting.answer()).status == 200
+            assert (await at.get(JOBS, {"X-Forwarded-For": "192.0.2.1"})).status == 200
+        assert at.node.limits.entries == 0
+
+
+async def test_an_idle_connection_is_closed_in_the_end() -> None:
+    async with server(limits={"idle_timeout": 0.1}) as at, at.connect() as http:
         assert await alive(http)
         assert await http.closed()
 
 
-async def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socketio.send_all, "__defaults__", (0.2,))
-    async with server() as at, at.connect() as http:
+async def test_who_never_reads_is_given_up() -> None:
+    async with server(limits={"send_timeout": 0.2}) as at, at.connect() as http:
         text = "m" * 2000
         for part in range(3):
             batch = [{"jobId": f"{part}.{number}", "userId": "a", "message": text} for number in range(3500)]

@@ -35,6 +35,48 @@ async def test_no_limit_keeps_no_table() -> None:
     assert table.entries == 0
 
 
+def test_an_address_has_so_many_places() -> None:
+    table = Limits(config.Limits(connections_per_address=2))
+    places = [table.enter("192.0.2.1"), table.enter("192.0.2.1")]
+    with pytest.raises(ApiError, match="open from your address") as caught:
+        table.enter("192.0.2.1")
+    assert refused(caught.value) == (429, "rate_limited", limits.CONNECTION_RETRY)
+    other = table.enter("192.0.2.2")
+    table.leave(places.pop())
+    places.append(table.enter("192.0.2.1"))
+    for place in (*places, other):
+        table.leave(place)
+    assert table.entries == 0
+
+
+def test_places_that_were_taken_under_other_limits_are_given_back() -> None:
+    table = Limits(config.Limits())
+    uncounted = table.enter("192.0.2.1")
+    table.reload(config.Limits(connections_per_address=1))
+    counted = table.enter("192.0.2.1")
+    table.leave(uncounted)
+    with pytest.raises(ApiError):
+        table.enter("192.0.2.1")
+    table.reload(config.Limits())
+    table.leave(counted)
+    assert table.entries == 0
+
+
+def test_large_bodies_share_a_bound_and_small_ones_are_free() -> None:
+    table = Limits(config.Limits(unfinished=1000))
+    free = limits.UNFINISHED_FREE
+    table.hold(0, free)
+    table.hold(free, free + 600)
+    with pytest.raises(ApiError) as caught:
+        table.hold(0, free + 401)
+    assert refused(caught.value) == (503, "try_later", 1)
+    table.hold(0, free + 400)
+    table.hold(0, free)
+    table.hold(free + 400, 0)
+    table.hold(free + 600, 0)
+    assert table.unfinished == 0
+
+
 async def test_each_rate_is_apart_and_per_key() -> None:
     table = Limits(config.Limits(connects_per_second=1, messages_per_second=2, publishes_per_second=3))
     table.check_connect("192.0.2.1", 0.0)

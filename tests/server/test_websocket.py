@@ -683,14 +683,13 @@ async def test_a_connection_without_token_may_say_auth_first(guarded: InProcess)
         assert seen((await ws.subscribe())["snapshot"]) == [("mine", 1)]
 
 
-async def test_silence_is_closed_with_4408(guarded: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert transport.AUTH_TIMEOUT_S == 10
-    monkeypatch.setattr(transport, "AUTH_TIMEOUT_S", 0.05)
-    async with websocket(guarded) as ws:
-        assert (await ws.closed()).code == 4408
-    async with websocket(guarded) as ws:
-        await ws.ask("auth", token=token("alice"))
-        assert len(guarded.node.wheel) == 1  # nothing but the heartbeat is left
+async def test_silence_is_closed_with_4408() -> None:
+    async with clean_server(auth=AUTH, limits={"auth_timeout": 0.05}) as at:
+        async with websocket(at) as ws:
+            assert (await ws.closed()).code == 4408
+        async with websocket(at) as ws:
+            await ws.ask("auth", token=token("alice"))
+            assert len(at.node.wheel) == 1  # nothing but the heartbeat is left
 
 
 @pytest.mark.parametrize("bad", ["nonsense", token("alice", exp=1), token("alice") + "x", ""])
@@ -934,6 +933,18 @@ async def test_bad_frames(server: InProcess, opcode: int, data: bytes, code: int
         mask = bytes(4)
         await ws.http.send(bytes([0x80 | opcode, 0x80 | len(data)]) + mask + data)
         assert (await ws.closed()).code == code
+
+
+async def test_large_messages_under_way_are_bounded_together() -> None:
+    async with clean_server(limits={"unfinished": 100_000}) as at:
+        async with session(at) as first, session(at) as second:
+            await first.send_event(TextMessage(" " * 150_000, message_finished=False))
+            await until(lambda: at.node.limits.unfinished > 80_000)
+            await second.send_event(TextMessage(" " * 150_000, message_finished=False))
+            assert (await second.closed()).code == 1013
+            await first.send_event(TextMessage('{"type":"ping"}', message_finished=True))
+            assert (await first.receive())["type"] == "pong"
+        await until(lambda: at.node.limits.unfinished == 0)
 
 
 async def test_unmasked_frames_are_a_protocol_error(server: InProcess) -> None:
