@@ -24,7 +24,7 @@ from wsproto.extensions import Extension
 from wsproto.frame_protocol import CloseReason, FrameDecoder, FrameProtocol, Opcode, RsvBits
 
 from protocol.errors import ApiError, CloseCode
-from protocol.frames import WINDOW_BITS, close_frame
+from protocol.frames import SMALL_WINDOW_BITS, WINDOW_BITS, close_frame
 
 if TYPE_CHECKING:
     from protocol.request import Request
@@ -47,7 +47,12 @@ class DeflateParameters:
     """What was agreed on for permessage-deflate; neither side keeps its context (RFC 7692 section 7.1)."""
 
     server_max_window_bits: int | None = None
-    """Bits in the answer if the offer asked for a limit; ``protocol.frames`` stays within it."""
+    """Bits in the answer if the offer asked for a limit: ``WINDOW_BITS`` or ``SMALL_WINDOW_BITS``."""
+
+    @property
+    def window_bits(self) -> int:
+        """The window to compress with."""
+        return self.server_max_window_bits or WINDOW_BITS
 
     def header(self) -> str:
         """The element of ``Sec-WebSocket-Extensions`` that answers the offer."""
@@ -174,12 +179,12 @@ def _accept_offer(parameters: Sequence[str]) -> DeflateParameters | None:
         return None
     if "server_max_window_bits" not in seen:
         return None if seen else DeflateParameters()
-    # Compressed frames are shared by all connections and made with WINDOW_BITS, so a smaller window cannot be
-    # kept: decline such an offer (zlib could not do 8 anyway). A larger one may be answered with ours.
+    # Compressed frames are shared, so there are two windows only, and the answer is the larger one that fits
+    # (RFC 7692 section 7.1.2.1 permits any smaller value). zlib cannot do 8: decline.
     server_bits = _window_bits(seen.pop("server_max_window_bits") or "")
-    if seen or server_bits is None or server_bits < WINDOW_BITS:
+    if seen or server_bits is None or server_bits < SMALL_WINDOW_BITS:
         return None
-    return DeflateParameters(server_max_window_bits=WINDOW_BITS)
+    return DeflateParameters(WINDOW_BITS if server_bits >= WINDOW_BITS else SMALL_WINDOW_BITS)
 
 
 def _window_bits(value: str) -> int | None:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import msgspec
 
-from protocol.frames import deflated_text_frame, text_frame
+from protocol.frames import SMALL_WINDOW_BITS, WINDOW_BITS, deflated_text_frame, text_frame
 from protocol.http1 import encode_chunk
 from protocol.notice import event_data
 from protocol.sse import encode_event, encode_update
@@ -34,14 +34,22 @@ class Framing(Enum):
     JSON = "json"  # bare message text: poll bodies, history
     WEBSOCKET = "websocket"  # RFC 6455 text frame
     WEBSOCKET_DEFLATE = "websocket-deflate"  # the same, compressed without context takeover (RFC 7692)
+    WEBSOCKET_DEFLATE_SMALL = "websocket-deflate-small"  # for peers that asked for a small window
     # What is sent together in one frame, a message a line: a browser takes 200 messages for the price of one.
     WEBSOCKET_LINES = "websocket-lines"
     WEBSOCKET_LINES_DEFLATE = "websocket-lines-deflate"
+    WEBSOCKET_LINES_DEFLATE_SMALL = "websocket-lines-deflate-small"
     SSE = "sse"  # event stream, delimited by the end of the connection
     SSE_CHUNKED = "sse-chunked"  # event stream in HTTP/1.1 chunks
 
 
-_LINES = frozenset({Framing.WEBSOCKET_LINES, Framing.WEBSOCKET_LINES_DEFLATE})
+_LINES = frozenset({Framing.WEBSOCKET_LINES, Framing.WEBSOCKET_LINES_DEFLATE, Framing.WEBSOCKET_LINES_DEFLATE_SMALL})
+_DEFLATE_BITS = {
+    Framing.WEBSOCKET_DEFLATE: WINDOW_BITS,
+    Framing.WEBSOCKET_LINES_DEFLATE: WINDOW_BITS,
+    Framing.WEBSOCKET_DEFLATE_SMALL: SMALL_WINDOW_BITS,
+    Framing.WEBSOCKET_LINES_DEFLATE_SMALL: SMALL_WINDOW_BITS,
+}
 
 
 class WireForm:
@@ -54,13 +62,15 @@ class WireForm:
         kind: jobs of other kinds do not exist in it: their updates come to nothing. "" for none such.
     """
 
-    __slots__ = ("fields", "framing", "kind", "view")
+    __slots__ = ("_deflate_bits", "_lines", "fields", "framing", "kind", "view")
 
     def __init__(self, framing: Framing, fields: frozenset[str] | None, view: View = JOBS, kind: str = "") -> None:
         self.framing = framing
         self.fields = fields
         self.view = view
         self.kind = kind
+        self._lines = framing in _LINES
+        self._deflate_bits = _DEFLATE_BITS.get(framing, 0)
 
     def updates(self, updates: Sequence[Update], epoch: str) -> bytes:
         """Frame several updates, each with its own position, to be sent in one go."""
@@ -77,12 +87,12 @@ class WireForm:
         messages = [update_message(update, at, fields) for update, at in zip(updates, cursors, strict=True)]
         if framing is Framing.WEBSOCKET:
             return b"".join([text_frame(message) for message in messages])
-        if framing is Framing.WEBSOCKET_DEFLATE:
-            return b"".join([_deflated(message) for message in messages])
-        if framing in _LINES and len(messages) > 1:
+        if self._lines and len(messages) > 1:
             return text_frame(b"\n".join(messages))
-        if framing in _LINES:
-            return self.message(messages[0])
+        if self._deflate_bits:
+            return b"".join([_deflated(message, self._deflate_bits) for message in messages])
+        if self._lines:
+            return text_frame(messages[0])
         if framing is Framing.JSON:
             return b",".join(messages)
         events = b"".join(map(_event, updates, cursors, messages))
@@ -103,8 +113,8 @@ class WireForm:
         framing = self.framing
         if framing is Framing.WEBSOCKET or framing is Framing.WEBSOCKET_LINES:
             return text_frame(message)
-        if framing is Framing.WEBSOCKET_DEFLATE or framing is Framing.WEBSOCKET_LINES_DEFLATE:
-            return _deflated(message)
+        if self._deflate_bits:
+            return _deflated(message, self._deflate_bits)
         if framing is Framing.JSON:
             return message
         text = encode_event(message, id=cursor, event=event, retry_ms=retry_ms)
@@ -128,8 +138,8 @@ class WireForm:
     def _unchunked(self, message: Message, cursor: str) -> bytes:
         if self.framing is Framing.WEBSOCKET:
             return text_frame(message.text)
-        if self.framing is Framing.WEBSOCKET_DEFLATE:
-            return _deflated(message.text)
+        if self._deflate_bits:
+            return _deflated(message.text, self._deflate_bits)
         if self.framing is Framing.JSON:
             return message.text
         if message.event is None:
@@ -192,5 +202,5 @@ def json_list(parts: Iterable[bytes], before: bytes, after: bytes, piece_bytes: 
     yield b"".join(pending)
 
 
-def _deflated(message: bytes) -> bytes:
-    return deflated_text_frame(message) if len(message) >= DEFLATE_FROM_BYTES else text_frame(message)
+def _deflated(message: bytes, window_bits: int) -> bytes:
+    return deflated_text_frame(message, window_bits) if len(message) >= DEFLATE_FROM_BYTES else text_frame(message)

@@ -20,8 +20,8 @@ async def echo_socket(exchange: Exchange) -> None:
     connection, sock = exchange.connection, exchange.connection.sock
     handshake = accept(exchange)
     await connection.send(switch_protocol(exchange, handshake))
-    incoming = WebSocketReader(handshake.deflate, MAX_ECHO)
-    text = deflated_text_frame if handshake.deflate else text_frame
+    deflate = handshake.deflate
+    incoming = WebSocketReader(deflate, MAX_ECHO)
     data = connection.http.hand_over()
     while True:
         failure: WebSocketError | None = None
@@ -31,7 +31,8 @@ async def echo_socket(exchange: Exchange) -> None:
             events, failure = error.events, error
         for event in events:
             if isinstance(event, Text):
-                await connection.send(text(event.data.encode()))
+                text = event.data.encode()
+                await connection.send(deflated_text_frame(text, deflate.window_bits) if deflate else text_frame(text))
             elif isinstance(event, Binary):
                 await connection.send(binary_frame(event.data))
             elif isinstance(event, Ping):

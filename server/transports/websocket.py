@@ -12,7 +12,7 @@ from msgspec.json import encode
 
 from protocol.errors import ApiError, CloseCode
 from protocol.fields import is_id
-from protocol.frames import close_frame, ping_frame, pong_frame
+from protocol.frames import SMALL_WINDOW_BITS, WINDOW_BITS, close_frame, ping_frame, pong_frame
 from protocol.messages import (
     Ack,
     AuthMessage,
@@ -79,12 +79,14 @@ from server.wheel import Timer
 PROTOCOL: Final = "statuswire.v1"
 # The same, but what goes out together comes in one frame, a message a line.
 LINES: Final = "statuswire.v1.lines"
-# By whether the client reads lines, and whether messages are compressed.
+# By whether the client reads lines, and the window that messages are compressed with, if they are.
 _FRAMINGS: Final = {
-    (False, False): Framing.WEBSOCKET,
-    (False, True): Framing.WEBSOCKET_DEFLATE,
-    (True, False): Framing.WEBSOCKET_LINES,
-    (True, True): Framing.WEBSOCKET_LINES_DEFLATE,
+    (False, None): Framing.WEBSOCKET,
+    (False, WINDOW_BITS): Framing.WEBSOCKET_DEFLATE,
+    (False, SMALL_WINDOW_BITS): Framing.WEBSOCKET_DEFLATE_SMALL,
+    (True, None): Framing.WEBSOCKET_LINES,
+    (True, WINDOW_BITS): Framing.WEBSOCKET_LINES_DEFLATE,
+    (True, SMALL_WINDOW_BITS): Framing.WEBSOCKET_LINES_DEFLATE_SMALL,
 }
 # Malformed or rate-limited messages in a row after which the client is not one of ours.
 MAX_MISTAKES: Final = 10
@@ -165,7 +167,8 @@ class Session(LiveReader):
     takes_notices = True
 
     def __init__(self, exchange: Exchange, handshake: Handshake, early: bytes, client_id: str) -> None:
-        self._framing = _FRAMINGS[handshake.protocol == LINES, handshake.deflate is not None]
+        window_bits = None if handshake.deflate is None else handshake.deflate.window_bits
+        self._framing = _FRAMINGS[handshake.protocol == LINES, window_bits]
         connection = exchange.connection
         super().__init__(
             exchange.node,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import zlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from wsproto.frame_protocol import CloseReason
 from protocol.errors import CloseCode
 from protocol.frames import (
     MAX_CONTROL,
+    SMALL_WINDOW_BITS,
     WINDOW_BITS,
     binary_frame,
     close_frame,
@@ -125,6 +129,18 @@ def test_a_reason_needs_a_code() -> None:
 def test_deflated_frames_are_read_by_wsproto(size: int, window_bits: int) -> None:
     text = "".join(chr(32 + (i * i + i // 7) % 900) for i in range(size))
     assert read_text(deflate_client(window_bits), deflated_text_frame(text.encode())) == [text]
+    assert read_text(deflate_client(window_bits), deflated_text_frame(text.encode(), SMALL_WINDOW_BITS)) == [text]
+
+
+def test_a_window_is_kept_to() -> None:
+    # What repeats only at a distance of 2,000 bytes is out of a small window's sight.
+    text = random.Random(1).randbytes(1000).hex() * 10
+    frames = {bits: deflated_text_frame(text.encode(), bits) for bits in (SMALL_WINDOW_BITS, WINDOW_BITS)}
+    assert len(frames[SMALL_WINDOW_BITS]) > 3 * len(frames[WINDOW_BITS])
+    for bits, frame in frames.items():
+        # zlib's inflate refuses what reaches back further than its window.
+        payload = frame[4:] + b"\x00\x00\xff\xff"
+        assert zlib.decompressobj(-bits).decompress(payload) == text.encode()
 
 
 @given(st.lists(st.text(max_size=200), max_size=5))

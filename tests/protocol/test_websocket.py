@@ -23,7 +23,7 @@ from wsproto.extensions import PerMessageDeflate
 
 from protocol import websocket
 from protocol.errors import ApiError, CloseCode
-from protocol.frames import WINDOW_BITS, close_frame, deflated_text_frame, pong_frame, text_frame
+from protocol.frames import SMALL_WINDOW_BITS, WINDOW_BITS, close_frame, deflated_text_frame, pong_frame, text_frame
 from protocol.request import Request
 from protocol.websocket import (
     Binary,
@@ -185,6 +185,7 @@ def test_nothing_is_echoed_unasked() -> None:
 
 PLAIN_ANSWER = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
 LIMITED_ANSWER = f"{PLAIN_ANSWER}; server_max_window_bits={WINDOW_BITS}"
+SMALL_ANSWER = f"{PLAIN_ANSWER}; server_max_window_bits={SMALL_WINDOW_BITS}"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,10 @@ LIMITED_ANSWER = f"{PLAIN_ANSWER}; server_max_window_bits={WINDOW_BITS}"
         ("permessage-deflate; client_no_context_takeover; server_no_context_takeover", PLAIN_ANSWER),
         ("permessage-deflate; CLIENT_NO_CONTEXT_TAKEOVER", PLAIN_ANSWER),
         # The first acceptable one.
-        ("permessage-deflate; server_max_window_bits=9, permessage-deflate", PLAIN_ANSWER),
+        ("permessage-deflate; server_max_window_bits=8, permessage-deflate", PLAIN_ANSWER),
+        ("permessage-deflate; server_max_window_bits=9, permessage-deflate", SMALL_ANSWER),
+        ("permessage-deflate; server_max_window_bits=10", SMALL_ANSWER),
+        ('permessage-deflate; server_no_context_takeover; server_max_window_bits="11"', SMALL_ANSWER),
         ("x-webkit-deflate-frame, permessage-deflate; server_max_window_bits=14, permessage-deflate", LIMITED_ANSWER),
         ('x; a="b, permessage-deflate; x=1", permessage-deflate', PLAIN_ANSWER),
         # Declined: RFC 7692 section 7.
@@ -216,8 +220,6 @@ LIMITED_ANSWER = f"{PLAIN_ANSWER}; server_max_window_bits={WINDOW_BITS}"
         ("permessage-deflate; server_max_window_bits", None),
         ("permessage-deflate; server_max_window_bits=7", None),
         ("permessage-deflate; server_max_window_bits=8", None),
-        ("permessage-deflate; server_max_window_bits=9", None),
-        ("permessage-deflate; server_max_window_bits=11", None),
         ("permessage-deflate; server_max_window_bits=16", None),
         ("permessage-deflate; server_max_window_bits=12; unknown", None),
         ("permessage-deflate; unknown", None),

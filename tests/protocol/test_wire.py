@@ -12,6 +12,7 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import TextMessage
 from wsproto.extensions import PerMessageDeflate
 
+from protocol.frames import SMALL_WINDOW_BITS, deflated_text_frame
 from protocol.http1 import encode_chunk
 from protocol.sse import EventParser, encode_event
 from protocol.update import Update
@@ -102,6 +103,15 @@ def test_the_line_between_plain_and_deflated() -> None:
     assert form.message(b"x" * DEFLATE_FROM_BYTES)[0] == 0xC1
 
 
+def test_a_small_window_is_kept_to_in_every_way() -> None:
+    batch = [update(1, 5_000)]
+    for framing in (Framing.WEBSOCKET_DEFLATE_SMALL, Framing.WEBSOCKET_LINES_DEFLATE_SMALL):
+        form = wire_form(framing)
+        message = update_message(batch[0], "e:1")
+        for frame in (form.updates(batch, "e"), form.update(batch[0], "e:1"), form.message(message)):
+            assert frame == deflated_text_frame(message, SMALL_WINDOW_BITS)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_event_streams_equal_the_general_encoder(size: int) -> None:
     batch = [update(1, size), update(2, 5)]
@@ -154,7 +164,7 @@ def test_whatever_the_text_every_form_carries_it(framing: Framing, texts: list[s
             data = rest[:-2]
         found = [json.loads(event.data) for event in EventParser().feed(data)]
     else:
-        frames = websocket_texts(data, deflate=framing.value.endswith("deflate"))
+        frames = websocket_texts(data, deflate="deflate" in framing.value)
         lines = [line for text in frames for line in text.split("\n")]
         assert len(frames) == 1 if "lines" in framing.value else frames == lines
         found = [json.loads(line) for line in lines]
