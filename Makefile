@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What the browser's side is built and tested with, from npm.
 WEB := $(VENV)/web
+# The Autobahn test suite.
+AUTOBAHN := $(VENV)/autobahn
 # As many processes as there are cores, each with whole files. PARALLEL= runs one after the other.
 PARALLEL := -n auto --dist loadfile
 # The least coverage, in percent, of each of the packages.
@@ -116,6 +118,11 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[test,queues-test,lint]'
 	@touch $(BIN)/statuswire $@
 
+# The suite that is run against /ws/echo, with the Python that it needs.
+$(AUTOBAHN)/wstest: $(wildcard tests/conformance/autobahn/*) | $(BIN)/python
+	@tests/conformance/autobahn/install.sh $(AUTOBAHN) $(BIN)/pip
+	@touch $@
+
 $(WEB)/.done: tools/web/package.json tools/web/package-lock.json
 	@mkdir -p $(WEB)
 	@cp $^ $(WEB)
@@ -153,4 +160,4 @@ system:  ## install what the tests need from the system
 	if test -z "$$browser"; then $(INSTALL) chromium || $(INSTALL) chromium-browser || exit; fi; \
 	if test -z "$$nginx"; then \
 		mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && apt-get -qq -o APT::Sandbox::User=root download nginx && dpkg -x nginx_*.deb . || exit; fi
-	@$(MAKE) --silent $(WEB)/.done
+	@$(MAKE) --silent $(WEB)/.done $(AUTOBAHN)/wstest
