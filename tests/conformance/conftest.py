@@ -1,4 +1,4 @@
-"""Conformance: as much as fits into ordinary tests, or everything with ``CONFORMANCE`` naming a file for what it finds."""
+"""Conformance: what fits into ordinary tests, or all of it if ``CONFORMANCE`` names a file for what was found."""
 
 from __future__ import annotations
 
