@@ -5,6 +5,7 @@ Each state is also a picture, in the directory that ``SCREENSHOTS`` names, else 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,12 +13,15 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 from pathlib import Path
+from urllib.parse import urljoin
 
+import httpx
 import pytest
 import trio
 
-from tests.integration.browser import Page, started_chromium, using_browser
+from tests.integration.browser import Page, PageError, started_chromium, using_browser
 from tests.integration.pages import NewPage
 from tests.integration.pictures import directory_of_pictures, shoot, unexpected
 from tests.integration.running import ROOT, clean_environment
@@ -59,6 +63,12 @@ def of_session(session: int) -> list[str]:
     return found
 
 
+@cache
+def install(place: str) -> None:
+    """What an example is made of, as its make target does it; at once if that is there."""
+    subprocess.run(["make", "--silent", f".venv/{place}/.done"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
 @asynccontextmanager
 async def example(directory: Path, kind: str, *flags: str, **environ: str) -> AsyncIterator[str]:
     """Run an example as its make target does; its address. It must end well at Ctrl-C, with nothing left running."""
@@ -89,6 +99,18 @@ async def example(directory: Path, kind: str, *flags: str, **environ: str) -> As
             await trio.to_thread.run_sync(process.wait)
 
 
+async def see(page: Page, condition: str) -> None:
+    """Wait until an expression is truthy, also if the page goes to another address meanwhile."""
+    with trio.fail_after(30):
+        while True:
+            try:
+                await page.wait(condition)
+                return
+            except PageError as error:
+                if "navigated" not in str(error) and "context" not in str(error):
+                    raise
+
+
 async def start(page: Page, pages: int) -> None:
     """Have a job done, by what is on the page."""
     await page.run(f"document.querySelector('[name=pages]').value = {pages}")
@@ -97,11 +119,12 @@ async def start(page: Page, pages: int) -> None:
 
 async def runs_to_its_end(page: Page, picture: Path) -> None:
     """The bar moves, comes to 100, and the page says how it ended."""
+    await page.call("Page.bringToFront")  # what is not seen is not drawn
     value = f"Number({BAR}?.getAttribute('aria-valuenow') ?? {BAR}?.value ?? 0)"
-    await page.wait(f"{value} > 0 && {value} < 100")
-    await page.wait(f"{SAYS}?.startsWith('Page ')")
+    await see(page, f"{value} > 0 && {value} < 100")
+    await see(page, f"{SAYS}?.startsWith('Page ')")
     await shoot(page, picture.with_name(f"{picture.name}-at-work"), schemes=("light",))
-    await page.wait(f"{value} === 100 && {SAYS} === 'completed: Ready to download'")
+    await see(page, f"{value} === 100 && {SAYS} === 'completed: Ready to download'")
     await shoot(page, picture.with_name(f"{picture.name}-done"))
 
 
@@ -109,17 +132,99 @@ async def test_vanilla(new_page: NewPage, tmp_path: Path, pictures: Path) -> Non
     async with example(tmp_path, "vanilla") as url:
         page = await new_page()
         await page.open(f"{url}/")
-        await page.wait(f"{STATE} === 'Live'")
+        await see(page, f"{STATE} === 'Live'")
         await start(page, 12)
         await runs_to_its_end(page, pictures / "vanilla")
         # Another one is stopped by its button, a page that is loaded again knows of both.
         await start(page, 500)
-        await page.wait(f"{SAYS}?.startsWith('Page ')")
+        await see(page, f"{SAYS}?.startsWith('Page ')")
         await page.run(f"{FIRST}.querySelector('button').click()")
-        await page.wait(f"{SAYS}?.startsWith('cancelled')")
+        await see(page, f"{SAYS}?.startsWith('cancelled')")
         await page.open(f"{url}/?again")
-        await page.wait(f"{STATE} === 'Live'")
+        await see(page, f"{STATE} === 'Live'")
         said = "[...document.querySelectorAll('#jobs li')].map((row) => row.dataset.status).sort().join()"
-        await page.wait(f"{said} === 'cancelled,completed'")
+        await see(page, f"{said} === 'cancelled,completed'")
         await shoot(page, pictures / "vanilla-cancelled", schemes=("dark",))
         assert unexpected(page) == []
+
+
+async def log_in(page: Page, url: str, user: str) -> None:
+    """As a person does; then the page is live."""
+    await page.open(f"{url}/")
+    await see(page, "document.getElementById('login')")
+    for name, value in (("user", user), ("password", f"{user}-secret")):
+        await page.run(f"document.querySelector('[name={name}], [name={name}name]').value = '{value}'")
+    await page.run("document.querySelector('#login button').click()")
+    await see(page, f"{STATE} === 'Live'")
+
+
+async def cookies_of(page: Page) -> dict[str, str]:
+    """The browser's, also those that scripts cannot read."""
+    return {one["name"]: one["value"] for one in (await page.call("Network.getCookies"))["cookies"]}
+
+
+async def address(page: Page) -> str:
+    """Of statuswire, as the page knows it."""
+    found: str = await page.run(
+        "JSON.parse(document.querySelector('[type=importmap]').textContent).imports['statuswire/']"
+    )
+    return urljoin(await page.run("location.href"), found).rstrip("/")
+
+
+async def seen_by(page: Page, job_id: str) -> str:
+    """A job's status, or why it is not told, for whoever has logged in there."""
+    asked = f"fetch({json.dumps(f'{await address(page)}/api/v2/jobs/{job_id}')}, {{ credentials: 'include' }})"
+    said = await page.run(f"{asked}.then((answer) => answer.json())")
+    status: str = said["error"]["code"] if isinstance(said.get("error"), dict) else said["status"]
+    return status
+
+
+def all_are(*statuses: str) -> str:
+    """What the list says of all its jobs, the newest first, as a JavaScript condition."""
+    said = "[...document.querySelectorAll('#jobs li')].map((row) => row.dataset.status).join()"
+    return f"{said} === '{','.join(statuses)}'"
+
+
+@pytest.mark.parametrize("kind", ["fastapi"])
+async def test_sessions(new_page: NewPage, tmp_path: Path, pictures: Path, kind: str) -> None:
+    """Two users with their own jobs each; logging out ends what the session has opened."""
+    install("examples")
+    # An answer of the application is remembered for ten seconds otherwise.
+    async with example(tmp_path, kind, STATUSWIRE_AUTH_HOOK_CACHE="0.5") as url:
+        ann, ben = await new_page(), await new_page()
+        await ann.open(f"{url}/")
+        await shoot(ann, pictures / f"{kind}-login")
+        await ann.run("document.querySelector('[type=password]').value = 'a guess'")
+        await ann.run("document.querySelector('[name=user], [name=username]').value = 'ann'")
+        await ann.run("document.querySelector('#login button').click()")
+        await see(ann, "document.querySelector('[role=alert]')?.textContent.includes('password')")
+        await shoot(ann, pictures / f"{kind}-refused", schemes=("light",))
+        await log_in(ann, url, "ann")
+        await log_in(ben, url, "ben")
+        tab = await new_page(ann)
+        await tab.open(f"{url}/")
+        await see(tab, f"{STATE} === 'Live'")
+        await start(ann, 12)
+        await runs_to_its_end(ann, pictures / kind)
+        await see(tab, all_are("completed"))
+        # Ben's page has a job of his own by now, and none of hers; nor can he have it by its id.
+        await start(ben, 1)
+        await see(ben, all_are("completed"))
+        hers = await ann.run(f"{FIRST}.querySelector('strong').textContent")
+        assert await seen_by(ben, hers) == "job_not_found"
+        assert await seen_by(ann, hers) == "completed"
+
+        old = await cookies_of(ann)
+        statuswire = await address(ann)
+        await ann.run("document.querySelector('#logout button').click()")
+        await see(ann, "document.getElementById('login')")
+        # The other tab's connection was ended, so it has asked the application again.
+        await see(tab, "document.getElementById('login')")
+        assert await ben.run(STATE) == "Live"
+        # Whoever has kept the cookie gets nothing for it.
+        async with httpx.AsyncClient(cookies=old) as client:
+            with trio.fail_after(20):
+                while (await client.get(f"{statuswire}/api/v2/jobs")).status_code != 401:  # noqa: ASYNC110
+                    await trio.sleep(0.1)
+        assert unexpected(ann) == []
+        assert unexpected(ben) == []

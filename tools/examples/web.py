@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -110,7 +111,32 @@ def vanilla(stage: Stage) -> None:
     stage.start(BIN / "python", place / "app.py", "--port", str(stage.port), STATUSWIRE_URL=url)
 
 
-EXAMPLES: Mapping[str, Callable[[Stage], None]] = {"vanilla": vanilla}
+def fastapi(stage: Stage) -> None:
+    """Sessions of an application, by the auth hook."""
+    url, token = with_sessions(stage, HERE / "fastapi_example" / "statuswire.toml")
+    place = HERE / "fastapi_example"
+    uvicorn = (APPLICATIONS, "-m", "uvicorn", "app:app", "--app-dir", place, "--log-level", "warning")
+    stage.start(*uvicorn, "--port", str(stage.port), STATUSWIRE_URL=url, STATUSWIRE_TOKEN=token)
+
+
+def with_sessions(stage: Stage, config: Path) -> tuple[str, str]:
+    """statuswire that asks the application who somebody is; its address, and a token for workers."""
+    key = stage.directory / "statuswire.key"
+    key.write_text(secrets.token_hex(32))
+    environ = {
+        "STATUSWIRE_AUTH_JWT_KEY_FILE": str(key),
+        "STATUSWIRE_AUTH_HOOK_URL": f"{stage.url}/statuswire/who",
+        "STATUSWIRE_CORS_ORIGINS": stage.url,
+    }
+    url = stage.serve(config, **environ)
+    # What it may do: report on jobs of everyone, and end connections. It sees no job itself.
+    command = (BIN / "statuswire", "token", "--sub", "exports", "--capability", "publish", "--capability", "ops")
+    done = subprocess.run(command, env=os.environ | environ, cwd=stage.directory, capture_output=True, check=True)
+    stage.wait(f"{url}/health")
+    return url, done.stdout.decode().strip()
+
+
+EXAMPLES: Mapping[str, Callable[[Stage], None]] = {"vanilla": vanilla, "fastapi": fastapi}
 
 
 def main() -> int:
