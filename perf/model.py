@@ -1,0 +1,148 @@
+"""One node as a model: the measured costs of its parts, put together again as the flusher puts them together.
+
+It knows what things cost and who waits for whom. It knows nothing of other processes, of the kernel's scheduling or of
+a publisher that comes late: what it says of latency is the least that there can be. `perf/simulate.py` shows it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Final
+
+BIN_US: Final = 50.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one core of the machine in perf/results/2026-11-22.txt, in microseconds unless the name says otherwise."""
+
+    send: float = 3.8  # one update to one reader; nearly all of it is the kernel's
+    send_cold: float = 8.0  # the same after a pause: the caches are cold, and the reader has to be woken
+    cold_after: float = 20_000.0
+    joined_update: float = 0.024  # every further update in the same send
+    joined_byte: float = 0.000057  # and every byte of it
+    publish: float = 141.0  # by an HTTP request of its own, while there is other work; 200 if each wakes the node up
+    publish_in_batch: float = 11.5
+    turn: float = 1_000.0  # the flusher lets others run after this long
+    turn_over: float = 20.0  # what that costs
+    redis_publish: float = 25.0  # of the node that publishes, in batches
+    redis_receive: float = 10.0  # of each node that follows the job's owner
+    redis_itself: float = 24.0  # of Redis
+    connect: float = 352.0  # handshake, token, subscription, snapshot, end; WebSocket
+    pong: float = 45.0  # a WebSocket ping is answered
+    connection_bytes: float = 8_041.0  # resident, idle and subscribed
+    kernel_bytes: float = 3_800.0  # its socket
+
+    def delivery(self, updates: int, size: int, cold: bool = False) -> float:
+        """One `send` of so many updates of `size` bytes to one reader."""
+        further = updates - 1
+        return (self.send_cold if cold else self.send) + further * (self.joined_update + size * self.joined_byte)
+
+
+MEASURED: Final = Costs()
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a node has to do: `rate` updates/s, `batch` in a request, by turns to `channels` of `readers` each."""
+
+    rate: float
+    readers: int
+    channels: int = 1
+    batch: int = 1
+    size: int = 297
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the node makes of it. Latencies in milliseconds; `core` is the share of one that it uses."""
+
+    core: float
+    p50: float
+    p99: float
+    updates_per_send: float
+    deliveries_per_s: float
+
+
+def simulate(load: Load, costs: Costs = MEASURED, seconds: float = 5.0) -> Outcome:
+    """Runs one node for so long: requests come on a schedule, the flusher sends what has gathered."""
+    every = 1e6 * load.batch / load.rate
+    requests = deque(number * every for number in range(max(1, int(seconds * 1e6 / every))))
+    one = costs.publish if load.batch == 1 else costs.publish_in_batch * load.batch
+    pending: dict[int, list[float]] = {}
+    delays: Counter[int] = Counter()
+    now = busy = 0.0
+    sends = deliveries = 0
+    turn = 0
+
+    def take_in() -> None:
+        """All requests that have come: their updates wait for the next flush, their work delays this one."""
+        nonlocal now, busy, turn
+        while requests and requests[0] <= now:
+            came = requests.popleft()
+            now += one
+            busy += one
+            for _ in range(load.batch):
+                pending.setdefault(turn % load.channels, []).append(came)
+                turn += 1
+
+    while requests or pending:
+        cold = False
+        if not pending:
+            cold = requests[0] - now > costs.cold_after
+            now = max(now, requests[0])
+            take_in()
+        batch, pending = pending, {}
+        since = now
+        for stamps in batch.values():
+            each = costs.delivery(len(stamps), load.size, cold)
+            left = load.readers
+            while left:
+                some = min(left, max(1, int((costs.turn - (now - since)) / each)))
+                middle = now + some * each / 2
+                for stamp in stamps:
+                    delays[int((middle - stamp) / BIN_US)] += some
+                now += some * each
+                busy += some * each
+                left -= some
+                sends += some
+                deliveries += some * len(stamps)
+                if now - since >= costs.turn - each:
+                    now += costs.turn_over
+                    busy += costs.turn_over
+                    take_in()
+                    since = now
+    return Outcome(
+        busy / now, _quantile(delays, 0.5), _quantile(delays, 0.99), deliveries / sends, deliveries / (now / 1e6)
+    )
+
+
+def _quantile(delays: Counter[int], share: float) -> float:
+    """Milliseconds."""
+    left = share * delays.total()
+    for number in sorted(delays):
+        left -= delays[number]
+        if left <= 0:
+            return (number + 0.5) * BIN_US / 1000
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """Something that was measured, to be found again by the model."""
+
+    name: str
+    load: Load
+    core: float
+    p50: float
+    p99: float
+    updates_per_send: float
+
+
+# perf/results/2026-11-22.txt; over WebSocket. Core: the server's process.
+POINTS: Final = (
+    Point("1,000 readers, 10/s", Load(10, 1_000), 0.083, 4.2, 8.7, 1.0),
+    Point("1,000 readers, 10,000/s", Load(10_000, 1_000, batch=100), 0.85, 5.6, 21.8, 102.7),
+    Point("the same, short messages", Load(10_000, 1_000, batch=100, size=138), 0.78, 5.1, 16.1, 100.7),
+)
