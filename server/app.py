@@ -17,7 +17,7 @@ import trio
 from server.brokers.base import StoreError
 from server.config import Config, ConfigError
 from server.ids import new_id
-from server.listener import ListenError, accept_forever, begin, close_listener, describe, open_tcp, open_unix
+from server.listener import Listener, ListenError, begin, close_listener, describe, open_tcp, open_unix
 from server.logs import log_event
 from server.node import LOG, Node
 from server.socketio import receive
@@ -111,13 +111,16 @@ async def running(config: Config, worker: Worker | None = None) -> AsyncIterator
                 if node.cluster is not None:
                     # Before the first reader comes, so that none is let in past a limit that others have used up.
                     await node.cluster.wait_joined(JOIN_S)
-                async with trio.open_nursery() as connections:
-                    for listener in listeners:
-                        begin(listener)  # a worker that cannot start should keep nobody waiting
-                        # In the nursery of what it accepts: both end together, none is accepted into a closed one.
-                        connections.start_soon(accept_forever, node, listener, connections)
-                    yield node, [describe(listener) for listener in listeners]
-                    connections.cancel_scope.cancel()
+                try:
+                    async with trio.open_nursery() as connections:
+                        node.poller.start(connections)
+                        for listener in listeners:
+                            begin(listener)  # a worker that cannot start should keep nobody waiting
+                            node.poller.add(listener.fileno(), Listener(node, listener))
+                        yield node, [describe(listener) for listener in listeners]
+                        connections.cancel_scope.cancel()
+                finally:
+                    node.poller.close()
                 services.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):

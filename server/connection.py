@@ -6,9 +6,10 @@ Nothing that goes wrong here leaves here: an exception ends this connection and 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import socket
-from contextlib import suppress
+from enum import Enum, auto
 
 import trio
 
@@ -20,11 +21,24 @@ from server.auth import Identity
 from server.ids import new_id
 from server.limits import client_address
 from server.logs import log_event
-from server.node import LOG, Node, Stream
+from server.node import LOG, Node
 from server.origins import cors_headers
-from server.socketio import linger, prepare, receive, send_all
+from server.poller import Peer
+from server.socketio import RECEIVE_BYTES, linger, receive, send_all
+from server.wheel import Timer
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
+
+
+class _Outcome(Enum):
+    """What is to be done after a turn."""
+
+    WAIT = auto()
+    AGAIN = auto()
+    CLOSE = auto()
+
+
+_WAIT, _AGAIN, _CLOSE = _Outcome.WAIT, _Outcome.AGAIN, _Outcome.CLOSE
 
 
 class Disconnected(Exception):
@@ -97,77 +111,187 @@ class Exchange:
         )
 
 
-class Connection:
+class Connection(Peer):
     """The shell round ``HttpConnection``: reads, deadlines, answers.
+
+    Requests are served in order until either side ends the connection, or one of them begins a stream: that takes its
+    place with the poller, and this object, the parser and the request need not idle along with it.
 
     Args:
         node: the server.
         sock: accepted, non-blocking.
         peer: address at the other end, ``unix`` for a Unix socket.
-        nursery: ends with the connection.
         refusal: the connection came over a limit: what every request on it but health checks is told.
 
     Attributes:
         place: the address whose ``connections_per_address`` this one takes, "" for none.
     """
 
-    __slots__ = ("_held", "_over", "http", "node", "nursery", "peer", "place", "refusal", "sock")
+    __slots__ = (
+        "_closed",
+        "_deadline",
+        "_due",
+        "_first",
+        "_held",
+        "_over",
+        "_timer",
+        "_turned_away",
+        "http",
+        "node",
+        "peer",
+        "place",
+        "refusal",
+        "sock",
+    )
 
-    def __init__(
-        self,
-        node: Node,
-        sock: socket.socket,
-        peer: str,
-        nursery: trio.Nursery,
-        refusal: ApiError | None,
-        place: str,
-    ) -> None:
+    def __init__(self, node: Node, sock: socket.socket, peer: str, refusal: ApiError | None, place: str) -> None:
         self.node = node
         self.sock = sock
         self.peer = peer
-        self.nursery = nursery
         self.refusal = refusal
         self.place = place
         self.http = HttpConnection()
+        self._turned_away = refusal is not None
         self._held = 0
+        self._first = True
         self._over = False
+        self._closed = False
+        # Until when the next head, or more of it, has to be there; and the timer that will have a look, later at times:
+        # it is not made anew for each request.
+        self._deadline = math.inf
+        self._due = math.inf
+        self._timer: Timer | None = None
 
-    async def run(self) -> Stream | None:
-        """Serve requests in order until either side ends the connection, or one of them begins a stream.
+    async def turn(self) -> bool:
+        """Serve the next request, if it is there. Nothing that goes wrong leaves here."""
+        outcome = _CLOSE
+        try:
+            outcome = await self._serve()
+        except (OSError, Disconnected):
+            pass  # the peer may go at any time
+        except Exception as error:
+            self._failed(error)
+        finally:
+            if outcome is _CLOSE:
+                self.abandon()
+        return outcome is _AGAIN
 
-        Returns:
-            The stream, for the caller to run: this object, the parser and the request need not idle along with it.
-        """
+    async def _serve(self) -> _Outcome:
         from server.routes import answer  # imported late: routes know transports, which know connections
 
-        first = True
-        proxied = self.node.proxies.trusts(self.peer)
-        while not self._over:
-            limits = self.node.config.limits
-            request = await self._next_request(limits.head_timeout if first else limits.idle_timeout)
-            if request is None:
-                return None
-            exchange = Exchange(self, request)
-            if proxied:
-                self._count_behind_proxy(exchange.address, first)
-            first = False
-            self.node.begin()
-            try:
-                stream = await answer(exchange)
-            finally:
-                if self._held:
-                    self.hold(-self._held)
-                self.node.end()
-            if stream is not None:
-                return stream
-            if proxied:
-                self._leave()
-            if not self._over and not self.http.next_request():
-                await linger(self.sock)
-                return None
-            # Pipelined requests that never wait must not keep the loop to themselves.
-            await trio.lowlevel.checkpoint()
-        return None
+        request = await self._next_request()
+        if not isinstance(request, Request):
+            return request
+        self._deadline = math.inf  # a handler has deadlines of its own
+        exchange = Exchange(self, request)
+        node = self.node
+        proxied = node.proxies.trusts(self.peer)
+        if proxied:
+            self._count_behind_proxy(exchange.address, self._first)
+        self._first = False
+        node.begin()
+        try:
+            stream = await answer(exchange)
+        finally:
+            if self._held:
+                self.hold(-self._held)
+            node.end()
+        if stream is not None:
+            if self._timer is not None:
+                self._timer.cancel()
+            return _AGAIN if stream.adopt(self.place) else _WAIT
+        if proxied:
+            self._leave()
+        if self._over:
+            return _CLOSE
+        if not self.http.next_request():
+            await linger(self.sock)
+            return _CLOSE
+        if self.http.begun:  # pipelined: others have their turn first
+            self._expect(self.node.config.limits.head_timeout)
+            return _AGAIN
+        self._expect(node.config.limits.idle_timeout)
+        return _WAIT
+
+    async def _next_request(self) -> Request | _Outcome:
+        """The next request if it is there, else what is to be done now."""
+        http = self.http
+        begun = http.begun
+        try:
+            while True:
+                if begun:
+                    event = http.next_event()
+                    if isinstance(event, Request):
+                        return event
+                    if isinstance(event, PeerClosed):
+                        return _CLOSE
+                try:
+                    data = self.sock.recv(RECEIVE_BYTES)
+                except BlockingIOError:
+                    if self._deadline is math.inf:
+                        self._expect(self.node.config.limits.head_timeout)
+                    return _WAIT
+                http.receive(data)
+                if not begun:
+                    begun = True
+                    self._deadline = math.inf  # a head has its time from its first byte on
+        except ApiError as error:
+            refusal = error
+        self._deadline = math.inf
+        await self._refuse(refusal)
+        return _CLOSE
+
+    def _expect(self, patience_s: float) -> None:
+        """Something has to come within this time."""
+        now = trio.current_time()
+        self._deadline = now + patience_s
+        if self._timer is None or self._deadline < self._due:
+            self._look_in(patience_s)
+
+    def _look_in(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = trio.current_time() + seconds
+        self._timer = self.node.wheel.after(seconds, self._look)
+
+    def _look(self) -> None:
+        """End it if nothing came in time."""
+        self._timer = None
+        left = self._deadline - trio.current_time()
+        if left == math.inf:
+            return
+        if left > 0:
+            self._look_in(left)
+        elif self.http.begun:
+            self.node.poller.peers.pop(self.sock.fileno(), None)
+            self.node.poller.tasks.start_soon(self._time_out)
+        else:
+            self.abandon()
+
+    async def _time_out(self) -> None:
+        try:
+            patience_s = self.node.config.limits.head_timeout
+            await self._refuse(ApiError(408, "request_timeout", f"the head took more than {patience_s:g} s"))
+        except OSError:
+            pass
+        except Exception as error:
+            self._failed(error)
+        finally:
+            self.abandon()
+
+    def _failed(self, error: Exception) -> None:
+        self.node.counters.failed += 1
+        log_event(LOG, logging.ERROR, "connection_failed", address=self.peer, exc_info=error)
+
+    def abandon(self) -> None:
+        """Close it, whatever it is at. Again does nothing."""
+        if not self._closed:
+            self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self.node.poller.peers.pop(self.sock.fileno(), None)
+            self.sock.close()
+            self.node.forget_socket(self.place, turned_away=self._turned_away)
 
     def _count_behind_proxy(self, address: str, first: bool) -> None:
         """A trusted proxy's connection is a connect of the client whose request it brings first, not of the proxy; and
@@ -190,32 +314,6 @@ class Connection:
         """The request under way takes this many bytes more, until it is answered. Raises ApiError 503."""
         self.node.limits.hold(self._held, self._held + size)
         self._held += size
-
-    async def _next_request(self, patience_s: float) -> Request | None:
-        """The next request; None when there is none to answer any more."""
-        begun = self.http.begun  # pipelined, in part
-        head_timeout = self.node.config.limits.head_timeout
-        refusal: ApiError | None = None
-        with trio.move_on_after(head_timeout if begun else patience_s) as patience:
-            try:
-                while True:
-                    event = self.http.next_event()
-                    if isinstance(event, Request):
-                        return event
-                    if isinstance(event, PeerClosed):
-                        return None
-                    data = await receive(self.sock)
-                    if not begun and data:
-                        begun = True
-                        patience.deadline = trio.current_time() + head_timeout
-                    self.http.receive(data)
-            except ApiError as error:
-                refusal = error
-        if refusal is None and begun:
-            refusal = ApiError(408, "request_timeout", f"the head took more than {head_timeout:g} s")
-        if refusal is not None:
-            await self._refuse(refusal)
-        return None
 
     async def _refuse(self, error: ApiError) -> None:
         """Answer what never became a request, and close."""
@@ -299,34 +397,3 @@ class Connection:
     def take_over(self) -> None:
         """No more HTTP on this connection: it is closed when the request's handler returns."""
         self._over = True
-
-
-async def serve_connection(
-    node: Node, sock: socket.socket, peer: str, refusal: ApiError | None = None, place: str = ""
-) -> None:
-    """Serve one accepted socket and close it, and leave its ``place``. Raises nothing but cancellation."""
-    try:
-        prepare(sock)
-        async with trio.open_nursery() as nursery:
-            with suppress(OSError, Disconnected):  # the peer may go at any time
-                connection = Connection(node, sock, peer, nursery, refusal, place)
-                try:
-                    stream = await connection.run()
-                finally:
-                    place = connection.place
-                    del connection
-                if stream is not None:
-                    await stream.run()
-            nursery.cancel_scope.cancel()
-    except OSError:
-        pass
-    except Exception as error:
-        node.counters.failed += 1
-        log_event(LOG, logging.ERROR, "connection_failed", address=peer, exc_info=error)
-    finally:
-        sock.close()
-        node.connections -= 1
-        if refusal is not None:
-            node.turned_away -= 1
-        if place:
-            node.limits.leave(place)

@@ -13,10 +13,12 @@ from typing import Final
 import trio
 
 from protocol.errors import ApiError
-from server.connection import serve_connection
+from server.connection import Connection
 from server.limits import UNIX
 from server.logs import log_event
 from server.node import LOG, Node
+from server.poller import Peer
+from server.socketio import prepare
 
 # Connections that may queue in the kernel: as many as arrive while the loop is busy elsewhere for a moment. The
 # kernel caps it at net.core.somaxconn.
@@ -96,6 +98,7 @@ def share(listener: socket.socket) -> socket.socket:
 
 def begin(listener: socket.socket) -> None:
     """From now on connections may wait here. Again does nothing."""
+    prepare(listener)
     listener.listen(BACKLOG)
 
 
@@ -158,37 +161,50 @@ def describe(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
-async def accept_forever(node: Node, listener: socket.socket, connections: trio.Nursery) -> None:
-    """Accept until cancelled; each connection is served in ``connections``. Survives every failing accept."""
-    exhausted = False
-    while True:
-        await trio.lowlevel.wait_readable(listener)
+class Listener(Peer):
+    """Accepts connections and has them served. Survives every failing accept."""
+
+    __slots__ = ("_exhausted", "_node", "_sock")
+
+    def __init__(self, node: Node, sock: socket.socket) -> None:
+        self._node = node
+        self._sock = sock
+        self._exhausted = False
+
+    async def turn(self) -> bool:
+        """Accept some of those that wait."""
+        node, sock = self._node, self._sock
         for _ in range(ACCEPT_BATCH):
             try:
-                sock, address = listener.accept()
+                accepted, address = sock.accept()
             except BlockingIOError:
                 break
             except OSError as error:
                 if error.errno in _EXHAUSTED:
-                    if not exhausted:  # said once, not ten times a second
+                    if not self._exhausted:  # said once, not ten times a second
                         log_event(LOG, logging.WARNING, "accept_paused", reason=error.strerror)
-                    exhausted = True
+                    self._exhausted = True
                     await trio.sleep(EXHAUSTED_PAUSE_S)
                     break
                 continue  # this one was gone before it was accepted
-            exhausted = False
-            peer = UNIX if listener.family == socket.AF_UNIX else address[0]
+            self._exhausted = False
+            peer = UNIX if sock.family == socket.AF_UNIX else address[0]
             refusal, place = _admit(node, peer)
             if refusal is not None:
                 if node.turned_away >= REFUSED_SOCKETS:
-                    sock.close()
+                    accepted.close()
                     node.counters.refused["unheard"] += 1
                     continue
                 node.turned_away += 1
                 node.counters.refused[refusal.code] += 1
+            accepted.setblocking(False)
             node.connections += 1
             node.counters.sockets += 1
-            connections.start_soon(serve_connection, node, sock, peer, refusal, place)
+            node.poller.add(accepted.fileno(), Connection(node, accepted, peer, refusal, place))
+        return False
+
+    def abandon(self) -> None:
+        """Accept no more; the socket is somebody else's to close."""
 
 
 def _admit(node: Node, peer: str) -> tuple[ApiError | None, str]:

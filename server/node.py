@@ -29,6 +29,7 @@ from server.jobs import Jobs
 from server.limits import Limits, parse_proxies
 from server.logs import log_event
 from server.origins import parse_origins
+from server.poller import Poller
 from server.presence import Presence
 from server.seen import Seen
 from server.wheel import Wheel
@@ -50,8 +51,9 @@ MIN_SPREAD_S: Final = 2.0
 class Stream(Protocol):
     """A live connection: it has left HTTP behind, and must be told when the server goes away."""
 
-    async def run(self) -> None:
-        """Serve it until either side ends it, and leave no trace."""
+    def adopt(self, place: str) -> bool:
+        """Take its socket over from the connection that it began on, and the place that this has among those of its
+        address. Whether it wants a turn at once."""
 
     client_id: str
     heard_at: float  # when the peer last gave a sign of life, in Trio's seconds
@@ -75,6 +77,7 @@ class Node:
         connections: open sockets.
         turned_away: those of them that came over a limit.
         presence: who is connected.
+        poller: serves the sockets.
         polls: wake-ups of the polls that wait.
         counters: what has happened so far.
         started: when, in unix seconds.
@@ -91,6 +94,7 @@ class Node:
     def __init__(self, config: Config, *, group: str = "", worker: int | None = None) -> None:
         """``group`` is shared by the workers of one ``statuswire serve``; ``worker`` is the number of this one."""
         self.wheel = Wheel()
+        self.poller = Poller()
         self.limits = Limits(config.limits)
         self.presence = Presence(self.limits)
         self.presence.on_event = self._tell_presence
@@ -236,6 +240,14 @@ class Node:
     def retry_delay_ms(self) -> int:
         """How long a client that is turned away should wait: spread, so that not all come back at once."""
         return int(1000 * random.uniform(0.5, max(MIN_SPREAD_S, self.config.server.drain)))
+
+    def forget_socket(self, place: str, *, turned_away: bool = False) -> None:
+        """A socket was closed: it gives its ``place`` among those of its address back, if it has one."""
+        self.connections -= 1
+        if turned_away:
+            self.turned_away -= 1
+        if place:
+            self.limits.leave(place)
 
     def begin(self) -> None:
         """A request is being answered, or a stream is live, until ``end``."""

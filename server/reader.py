@@ -1,7 +1,7 @@
 """A connection that is written to by the hub: write-through while its socket takes everything, latest-wins after.
 
 The flusher writes to the socket itself as long as nothing is held back. A socket that is full gets a drain
-task in its connection's nursery, and updates are held: all of them while they are few, then the newest per
+task, and updates are held: all of them while they are few, then the newest per
 job, ended jobs always. Past the bound the connection is ended and resumes from its cursor elsewhere.
 
 What is owed to the peer, in the order in which it is sent: ``tail`` (the unsent rest of what was begun),
@@ -35,7 +35,7 @@ class PushReader(Reader):
 
     Args:
         sock: connected, non-blocking.
-        nursery: the connection's own; a drain task starts in it when the socket is full.
+        nursery: where a drain task starts when the socket is full.
         form: wire form of messages, and of updates unless a want says otherwise.
         backlog_bytes: bound of what is held back.
 

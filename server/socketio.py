@@ -25,14 +25,13 @@ LINGER_BYTES: Final = 16 * 1024 * 1024
 UNACKNOWLEDGED_MS: Final = 120_000
 
 
-def prepare(sock: socket.socket) -> None:
-    """Set what every accepted socket needs."""
-    sock.setblocking(False)
-    if sock.family != socket.AF_UNIX:
+def prepare(listener: socket.socket) -> None:
+    """Set what every accepted socket needs: they have it of their listener (tcp(7)), for no call of their own."""
+    if listener.family != socket.AF_UNIX:
         # One message is one send; waiting to join it with the next (Nagle) would only add delay.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 async def receive(sock: socket.socket, size: int = RECEIVE_BYTES) -> bytes:

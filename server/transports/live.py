@@ -20,6 +20,7 @@ from server.auth import Identity
 from server.config import Config
 from server.logs import log_event
 from server.node import LOG, Node
+from server.poller import Peer
 from server.reader import PushReader
 from server.wheel import Timer
 
@@ -34,7 +35,7 @@ def stale_after(config: Config) -> float:
     return max(config.health.stale_after, STALE_HEARTBEATS * config.server.heartbeat)
 
 
-class LiveReader(PushReader):
+class LiveReader(PushReader, Peer):
     """A push connection with timers, and its own entry in ``node.presence`` (``Connected``).
 
     Attributes:
@@ -50,6 +51,7 @@ class LiveReader(PushReader):
     __slots__ = (
         "_beat_timer",
         "_expiry_timer",
+        "_place",
         "address",
         "channels",
         "client_id",
@@ -66,13 +68,12 @@ class LiveReader(PushReader):
         self,
         node: Node,
         sock: socket.socket,
-        nursery: trio.Nursery,
         form: WireForm,
         *,
         client_id: str,
         address: str,
     ) -> None:
-        super().__init__(sock, nursery, node.hub, node.wheel, form, backlog_bytes=node.config.limits.backlog)
+        super().__init__(sock, node.poller.tasks, node.hub, node.wheel, form, backlog_bytes=node.config.limits.backlog)
         self.node = node
         self.client_id = client_id
         self.identity: Identity | None = None
@@ -80,6 +81,7 @@ class LiveReader(PushReader):
         self.address = sys.intern(address)  # many come from one
         self.since_ms = int(time.time() * 1000)
         self.channels: Collection[str] = ()
+        self._place = ""
         self._expiry_timer: Timer | None = None
         # Spread, or a thousand that came together would beat together for ever.
         self._beat_timer = node.wheel.after(node.config.server.heartbeat * random.uniform(0.5, 1), self._beat)
@@ -125,20 +127,35 @@ class LiveReader(PushReader):
         """Whether a notification is for it."""
         return self.takes_notices and self.identity is not None and reaches(notice, self.heard())
 
-    async def run(self) -> None:
-        """Serve until either side ends it. Cleans up first, synchronously; what is awaited after that is bounded."""
+    def adopt(self, place: str) -> bool:
+        """See ``Stream``."""
+        self._place = place
         self.node.begin()
-        try:
-            await self.serve()
-        finally:
-            self.close()
-            try:
-                await self.goodbye()
-            finally:
-                self.node.end()
+        self.node.poller.peers[self.sock.fileno()] = self
+        return self.ended != ""
 
-    async def serve(self) -> None:
-        """Read from the peer until it goes; cancelled when this side ends."""
+    async def turn(self) -> bool:
+        """Read from the peer. Whatever goes wrong ends this connection and no other."""
+        again = False
+        try:
+            if not self.ended:
+                again = await self.serve()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.finish("closed")  # the peer may go at any time
+        except Exception as error:
+            self._failed(error)
+        finally:
+            if self.ended:
+                await self._part()
+        return again and not self.ended
+
+    async def serve(self) -> bool:
+        """Read once, and do what it asks for; ``finish`` at the end of the peer's sending.
+
+        Raises what ``recv`` does. Returns whether there is more to do at once.
+        """
         raise AssertionError("a transport must say how it serves")
 
     async def goodbye(self) -> None:
@@ -146,8 +163,40 @@ class LiveReader(PushReader):
         raise AssertionError("a transport must say goodbye")
 
     def on_end(self) -> None:
-        """Stop reading and draining; ``run`` goes on with the goodbye."""
-        self._nursery.cancel_scope.cancel()
+        """See that it is closed: by the turn that is under way, or now."""
+        poller, fd = self.node.poller, self.sock.fileno()
+        if poller.peers.get(fd) is self and not poller.interrupt(self):
+            del poller.peers[fd]
+            poller.tasks.start_soon(self._part)
+
+    async def _part(self) -> None:
+        """The end. Cleans up first, synchronously; what is awaited after that is bounded."""
+        self.node.poller.peers.pop(self.sock.fileno(), None)
+        try:
+            self.close()
+            await self.goodbye()
+        except OSError:
+            pass
+        except Exception as error:
+            self._failed(error)
+        finally:
+            self._let_go()
+
+    def abandon(self) -> None:
+        """The server stops: end without a word."""
+        self.node.poller.peers.pop(self.sock.fileno(), None)
+        self.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.sock.close()
+        self.node.forget_socket(self._place)
+        self.node.end()
+
+    def _failed(self, error: Exception) -> None:
+        self.node.counters.failed += 1
+        log_event(LOG, logging.ERROR, "connection_failed", address=self.address, exc_info=error)
+        self.finish("closed")
 
     def close(self) -> None:
         """Leave no trace. Synchronous, so cancellation cannot skip it."""

@@ -20,7 +20,7 @@ from server.hub import Want
 from server.ids import new_id
 from server.node import Node, Stream
 from server.reading import Start, channels_for, live, missed_updates, over, snapshot, start_from
-from server.socketio import all_acknowledged, receive
+from server.socketio import RECEIVE_BYTES, all_acknowledged
 from server.transports.live import DISCONNECTED, LiveReader
 
 HEADERS: Final = (
@@ -102,26 +102,29 @@ _REASONS: Final = {
 class SseReader(LiveReader):
     """One event stream, whatever it tells of."""
 
-    __slots__ = ("_drain_delay_ms",)
+    __slots__ = ("_chatter", "_drain_delay_ms")
 
     transport = "sse"
 
     def __init__(self, exchange: Exchange, form: WireForm, client_id: str) -> None:
         connection = exchange.connection
         super().__init__(
-            exchange.node, connection.sock, connection.nursery, form, client_id=client_id, address=exchange.address
+            exchange.node, connection.sock, form, client_id=client_id, address=exchange.address
         )
         self._drain_delay_ms = 0
+        self._chatter = 0
 
     def _say(self, name: str, cursor: str | None, retry_ms: int | None = None, **facts: object) -> bytes:
         """One of the server's own messages, framed."""
         return say(self.form, name, cursor, retry_ms, **facts)
 
-    async def serve(self) -> None:
+    async def serve(self) -> bool:
         """Read until the client closes; what it says meanwhile means nothing."""
-        left = CHATTER_BYTES
-        while left > 0 and (data := await receive(self.sock)):
-            left -= len(data)
+        data = self.sock.recv(RECEIVE_BYTES)
+        self._chatter += len(data)
+        if not data or self._chatter >= CHATTER_BYTES:
+            self.finish("closed")
+        return False
 
     def alive(self) -> bool:
         """An event stream has no answers; that its kernel acknowledged everything has to do."""

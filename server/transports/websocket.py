@@ -71,7 +71,7 @@ from server.reading import (
     snapshot,
     start_from,
 )
-from server.socketio import linger, receive
+from server.socketio import linger
 from server.transports.live import DISCONNECTED, LiveReader
 from server.transports.sse import REPLAY_UPDATES
 from server.wheel import Timer
@@ -173,7 +173,6 @@ class Session(LiveReader):
         super().__init__(
             exchange.node,
             connection.sock,
-            connection.nursery,
             wire_form(self._framing),
             client_id=client_id,
             address=exchange.address,
@@ -277,30 +276,34 @@ class Session(LiveReader):
 
     # Incoming
 
-    async def serve(self) -> None:
-        """Answer what the client says until it goes."""
+    def adopt(self, place: str) -> bool:
+        """See ``Stream``; what came right behind the handshake has its turn at once."""
+        return super().adopt(place) or self._early != b""
+
+    async def serve(self) -> bool:
+        """Answer what the client says."""
         data, self._early = self._early, b""
-        while not self.ended:
-            if data:
-                self.heard_at = trio.current_time()
-                try:
-                    events = self._incoming.receive(data)
-                    failure = None
-                except WebSocketError as error:
-                    events, failure = error.events, error
-                await self._take_events(events)
-                if failure is not None:
-                    self.close_with(failure.code, failure.reason)
-                    return
-                if self._incoming.unfinished != self._held:
-                    self._account(self._incoming.unfinished)
-                # One client must not keep the loop to itself by never letting its socket run dry.
-                await trio.lowlevel.checkpoint()
-                if self.wants:
-                    self._incoming.release()  # who watches is silent for long: 2 KB less, for 4 µs at its next word
-            data = await receive(self.sock, TURN_BYTES)
+        if not data:
+            data = self.sock.recv(TURN_BYTES)
             if not data:
-                return
+                self.finish("closed")
+                return False
+        self.heard_at = trio.current_time()
+        try:
+            events = self._incoming.receive(data)
+            failure = None
+        except WebSocketError as error:
+            events, failure = error.events, error
+        await self._take_events(events)
+        if failure is not None:
+            self.close_with(failure.code, failure.reason)
+            return False
+        if self._incoming.unfinished != self._held:
+            self._account(self._incoming.unfinished)
+        if self.wants:
+            self._incoming.release()  # who watches is silent for long: 2 KB less, for 4 µs at its next word
+        # One client must not keep the loop to itself by never letting its socket run dry.
+        return len(data) == TURN_BYTES
 
     def _account(self, size: int) -> None:
         try:

@@ -392,10 +392,9 @@ async def test_a_pause_in_accepting_is_said_once(
         scarce.bind(("127.0.0.1", 0))
         scarce.listen()
         scarce.setblocking(False)
-        async with server() as at, trio.open_nursery() as nursery:
-            nursery.start_soon(listener.accept_forever, at.node, scarce, nursery)
+        async with server() as at:
+            at.node.poller.add(scarce.fileno(), listener.Listener(at.node, scarce))
             assert (await Address(scarce.getsockname()[1]).get("/health")).status == 200
-            nursery.cancel_scope.cancel()
     assert (scarce.left, caplog.text.count("accept_paused")) == (0, 1)
 
 

@@ -1259,5 +1259,5 @@ async def test_the_server_ends_with_readers_in_every_state() -> None:
                 put(server, "a", progress=number, metadata={"text": "x" * 5000})
                 await wait_all_tasks_blocked()
             for stream in list(server.node.streams):
-                stream._nursery.cancel_scope.cancel()  # type: ignore[attr-defined]
+                stream.abandon()  # type: ignore[attr-defined]
             await until(lambda: not server.node.streams)

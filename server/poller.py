@@ -1,0 +1,213 @@
+"""Which sockets have something to read, and the few tasks that serve them.
+
+A task per connection is most of what an idle connection takes, and waking one most of what a message costs. So all
+sockets are in one epoll set, and one task, the *leader*, waits for the set. Whatever is readable has a *turn*, which
+the leader runs itself, without any switch. A turn that has to wait keeps its task, with its cancel scopes and its
+deadlines, and another task becomes leader: so a turn may await anything, and who never waits pays nothing for it.
+
+The set is level-triggered: what a turn leaves unread comes again. A socket is taken out of it only if it is readable
+while its turn waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import types
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Coroutine, Generator
+from time import perf_counter
+from typing import Any, Final
+
+import trio
+
+from server.logs import log_event
+
+LOG: Final = logging.getLogger("statuswire")
+
+# The leader lets other tasks run after about this long, as the flusher does.
+YIELD_AFTER_S: Final = 0.001
+# Looked at in one go: enough to share the cost of asking, few enough for the others to have their turn.
+MAX_EVENTS: Final = 64
+# Tasks that wait to become leader; more of them end. Making one costs 15 µs, and one takes 3 KB.
+MAX_PARKED: Final = 64
+
+
+class Peer(ABC):
+    """Whoever serves a socket. Its methods are the poller's to call."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    async def turn(self) -> bool:
+        """Read what is there, and do what it asks for; there may be nothing. Raises nothing but cancellation.
+
+        Returns:
+            Whether it wants another turn at once, though there may be nothing more to read.
+        """
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """The server stops: close, and leave no trace. Must not wait."""
+
+
+class Poller:
+    """The sockets of one server.
+
+    Attributes:
+        peers: who serves which descriptor. Taken out here, a socket is served no more.
+        tasks: where whatever outlives a turn runs.
+    """
+
+    tasks: trio.Nursery
+
+    def __init__(self) -> None:
+        self.peers: dict[int, Peer] = {}
+        self._set = select.epoll()
+        self._ready: deque[int] = deque()
+        self._running: Peer | None = None
+        self._waiting: dict[Peer, trio.CancelScope] = {}
+        self._masked: set[int] = set()
+        self._parked: list[trio.lowlevel.Task] = []
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Serve in this nursery, until it is cancelled; ``close`` then."""
+        self.tasks = nursery
+        nursery.start_soon(self._work)
+
+    def close(self) -> None:
+        """Abandon whoever is left."""
+        while self.peers:
+            _, peer = self.peers.popitem()
+            peer.abandon()
+        self._set.close()
+
+    def add(self, fd: int, peer: Peer) -> None:
+        """Serve a socket from now on. Its first turn comes at once: what it waits for may be there already."""
+        self.peers[fd] = peer
+        self._set.register(fd, select.EPOLLIN)
+        self._ready.append(fd)
+
+    def interrupt(self, peer: Peer) -> bool:
+        """Whether a turn of it is under way. If that waits, it is cancelled."""
+        if peer is self._running:
+            return True
+        scope = self._waiting.get(peer)
+        if scope is None:
+            return False
+        scope.cancel()
+        return True
+
+    async def _work(self) -> None:
+        """Lead, and again when it is this task's turn."""
+        while True:
+            with trio.CancelScope() as scope:
+                await self._lead(scope)
+            if len(self._parked) >= MAX_PARKED:
+                return
+            await self._park()
+
+    async def _park(self) -> None:
+        task = trio.lowlevel.current_task()
+        self._parked.append(task)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._parked.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def _lead(self, scope: trio.CancelScope) -> None:
+        """Serve what is ready, until a turn has to wait; return when that turn is over."""
+        peers, ready, poll = self.peers, self._ready, self._set.poll
+        yield_at = perf_counter() + YIELD_AFTER_S
+        while True:
+            for fd, _ in poll(0, MAX_EVENTS):
+                ready.append(fd)
+            if not ready:
+                await trio.lowlevel.wait_readable(self._set.fileno())
+                yield_at = perf_counter() + YIELD_AFTER_S
+                continue
+            for _ in range(len(ready)):
+                fd = ready.popleft()
+                peer = peers.get(fd)
+                if peer is None or peer in self._waiting:
+                    self._mask(fd, peer)
+                    continue
+                self._running = peer
+                turn = peer.turn()
+                try:
+                    trap = turn.send(None)
+                except StopIteration as end:
+                    self._running = None
+                    if end.value:
+                        ready.append(fd)
+                except Exception as error:
+                    self._running = None
+                    self._failed(fd, peer, error)
+                else:
+                    self._running = None
+                    await self._wait(fd, peer, scope, turn, trap)
+                    return
+                if perf_counter() > yield_at:
+                    await trio.lowlevel.checkpoint()
+                    yield_at = perf_counter() + YIELD_AFTER_S
+
+    async def _wait(
+        self, fd: int, peer: Peer, scope: trio.CancelScope, turn: Coroutine[Any, Any, bool], trap: object
+    ) -> None:
+        """See a turn through that has to wait; somebody else leads meanwhile."""
+        self._waiting[peer] = scope
+        if self._parked:
+            trio.lowlevel.reschedule(self._parked.pop())
+        else:
+            self.tasks.start_soon(self._work)
+        try:
+            again = await _rest(turn, trap)
+            # The leader may be asleep, so what is wanted at once is done here.
+            while again and fd in self.peers:
+                del self._waiting[peer]
+                peer = self.peers[fd]
+                self._waiting[peer] = scope
+                await trio.lowlevel.checkpoint()
+                again = await peer.turn()
+        except Exception as error:
+            self._failed(fd, peer, error)
+        finally:
+            del self._waiting[peer]
+            if fd in self._masked:
+                self._masked.discard(fd)
+                if fd in self.peers:
+                    self._set.register(fd, select.EPOLLIN)
+
+    def _mask(self, fd: int, peer: Peer | None) -> None:
+        """It is nobody's to read now, and would be reported for ever."""
+        try:
+            self._set.unregister(fd)
+        except OSError:
+            return  # it is closed, or was masked before
+        if peer is not None:
+            self._masked.add(fd)
+
+    def _failed(self, fd: int, peer: Peer, error: Exception) -> None:
+        """A turn should not have raised; nobody but its peer shall suffer."""
+        log_event(LOG, logging.ERROR, "connection_failed", exc_info=error)
+        if self.peers.get(fd) is peer:
+            del self.peers[fd]
+            peer.abandon()
+
+
+@types.coroutine
+def _rest(turn: Coroutine[Any, Any, bool], trap: object) -> Generator[Any, Any, bool]:
+    """Go on with a coroutine that has begun elsewhere in this task, and has asked Trio for this."""
+    try:
+        while True:
+            try:
+                answer = yield trap
+            except BaseException as error:
+                trap = turn.throw(error)
+            else:
+                trap = turn.send(answer)
+    except StopIteration as end:
+        return bool(end.value)
