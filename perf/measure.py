@@ -73,7 +73,8 @@ def _process(name: str, arguments: Sequence[str], directory: Path, core: int = S
     # Output goes to a file: nobody needs to read it for the server to go on.
     log = directory / f"{name}.log"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("STATUSWIRE_")}
-    environment["PYTHONPATH"] = str(ROOT)
+    if name == "bare":  # an installation has its own sources, which these would hide
+        environment["PYTHONPATH"] = str(ROOT)
     environment["PYTHONUNBUFFERED"] = "1"
     with log.open("wb") as out:
         process = subprocess.Popen(

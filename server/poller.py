@@ -84,7 +84,7 @@ class Poller:
         self._set.close()
 
     def add(self, fd: int, peer: Peer) -> None:
-        """Serve a socket from now on. Its first turn comes at once: what it waits for may be there already."""
+        """Serve a socket from now on. Added by a turn that has not waited, it has one next, whatever is there."""
         self.peers[fd] = peer
         self._set.register(fd, select.EPOLLIN)
         self._ready.append(fd)

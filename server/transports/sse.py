@@ -108,9 +108,7 @@ class SseReader(LiveReader):
 
     def __init__(self, exchange: Exchange, form: WireForm, client_id: str) -> None:
         connection = exchange.connection
-        super().__init__(
-            exchange.node, connection.sock, form, client_id=client_id, address=exchange.address
-        )
+        super().__init__(exchange.node, connection.sock, form, client_id=client_id, address=exchange.address)
         self._drain_delay_ms = 0
         self._chatter = 0
 
