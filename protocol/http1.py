@@ -1,7 +1,8 @@
 """The server side of one HTTP/1.1 connection (RFC 9112): bytes in, events out; answers in, bytes out.
 
-h11 parses heads and chunked bodies. It is lenient where request smuggling begins, so a head is checked here as
-well, before and after h11 has seen it; what fails is answered once and the connection closed, never guessed at.
+h11 parses heads. It is lenient where request smuggling begins, so a head is checked here as well, before and after h11
+has seen it, and chunks are read by ``protocol.http1_chunks``; what fails is answered once and the connection closed,
+never guessed at.
 
 One cycle: ``next_event`` gives a ``Request``, its ``BodyData`` pieces and ``EndOfBody``; then one ``respond``, or
 ``start_stream``, ``stream_chunk`` …, ``end_stream``; then ``next_request``. An ``ApiError`` out of ``next_event`` or
@@ -23,7 +24,15 @@ from typing import Final
 import h11
 
 from protocol.errors import ApiError
-from protocol.http1_head import bad_request, check_fields, check_lines, encode_head, read_headers
+from protocol.http1_chunks import ChunkedBody
+from protocol.http1_head import (
+    bad_request,
+    body_too_large,
+    check_fields,
+    check_lines,
+    encode_head,
+    read_headers,
+)
 from protocol.request import Request, parse_target, valid_authority
 
 # A thousand job ids of 36 characters in a query, with their commas percent-encoded, are 39 KiB.
@@ -34,10 +43,6 @@ MAX_HEADER_SECTION = 32768
 DEFAULT_BODY_LIMIT = 1024 * 1024
 # RFC 9112 section 2.2: at least one empty line before a request line is skipped; old clients send one after a body.
 _MAX_EMPTY_LINES = 2
-# The smallest legal chunk takes six bytes on the wire for one byte of content. What is far beyond that is not
-# content but extensions, which cost us work and never reach a body limit.
-_WIRE_BYTES_PER_BYTE = 8
-_WIRE_SLACK = 16384
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -119,12 +124,11 @@ class HttpConnection:
         "_answer",
         "_body_limit",
         "_buffer",
+        "_chunks",
         "_empty_lines",
         "_eof",
         "_error",
         "_expects_continue",
-        "_fed",
-        "_h11",
         "_http_10",
         "_keep_alive",
         "_max_head",
@@ -135,7 +139,6 @@ class HttpConnection:
         "_received",
         "_remaining",
         "_searched",
-        "_wire",
         "chunked",
     )
 
@@ -159,10 +162,8 @@ class HttpConnection:
         self._expects_continue = False
         self._body_limit = DEFAULT_BODY_LIMIT
         self._remaining = 0
-        self._received = 0  # bytes of content so far, chunked only
-        self._wire = 0  # bytes they took on the wire
-        self._fed = b""  # the last bytes given to h11, chunked only
-        self._h11: h11.Connection | None = None
+        self._received = 0  # bytes of a body of known length
+        self._chunks: ChunkedBody | None = None
         self._no_body = False
         self.chunked = False
 
@@ -208,7 +209,7 @@ class HttpConnection:
         self._reading = _Reading.FAILED
         self._keep_alive = False
         self._expects_continue = False
-        self._h11 = None
+        self._chunks = None
         self._buffer.clear()
 
     def _waiting(self) -> NeedData | PeerClosed:
@@ -245,9 +246,8 @@ class HttpConnection:
         lines = check_lines(head)
         method, target = self._parse_request_line(head[: head.index(b"\r\n")])
         check_fields(head, lines - 2)
-        parser = h11.Connection(h11.SERVER, self._max_line + self._max_head)
-        headers = read_headers(parser, head)
-        self._check_framing(headers, parser)
+        headers = read_headers(h11.Connection(h11.SERVER, self._max_line + self._max_head), head)
+        self._check_framing(headers)
         path, authority = parse_target(method, target)
         if authority is not None:
             # RFC 9112 section 3.2.2: the absolute-form's host replaces what Host says.
@@ -271,7 +271,7 @@ class HttpConnection:
         self._http_10 = minor == b"0"
         return self._method, target.decode("ascii")
 
-    def _check_framing(self, headers: dict[str, str], parser: h11.Connection) -> None:
+    def _check_framing(self, headers: dict[str, str]) -> None:
         host = headers.get("host")
         if host is None:
             if not self._http_10:
@@ -286,7 +286,7 @@ class HttpConnection:
             if self._http_10:
                 raise bad_request("HTTP/1.0 has no Transfer-Encoding")
             self._reading = _Reading.CHUNKED
-            self._h11 = parser
+            self._chunks = ChunkedBody(self._max_head)
         else:
             self._reading = _Reading.LENGTH
             self._remaining = int(headers.get("content-length", "0"))
@@ -295,7 +295,7 @@ class HttpConnection:
         if expect is not None and not self._http_10:
             if expect.lower() != "100-continue":
                 raise ApiError(417, "expectation_failed", "the only expectation known here is 100-continue")
-            self._expects_continue = self._remaining > 0 or self._h11 is not None
+            self._expects_continue = self._remaining > 0 or self._chunks is not None
 
     def _wants_keep_alive(self, headers: dict[str, str]) -> bool:
         # RFC 9112 section 9.3
@@ -324,10 +324,7 @@ class HttpConnection:
 
     def _check_announced(self) -> None:
         if self._reading is _Reading.LENGTH and self._remaining > self._body_limit:
-            raise self._too_large()
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, "payload_too_large", f"the body is larger than {self._body_limit} bytes")
+            raise body_too_large(self._body_limit)
 
     def _next_in_length(self) -> BodyData | EndOfBody | NeedData | PeerClosed:
         if self._remaining == 0:
@@ -346,44 +343,15 @@ class HttpConnection:
         return BodyData(data)
 
     def _next_in_chunked(self) -> BodyData | EndOfBody | NeedData | PeerClosed:
-        parser = self._h11
-        assert parser is not None
-        while True:
-            try:
-                event = parser.next_event()
-            except h11.RemoteProtocolError as error:
-                if error.error_status_hint == 431:
-                    raise ApiError(431, "header_too_large", "the trailer section is too large") from error
-                raise bad_request("the chunked body is malformed") from error
-            if isinstance(event, h11.Data):
-                data = bytes(event.data)
-                self._received += len(data)
-                if self._received > self._body_limit:
-                    raise self._too_large()
-                return BodyData(data)
-            if isinstance(event, h11.EndOfMessage):
-                self._end_chunked(parser)
-                return END_OF_BODY
-            if self._wire > self._received * _WIRE_BYTES_PER_BYTE + _WIRE_SLACK:
-                raise bad_request("the chunked body is nearly all chunk headers")
-            if not self._buffer:
-                return self._waiting()
-            data = bytes(self._buffer)
-            self._buffer.clear()
-            self._fed = self._fed[-4:] + data
-            self._wire += len(data)
+        assert self._chunks is not None
+        if self._buffer:
             self._expects_continue = False
-            parser.receive_data(data)
-
-    def _end_chunked(self, parser: h11.Connection) -> None:
-        rest = parser.trailing_data[0]
-        # h11 also ends the trailer section at an empty line that is a bare LF.
-        if not self._fed.endswith(b"\r\n\r\n" + rest):
-            raise bad_request("the chunked body must end in an empty line of CR LF")
-        self._buffer[:0] = rest
-        self._reading = _Reading.COMPLETE
-        self._h11 = None
-        self._fed = b""
+        data = self._chunks.read(self._buffer, self._body_limit)
+        if data is None:
+            self._reading = _Reading.COMPLETE
+            self._chunks = None
+            return END_OF_BODY
+        return BodyData(data) if data else self._waiting()
 
     @property
     def expects_continue(self) -> bool:

@@ -14,6 +14,8 @@ from protocol.errors import ApiError
 MAX_HEADERS = 100
 
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([^\r]*)")
+# RFC 9110 section 5.5 permits a tab around any value, but not everybody in front takes one for a space.
+_TAB_AROUND_FRAMING = re.compile(rb"\r\n(?:host|content-length|transfer-encoding):[^\r\t]*\t")
 # More digits than this is an exabyte: too large whatever the limit, and never handed to int().
 _MAX_LENGTH_DIGITS = 18
 # Two of these would leave it to chance which one counts. (Two of the others joined fail their own syntax.)
@@ -31,6 +33,11 @@ def bad_request(message: str) -> ApiError:
     return ApiError(400, "bad_request", message)
 
 
+def body_too_large(limit: int) -> ApiError:
+    """413: more than there may be, in bytes."""
+    return ApiError(413, "payload_too_large", f"the body is larger than {limit} bytes")
+
+
 def check_lines(head: bytes) -> int:
     """How many lines a request head has. Raises ApiError 400 for line ends that h11 would take and others would not."""
     # h11 would take a bare LF for a line end and unfold obs-fold (RFC 9112 sections 2.2 and 5.2).
@@ -46,7 +53,10 @@ def check_fields(head: bytes, count: int) -> None:
     """Check the fields of a head before h11 does. Raises ApiError 400, 413, 431."""
     if count > MAX_HEADERS:
         raise ApiError(431, "header_too_large", f"there are more than {MAX_HEADERS} header fields")
-    lengths = _CONTENT_LENGTH.findall(head.lower())
+    lower = head.lower()
+    if b"\t" in lower and _TAB_AROUND_FRAMING.search(lower):
+        raise bad_request("there must be no tab in Host, Content-Length and Transfer-Encoding")
+    lengths = _CONTENT_LENGTH.findall(lower)
     if lengths:
         _check_content_length(lengths)
 

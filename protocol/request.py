@@ -17,7 +17,9 @@ _BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
 # RFC 3986 section 3.2, without user information (RFC 9110 section 4.2.4) and narrowed to names that exist:
 # letters, digits and "-._~", or an IPv6 address in brackets. Sub-delimiters such as "," only serve confusion.
-_AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\])(?::[0-9]{0,5})?")
+_AUTHORITY = re.compile(
+    r"(?:[A-Za-z0-9_~-]+(?:\.[A-Za-z0-9_~-]+)*\.?|\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\])(?::[0-9]{0,5})?"
+)
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)([^?]*)", re.IGNORECASE)
 
 

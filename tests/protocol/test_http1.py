@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -141,7 +142,7 @@ def test_good_heads(wire: bytes, expected: tuple[object, ...]) -> None:
     ("framing", "wire", "body"),
     [
         (b"Content-Length: 5", b"hello", b"hello"),
-        (b"Content-Length: \t5 ", b"hello", b"hello"),
+        (b"Content-Length:  5 ", b"hello", b"hello"),
         (b"content-length:00005", b"hello", b"hello"),
         (b"Content-Length: 0", b"", b""),
         (b"Transfer-Encoding: chunked", b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
@@ -149,6 +150,7 @@ def test_good_heads(wire: bytes, expected: tuple[object, ...]) -> None:
         (b"Transfer-Encoding: chunked", b"2;ext=1\r\nhe\r\n3\r\nllo\r\n0;x\r\n\r\n", b"hello"),
         (b"Transfer-Encoding: chunked", b"A\r\n0123456789\r\n0\r\nTrailer: 1\r\nMore: 2\r\n\r\n", b"0123456789"),
         (b"Transfer-Encoding: chunked", b"0\r\n\r\n", b""),
+        (b"Transfer-Encoding: chunked", b'5 ; a = b;c="d;\\"e" ; f\r\nhello\r\n0\r\nA:\r\n\r\n', b"hello"),
     ],
 )
 @pytest.mark.parametrize("method", [b"POST", b"GET", b"OPTIONS"])
@@ -248,6 +250,11 @@ REFUSED = [
     (request(b"Content-Length:"), 400, "bad_request"),
     (request(b"Content-Length: -1"), 400, "bad_request"),
     (request(b"Content-Length: +1"), 400, "bad_request"),
+    (request(b"Content-Length:\t1"), 400, "bad_request"),
+    (request(b"Transfer-Encoding: chunked\t"), 400, "bad_request"),
+    (request(host=b"Host: a \t\r\n"), 400, "bad_request"),
+    (request(host=b"Host: a..b\r\n"), 400, "bad_request"),
+    (request(host=b"Host: .\r\n"), 400, "bad_request"),
     (request(b"Content-Length: 0x1"), 400, "bad_request"),
     (request(b"Content-Length: 1_0"), 400, "bad_request"),
     (request(b"Content-Length: 1 0"), 400, "bad_request"),
@@ -280,6 +287,17 @@ CHUNK_ERRORS = [
     b"0\r\n\n",
     b"0\r\nX: 1\n\r\n",
     b"0\r\nX: 1\r\n\n",
+    b"1 \r\na\r\n0\r\n\r\n",
+    b"1\t\r\na\r\n0\r\n\r\n",
+    b"1;\r\na\r\n0\r\n\r\n",
+    b"1;a\rb\r\na\r\n0\r\n\r\n",
+    b"1;a\x00\r\na\r\n0\r\n\r\n",
+    b'1;a="b\r\na\r\n0\r\n\r\n',
+    b"1;" + b"a" * 5000,
+    b"0\r\nX: 1\r\n 2\r\n\r\n",
+    b"0\r\nX\r\n\r\n",
+    b"0\r\nX: \x00\r\n\r\n",
+    b"0\r\nX: a\rb\r\n\r\n",
 ]
 
 
@@ -402,6 +420,24 @@ def test_a_chunked_body_is_bounded_as_it_is_read() -> None:
     connection.receive(b"1\r\nx\r\n0\r\n\r\n")
     error = error_of(connection.next_event)
     assert (error.status, error.code) == (413, "payload_too_large")
+
+
+@pytest.mark.parametrize("size", [b"b", b"ffffffff", b"f" * 16])
+def test_a_chunk_is_too_large_before_it_comes(size: bytes) -> None:
+    connection = opened(request(CHUNKED) + size + b"\r\n")
+    head_of(connection)
+    connection.limit_body(10)
+    assert error_of(connection.next_event).status == 413
+
+
+@pytest.mark.parametrize("filler", [b";a", b" ", b"\t;", b";a=", b';a="', b';a="\\"', b"a", b"; ;"])
+def test_long_extensions_take_linear_time(filler: bytes) -> None:
+    start = time.process_time()
+    for _ in range(20):
+        connection = opened(request(CHUNKED) + b"1" + filler * (4000 // len(filler)) + b"\x00\r\n")
+        head_of(connection)
+        assert error_of(connection.next_event).status == 400
+    assert time.process_time() - start < 1  # some milliseconds
 
 
 def test_a_limit_may_come_after_the_body_was_read() -> None:
