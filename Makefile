@@ -124,7 +124,7 @@ $(BIN)/statuswire: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[test,queues-test,lint]'
+	$(BIN)/pip install --quiet --editable '.[test,queues-test,hooks-test,lint]'
 	@touch $(BIN)/statuswire $@
 
 # The suite that is run against /ws/echo, with the Python that it needs.

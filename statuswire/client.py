@@ -17,7 +17,7 @@ import msgspec
 
 from statuswire import process
 from statuswire.errors import Rejected, Unavailable
-from statuswire.fields import MAX_UPDATE, bare, encode_update
+from statuswire.fields import MAX_UPDATE, bare, encode_update, renumbered
 from statuswire.items import Item, Outcome, Refusal, State, sendable
 from statuswire.outbox import INTERVAL, Outbox
 from statuswire.spool import Entry, Place, Spool
@@ -28,6 +28,8 @@ MAX_REQUEST: Final = 1024 * 1024
 # The thread ends when it had nothing to do for so long: a process with one thread forks more safely.
 IDLE_S: Final = 5.0
 ADOPT_EVERY_S: Final = 60.0
+# That a job waits may be heard after its worker said that it has begun, or even ended.
+LATE: Final = frozenset(("bad_transition", "job_ended", "stale_attempt"))
 MAX_ADOPTED: Final = 10_000
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,12 @@ class Client:
         with self._lock:
             if self._outbox.put(state, fields, urgent=urgent):
                 self._wake()
+
+    def put_unless_held(self, job_id: str, attempt: int | None, fields: dict[str, Any]) -> None:
+        """Take in news of a job from outside of it, unless a handle is open here: then it is too late for that."""
+        with self._lock:
+            if not self._outbox.holds(job_id, attempt):
+                self.put(self.state(job_id, attempt), fields, urgent=True)
 
     def end(self, state: State, fields: Mapping[str, Any]) -> None:
         """Take in the end of a job. When this returns it is on disk, with ``strict`` at the server.
@@ -281,12 +289,16 @@ class Client:
             self._back()
 
     def _body_of(self, item: Item) -> bytes:
+        state = item.state
+        climbed = state.attempt if state.attempt != state.key[1] else None
         if not item.is_end:
-            return encode_update(item.state.job_id, item.fields)
+            return encode_update(state.job_id, {**item.fields, "attempt": climbed} if climbed else item.fields)
         if item.body is not None:
-            return item.body
-        assert item.place is not None
-        return item.place.journal.read(item.place)
+            body = item.body
+        else:
+            assert item.place is not None
+            body = item.place.journal.read(item.place)
+        return renumbered(body, climbed) if climbed else body
 
     def _finish(self, settle: Callable[..., Outcome], *arguments: object) -> None:
         with self._lock:
@@ -307,6 +319,8 @@ class Client:
             # which its parts have ended.
             expected = item.is_end and (item.tries > 1 or bool(item.state.identity.get("autoComplete")))
             level = logging.DEBUG if expected and refusal.code == "job_ended" else logging.WARNING
+            if item.fields.get("status") == "queued" and refusal.code in LATE:
+                level = logging.DEBUG
             if item.state.refused is None or item.state.refused is refusal or item.is_end:
                 logger.log(level, "job %s: refused: %s (%s)", item.state.job_id, refusal.message, refusal.code)
 

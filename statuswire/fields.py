@@ -105,6 +105,12 @@ def bare(body: bytes, why: str) -> bytes:
     return _encode(fields)
 
 
+def renumbered(body: bytes, attempt: int) -> bytes:
+    """An encoded update as one of another attempt."""
+    fields: dict[str, Any] = _decode_object(body)
+    return _encode(fields | {"attempt": attempt})
+
+
 def stamped(body: bytes, **more: str | int) -> bytes:
     """An encoded update with further fields."""
     return body[:-1] + b"," + _encode(more)[1:]

@@ -44,11 +44,18 @@ class State:
         renew_s: seconds after which its lease is renewed, None for never.
         heard: when the server last took something, monotonic seconds.
         holders: open handles.
+        attempt: which attempt this is, as it is sent; None for the first, without saying so.
+        climbs: how often it may still become the next attempt, because that one was over. More than 0 where a queue may
+            give a job to a worker again without saying that it did.
+        ended: whether an end of it is on its way, or was.
     """
 
     __slots__ = (
         "accepted",
+        "attempt",
         "cancel_requested",
+        "climbs",
+        "ended",
         "heard",
         "holders",
         "identity",
@@ -72,6 +79,9 @@ class State:
         self.renew_s: float | None = None
         self.heard = now
         self.holders = 0
+        self.attempt = attempt
+        self.climbs = 0
+        self.ended = False
 
 
 class Item:
@@ -82,10 +92,13 @@ class Item:
         body: of an end, unless ``place`` says where it is kept.
         event_id: of an end.
         at_us: of an end, when it was said; its place among other updates, too.
+        attempt: of its job, when it was last sent.
+        unsure: it was sent without an answer, so it may have been taken.
     """
 
     __slots__ = (
         "at_us",
+        "attempt",
         "bared",
         "body",
         "error",
@@ -97,6 +110,7 @@ class Item:
         "state",
         "ticket",
         "tries",
+        "unsure",
     )
 
     def __init__(self, ticket: int, state: State, fields: dict[str, Any]) -> None:
@@ -110,7 +124,9 @@ class Item:
         self.seq = 0
         self.tries = 0
         self.bared = False
+        self.attempt = state.attempt
         self.settled = False
+        self.unsure = False
         self.error: Refusal | None = None
 
     @property

@@ -64,6 +64,28 @@ class Job:
         """Whether somebody asked for the job to be cancelled. Known from the answers to its updates."""
         return self._state.cancel_requested
 
+    def may_climb(self, times: int) -> None:
+        """For queues that give a job to another worker without counting it as another attempt.
+
+        If this attempt turns out to be over, it is the next one instead.
+        """
+        self._state.climbs = times
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is, as far as is known."""
+        return self._state.attempt or 1
+
+    def clear(self, *names: str) -> None:
+        """Take fields out of the record; names as they go over the wire."""
+        if not self.ended:
+            self._client.put(self._state, {**self._always, **dict.fromkeys(names)})
+
+    def leave(self) -> None:
+        """Say no more about it without ending it: its lease is not renewed any longer."""
+        self.ended = True
+        self._release()
+
     def progress(self, progress: float | None = None, message: str | None = None, **fields: Unpack[Fields]) -> None:
         """Say how far it is, 0 to 100, and anything else (``Fields``). Waits for nothing and takes about 1 µs.
 

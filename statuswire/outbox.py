@@ -85,6 +85,10 @@ class Outbox:
         """The state of a job that a handle is open for, or one for a single update."""
         return self.states.get((job_id, attempt)) or State(job_id, attempt, {}, now, False)
 
+    def holds(self, job_id: str, attempt: int | None) -> bool:
+        """Whether a handle is open for it."""
+        return (job_id, attempt) in self.states
+
     def hold(self, job_id: str, attempt: int | None, identity: dict[str, Any], now: float) -> State:
         """The state for a handle; ``release`` it."""
         state = self.states.get((job_id, attempt))
@@ -144,6 +148,7 @@ class Outbox:
         waiting = self._open.pop(state.key, None)
         if waiting is not None:
             self._queue.pop(waiting.ticket, None)
+        state.ended = True
         item = Item(self._next_ticket(), state, {})
         item.event_id, item.at_us, item.body, item.place = event_id, at_us, body, place
         self._queue[item.ticket] = item
@@ -221,6 +226,7 @@ class Outbox:
             if not item.is_end and item.state.ordered:
                 item.seq = self.next_seq(now_us)
             item.tries += 1
+            item.attempt = item.state.attempt
             self._flying.append(item)
         return list(self._flying)
 
@@ -241,6 +247,7 @@ class Outbox:
         self._limit = min(MAX_BATCH, self._limit * 2)
         outcome = Outcome([], [], [])
         again: list[Item] = []
+        passing = False
         for index, item in enumerate(flying):
             refusal = answer.rejected.get(index)
             if refusal is None:
@@ -248,6 +255,9 @@ class Outbox:
                 item.state.heard = now
                 self._settle(item, None, outcome)
             elif refusal.code in PASSING:
+                again.append(item)
+                passing = True
+            elif _climbs(item, refusal.code):
                 again.append(item)
             elif item.is_end and refusal.code in UNFIT and not item.bared:
                 item.bared = True
@@ -267,13 +277,15 @@ class Outbox:
         if again:
             self._requeue(again)
             self._urgent = True
-            if len(again) > len(outcome.unfit):
+            if passing:
                 self._hold_back(now, None)
         return outcome
 
     def failed(self, now: float, retry_after: float | None) -> None:
         """There was no answer, or one that says to come again."""
         flying, self._flying = self._flying, []
+        for item in flying:
+            item.unsure = True
         self._requeue(flying)
         self._hold_back(now, retry_after)
 
@@ -376,3 +388,19 @@ class Outbox:
         self._asked_until = now + min(retry_after or 0.0, MAX_ASKED_DELAY)
         self._retry_at = self._asked_until + wait
         self._urgent = True
+
+
+def _climbs(item: Item, code: str) -> bool:
+    """Whether an update that came for an attempt that is over is to be sent once more, for the next one.
+
+    A queue gives a job to another worker when it believes the first one dead, and does not always count that. An end
+    that was sent without an answer may be what has ended it; and of two workers with one job only the later goes ahead.
+    """
+    state = item.state
+    may = {"job_ended": not (item.unsure and state.ended), "stale_attempt": not state.accepted}
+    if not may.get(code) or state.climbs <= 0:
+        return False
+    if item.attempt == state.attempt:  # else another item of the same batch was refused for the same reason
+        state.attempt = (state.attempt or 1) + 1
+        state.climbs -= 1
+    return True

@@ -58,4 +58,4 @@ async def test_examples_in_the_documents(document: str, tmp_path: Path) -> None:
         await run("\n".join([*blocks, "assert flush()"]), at.url, tmp_path)
         ended = (await at.get("/api/v2/jobs?status=completed")).json["jobs"]
         assert {one["jobId"] for one in ended} >= {"export-2"}
-        assert len(ended) == (1 if document == "README.md" else 6)
+        assert len(ended) == (1 if document == "README.md" else 7)
