@@ -19,7 +19,7 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: examples example-vanilla example-fastapi example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
+.PHONY: examples example-vanilla example-fastapi example-django example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -39,7 +39,7 @@ example-celery example-bullmq example-rq: example-%: setup-dev system
 example-vanilla: setup
 	@exec $(BIN)/python tools/examples/web.py $(@:example-%=%) $(ARGS)
 
-example-fastapi: setup $(VENV)/examples/.done
+example-fastapi example-django: setup $(VENV)/examples/.done
 	@exec $(BIN)/python tools/examples/web.py $(@:example-%=%) $(ARGS)
 
 $(VENV)/examples/.done: pyproject.toml | $(BIN)/python
@@ -50,6 +50,7 @@ $(VENV)/examples/.done: pyproject.toml | $(BIN)/python
 examples:  ## list the examples: applications and queues with live jobs, each by one command (ARGS="--port 8080")
 	@echo 'make example-vanilla    a page with live bars, without a framework'
 	@echo 'make example-fastapi    users who log in to a FastAPI application, and see their own jobs'
+	@echo 'make example-django     the same with Django and its sessions'
 	@echo 'make example-celery     the jobs of a Celery application on the dashboard'
 	@echo 'make example-bullmq     the jobs of BullMQ'
 	@echo 'make example-rq         the jobs of RQ'

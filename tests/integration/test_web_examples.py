@@ -185,7 +185,7 @@ def all_are(*statuses: str) -> str:
     return f"{said} === '{','.join(statuses)}'"
 
 
-@pytest.mark.parametrize("kind", ["fastapi"])
+@pytest.mark.parametrize("kind", ["fastapi", "django"])
 async def test_sessions(new_page: NewPage, tmp_path: Path, pictures: Path, kind: str) -> None:
     """Two users with their own jobs each; logging out ends what the session has opened."""
     install("examples")

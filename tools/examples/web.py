@@ -119,6 +119,22 @@ def fastapi(stage: Stage) -> None:
     stage.start(*uvicorn, "--port", str(stage.port), STATUSWIRE_URL=url, STATUSWIRE_TOKEN=token)
 
 
+def django(stage: Stage) -> None:
+    """Django's own sessions, by the auth hook."""
+    place = HERE / "django_example"
+    url, token = with_sessions(stage, place / "statuswire.toml")
+    manage = (APPLICATIONS, place / "manage.py")
+    environ = {
+        "DJANGO_DATABASE": str(stage.directory / "django.db"),
+        "STATUSWIRE_URL": url,
+        "STATUSWIRE_TOKEN": token,
+    }
+    for command in ("migrate", "add_users"):
+        subprocess.run([*manage, command, "--verbosity", "0"], env=os.environ | environ, check=True)
+    # Without the reloader, which would be another process; it serves each request in a thread, as the hook needs.
+    stage.start(*manage, "runserver", "--noreload", "--verbosity", "0", f"127.0.0.1:{stage.port}", **environ)
+
+
 def with_sessions(stage: Stage, config: Path) -> tuple[str, str]:
     """statuswire that asks the application who somebody is; its address, and a token for workers."""
     key = stage.directory / "statuswire.key"
@@ -136,7 +152,7 @@ def with_sessions(stage: Stage, config: Path) -> tuple[str, str]:
     return url, done.stdout.decode().strip()
 
 
-EXAMPLES: Mapping[str, Callable[[Stage], None]] = {"vanilla": vanilla, "fastapi": fastapi}
+EXAMPLES: Mapping[str, Callable[[Stage], None]] = {"vanilla": vanilla, "fastapi": fastapi, "django": django}
 
 
 def main() -> int:
