@@ -19,7 +19,7 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: examples example-vanilla example-fastapi example-django example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
+.PHONY: examples example-vanilla example-fastapi example-django example-nginx example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -37,10 +37,14 @@ example-celery example-bullmq example-rq: example-%: setup-dev system
 
 # Pages of applications. What these are made of is in places of their own, not where the server is.
 example-vanilla: setup
-	@exec $(BIN)/python tools/examples/web.py $(@:example-%=%) $(ARGS)
+	@exec $(BIN)/python -m tools.examples.web $(@:example-%=%) $(ARGS)
 
 example-fastapi example-django: setup $(VENV)/examples/.done
-	@exec $(BIN)/python tools/examples/web.py $(@:example-%=%) $(ARGS)
+	@exec $(BIN)/python -m tools.examples.web $(@:example-%=%) $(ARGS)
+
+example-nginx: setup $(VENV)/examples/.done
+	@PATH="$$PATH:/usr/sbin:$(VENV)/nginx/usr/sbin" command -v nginx >/dev/null || $(MAKE) --silent system
+	@exec $(BIN)/python -m tools.examples.web nginx $(ARGS)
 
 $(VENV)/examples/.done: pyproject.toml | $(BIN)/python
 	test -x $(VENV)/examples/bin/python || $(BIN)/python -m venv $(VENV)/examples
@@ -51,6 +55,7 @@ examples:  ## list the examples: applications and queues with live jobs, each by
 	@echo 'make example-vanilla    a page with live bars, without a framework'
 	@echo 'make example-fastapi    users who log in to a FastAPI application, and see their own jobs'
 	@echo 'make example-django     the same with Django and its sessions'
+	@echo 'make example-nginx      the FastAPI application and statuswire on one origin, behind nginx'
 	@echo 'make example-celery     the jobs of a Celery application on the dashboard'
 	@echo 'make example-bullmq     the jobs of BullMQ'
 	@echo 'make example-rq         the jobs of RQ'

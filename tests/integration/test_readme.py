@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import ssl
 import subprocess
@@ -24,13 +23,13 @@ import trustme
 from server.config import Config
 from server.config_rules import toml
 from tests.integration.running import ROOT, STATUSWIRE, clean_environment, free_port, running
+from tools.examples.nginx_example import NGINX, configure
 
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 20
 DOCUMENTS = ("README.md", "docs/wire-protocol.md", "docs/operations.md", "docs/workers.md")
 SECRET = "a-secret-of-thirty-two-bytes-or-more"
-NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:{ROOT}/.venv/nginx/usr/sbin")
 
 
 class Block(NamedTuple):
@@ -201,7 +200,14 @@ def test_the_two_commands_stand_on_top_of_the_readme() -> None:
 
 
 def test_links_between_the_documents_lead_somewhere() -> None:
-    for document in (*DOCUMENTS, "docs/configuration.md", "docs/views.md", "CHANGELOG.md"):
+    for document in (
+        *DOCUMENTS,
+        "docs/client.md",
+        "docs/configuration.md",
+        "docs/examples.md",
+        "docs/views.md",
+        "CHANGELOG.md",
+    ):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
             assert (ROOT / document).parent.joinpath(target).exists(), (document, target)
 
@@ -252,31 +258,20 @@ async def test_sample_configurations_are_accepted(tmp_path: Path) -> None:
 async def test_the_nginx_sample_carries_every_transport(tmp_path: Path) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    certificate = authority.issue_cert("status.example.com", "127.0.0.1")
-    certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "status.example.com.pem"))
-    certificate.private_key_pem.write_to_path(str(tmp_path / "status.example.com.key"))
+    pem = tmp_path / "certificate.pem"
+    authority.issue_cert("status.example.com", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
     port = free_port()
     token = await sign(tmp_path)
     trusting = {"STATUSWIRE_SERVER_TRUSTED_PROXIES": "127.0.0.1"}
     async with running(tmp_path, "--jwt-key", SECRET, environ=trusting) as server:
-        (sample,) = (text for _, info, text in fences("docs/operations.md") if info == "nginx")
-        changes = {
-            "127.0.0.1:3000": f"127.0.0.1:{server.port}",
-            "443 ssl": f"127.0.0.1:{port} ssl",
-            "/etc/ssl/": f"{tmp_path}/",
-            "/var/log/nginx/": f"{tmp_path}/",
-        }
-        for old, new in changes.items():
-            sample = sample.replace(old, new)
-        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        paths = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
-        head = f"daemon off; error_log stderr notice; pid {tmp_path}/nginx.pid; events {{}}"
-        await trio.Path(tmp_path / "nginx.conf").write_text(f"{head} http {{ {paths} {sample} }}")
+        listen, statuswire = f"127.0.0.1:{port}", f"127.0.0.1:{server.port}"
+        file = trio.Path(configure(tmp_path, "site-own-host.conf", listen, statuswire, certificate=pem))
+        await file.write_text((await file.read_text()).replace("stderr warn", "stderr notice"))
         async with nginx(tmp_path):
             with trio.fail_after(PATIENCE_S):
                 await through_nginx(f"https://127.0.0.1:{port}", tmp_path / "ca.pem", token)
     log = await trio.Path(tmp_path / "statuswire.log").read_text()
-    assert "GET /api/v2/jobs/stream" in log
+    assert 'GET /api/v2/jobs/stream HTTP/2.0"' in log
     assert token not in log
 
 

@@ -11,20 +11,24 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 from urllib.parse import urljoin
 
 import httpx
 import pytest
 import trio
+import trustme
 
 from tests.integration.browser import Page, PageError, started_chromium, using_browser
 from tests.integration.pages import NewPage
 from tests.integration.pictures import directory_of_pictures, shoot, unexpected
-from tests.integration.running import ROOT, clean_environment
+from tests.integration.running import ROOT, clean_environment, free_port, running
+from tests.web.pages import TRANSPORTS
+from tools.examples.nginx_example import NGINX, configure
 
 pytestmark = pytest.mark.slow
 
@@ -73,11 +77,11 @@ def install(place: str) -> None:
 async def example(directory: Path, kind: str, *flags: str, **environ: str) -> AsyncIterator[str]:
     """Run an example as its make target does; its address. It must end well at Ctrl-C, with nothing left running."""
     log = directory / "log"
-    command = [sys.executable, str(ROOT / "tools" / "examples" / "web.py"), kind, "--port", "0", *flags]
+    command = [sys.executable, "-m", "tools.examples.web", kind, "--port", "0", *flags]
     with log.open("wb") as out:
         process = await trio.to_thread.run_sync(
             lambda: subprocess.Popen(
-                command, stdout=out, stderr=out, start_new_session=True, env=clean_environment(**environ)
+                command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, env=clean_environment(**environ)
             )
         )
     try:
@@ -91,7 +95,7 @@ async def example(directory: Path, kind: str, *flags: str, **environ: str) -> As
         with trio.CancelScope(shield=True):
             assert await trio.to_thread.run_sync(lambda: process.wait(60)) == 0, log.read_text()
         assert of_session(process.pid) == []
-        assert "Traceback" not in log.read_text()
+        assert "Traceback" not in log.read_text(), log.read_text()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -185,7 +189,53 @@ def all_are(*statuses: str) -> str:
     return f"{said} === '{','.join(statuses)}'"
 
 
-@pytest.mark.parametrize("kind", ["fastapi", "django"])
+@asynccontextmanager
+async def nginx(configuration: Path) -> AsyncIterator[None]:
+    """nginx, from when it listens."""
+    assert NGINX, "nginx is not there: run `make system`"
+    address = re.search(
+        r"listen (127[0-9.]+):(\d+)", "".join(map(Path.read_text, configuration.parent.glob("s*.conf")))
+    )
+    assert address
+    command = [NGINX, "-e", "stderr", "-p", str(configuration.parent), "-c", str(configuration)]
+    process = await trio.lowlevel.open_process(command)
+    try:
+        with trio.fail_after(30):
+            while True:
+                assert process.poll() is None
+                try:
+                    await (await trio.open_tcp_stream(address[1], int(address[2]))).aclose()
+                    break
+                except OSError:
+                    await trio.sleep(0.05)
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            process.terminate()
+            await process.wait()
+
+
+async def each_transport(page: Page, url: str, start_one: Callable[[], Awaitable[object]]) -> None:
+    """A client for each, by an address below the page's origin: it sees a job from its beginning to its end, once."""
+    for transport in TRANSPORTS:
+        await page.run(
+            f"""(async () => {{
+                const {{ connect }} = await import("{url}client.js");
+                window.client = connect({{ transports: ["{transport}"] }});
+                window.seen = [];
+                client.watch({{ all: true }}, (job) => seen.push(job));
+            }})()"""
+        )
+        await see(page, f"client.live && client.transport === '{transport}'")
+        await page.run("void (window.known = new Set(seen.map((job) => job.jobId)))")
+        await start_one()
+        await see(page, "seen.some((job) => !known.has(job.jobId) && job.status === 'completed')")
+        versions = await page.run("seen.filter((job) => !known.has(job.jobId)).map((job) => job.version)")
+        assert versions == sorted(set(versions)), transport
+        await page.run("client.disconnect()")
+
+
+@pytest.mark.parametrize("kind", ["fastapi", "django", "nginx"])
 async def test_sessions(new_page: NewPage, tmp_path: Path, pictures: Path, kind: str) -> None:
     """Two users with their own jobs each; logging out ends what the session has opened."""
     install("examples")
@@ -193,7 +243,8 @@ async def test_sessions(new_page: NewPage, tmp_path: Path, pictures: Path, kind:
     async with example(tmp_path, kind, STATUSWIRE_AUTH_HOOK_CACHE="0.5") as url:
         ann, ben = await new_page(), await new_page()
         await ann.open(f"{url}/")
-        await shoot(ann, pictures / f"{kind}-login")
+        if kind != "nginx":  # whose pages are those of FastAPI
+            await shoot(ann, pictures / f"{kind}-login")
         await ann.run("document.querySelector('[type=password]').value = 'a guess'")
         await ann.run("document.querySelector('[name=user], [name=username]').value = 'ann'")
         await ann.run("document.querySelector('#login button').click()")
@@ -210,6 +261,11 @@ async def test_sessions(new_page: NewPage, tmp_path: Path, pictures: Path, kind:
         # Ben's page has a job of his own by now, and none of hers; nor can he have it by its id.
         await start(ben, 1)
         await see(ben, all_are("completed"))
+        if kind == "nginx":
+            asked = "fetch('/exports', { method: 'POST', body: new URLSearchParams({ pages: 2 }) })"
+            await each_transport(ben, "/status/", lambda: ben.run(f"{asked}.then((answer) => answer.ok)"))
+            # The hook is for statuswire, which asks it directly.
+            assert await ben.run("fetch('/statuswire/who').then((answer) => answer.status)") == 404
         hers = await ann.run(f"{FIRST}.querySelector('strong').textContent")
         assert await seen_by(ben, hers) == "job_not_found"
         assert await seen_by(ann, hers) == "completed"
@@ -228,3 +284,50 @@ async def test_sessions(new_page: NewPage, tmp_path: Path, pictures: Path, kind:
                     await trio.sleep(0.1)
         assert unexpected(ann) == []
         assert unexpected(ben) == []
+
+
+@pytest.mark.parametrize(
+    ("site", "socket", "tls"),
+    [("base-path", "tcp", False), ("own-host", "unix", True)],
+    ids=["base-path", "own-host-unix-tls"],
+)
+async def test_each_variant_of_the_nginx_sample(
+    new_page: NewPage, tmp_path: Path, site: str, socket: str, tls: bool
+) -> None:
+    file, listen, path = f"site-{site}.conf", f"127.0.0.1:{free_port()}", "/status/" if site == "base-path" else "/"
+    certificate = tmp_path / "certificate.pem"
+    trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(certificate))
+    unix = str(tmp_path / "socket")
+    environ = {"STATUSWIRE_SERVER_BASE_PATH": path.rstrip("/"), "STATUSWIRE_SERVER_UNIX_SOCKET": unix}
+    async with running(tmp_path, "--store", "memory:", environ=environ) as server:
+        statuswire = f"127.0.0.1:{server.port}" if socket == "tcp" else f"unix:{unix}"
+        application = listen if site == "base-path" else ""
+        configuration = configure(tmp_path, file, listen, statuswire, application, certificate if tls else None)
+        async with nginx(configuration):
+            page = await new_page()
+            # The certificate is nobody's.
+            await page.call("Security.setIgnoreCertificateErrors", ignore=True)
+            url = f"{'https' if tls else 'http'}://{listen}{path}"
+            # A page without anything on it.
+            await page.open(f"{url}client.d.ts?access_token=a.secret.one")
+
+            jobs = count()
+
+            async def start_one() -> None:
+                where = f"{server.url}/api/v2/jobs/job-{next(jobs)}/updates"
+                async with httpx.AsyncClient() as client:
+                    for update in (
+                        {"status": "processing", "userId": "ann"},
+                        {"progress": 50},
+                        {"status": "completed"},
+                    ):
+                        assert (await client.post(where, json=update)).is_success
+
+            await each_transport(page, url, start_one)
+            protocol = await page.run("performance.getEntriesByType('navigation')[0].nextHopProtocol")
+            assert protocol == ("h2" if tls else "http/1.1")
+            assert (await page.run(f"fetch('{url}metrics').then((answer) => answer.status)")) == 200
+    log = (tmp_path / "statuswire.log").read_text()
+    assert f"GET {path}client.d.ts" in log
+    assert f"GET {path}ws/jobs" in log
+    assert "secret" not in log

@@ -1,6 +1,6 @@
 """An application whose page shows its jobs live, and statuswire: everything that an example needs, by one command.
 
-Run: python tools/examples/web.py vanilla|react|fastapi|django|nginx [--port 8000]
+Run: python -m tools.examples.web vanilla|react|fastapi|django|nginx [--port 8000]
 `make example-vanilla` and the others install what each needs first. Ctrl-C ends all of it; what it kept goes with it.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import secrets
 import signal
 import socket
@@ -18,8 +19,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tools.examples.nginx_example import NGINX, configure
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -59,12 +63,15 @@ class Stage:
         process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=subprocess.DEVNULL)
         self.processes.append(process)
 
-    def serve(self, config: Path, *flags: str | Path, **environ: str) -> str:
+    def serve(self, config: Path, **environ: str) -> str:
         """Start statuswire on its embedded store, with an example's configuration; its address."""
         port = free_port()
-        keep = f"sqlite:{self.directory / 'statuswire.db'}"
-        flags = ("--config", config, "--store", keep, "--port", str(port), *flags)
-        self.start(BIN / "statuswire", "serve", "--log-level", "warning", *flags, **environ)
+        self.start(
+            *(BIN / "statuswire", "serve", "--log-level", "warning", "--config", config),
+            *("--store", f"sqlite:{self.directory / 'statuswire.db'}"),
+            STATUSWIRE_SERVER_PORT=str(port),
+            **environ,
+        )
         return f"http://127.0.0.1:{port}"
 
     def wait(self, url: str) -> None:
@@ -96,11 +103,12 @@ class Stage:
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+    """One that nobody listens on now, and below those that systems give to outgoing connections until it is used."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def vanilla(stage: Stage) -> None:
@@ -113,16 +121,49 @@ def vanilla(stage: Stage) -> None:
 
 def fastapi(stage: Stage) -> None:
     """Sessions of an application, by the auth hook."""
-    url, token = with_sessions(stage, HERE / "fastapi_example" / "statuswire.toml")
     place = HERE / "fastapi_example"
-    uvicorn = (APPLICATIONS, "-m", "uvicorn", "app:app", "--app-dir", place, "--log-level", "warning")
-    stage.start(*uvicorn, "--port", str(stage.port), STATUSWIRE_URL=url, STATUSWIRE_TOKEN=token)
+    url, token = with_sessions(stage, place / "statuswire.toml", stage.port)
+    start_fastapi(stage, stage.port, STATUSWIRE_URL=url, STATUSWIRE_TOKEN=token)
+
+
+def start_fastapi(stage: Stage, port: int, **environ: str) -> None:
+    uvicorn = (
+        APPLICATIONS,
+        "-m",
+        "uvicorn",
+        "app:app",
+        "--app-dir",
+        HERE / "fastapi_example",
+        "--log-level",
+        "warning",
+    )
+    stage.start(*uvicorn, "--port", str(port), **environ)
+
+
+def nginx(stage: Stage) -> None:
+    """The same application and statuswire on one origin, by nginx; between the two a Unix socket."""
+    if NGINX is None:
+        raise Failed("nginx is not there: run `make system`")
+    behind, path = free_port(), stage.directory / "statuswire.sock"
+    environ = {
+        "STATUSWIRE_SERVER_BASE_PATH": "/status",
+        "STATUSWIRE_SERVER_UNIX_SOCKET": str(path),
+        "STATUSWIRE_SERVER_TRUSTED_PROXIES": "unix",
+        "STATUSWIRE_CORS_ORIGINS": "",
+    }
+    _, token = with_sessions(stage, HERE / "fastapi_example" / "statuswire.toml", behind, **environ)
+    public = f"{stage.url}/status"
+    start_fastapi(stage, behind, STATUSWIRE_URL=public, PUBLIC_STATUSWIRE_URL="/status", STATUSWIRE_TOKEN=token)
+    stage.wait(f"http://127.0.0.1:{behind}")
+    listen, application = f"127.0.0.1:{stage.port}", f"127.0.0.1:{behind}"
+    configuration = configure(stage.directory, "site-base-path.conf", listen, f"unix:{path}", application)
+    stage.start(NGINX, "-e", "stderr", "-p", stage.directory, "-c", configuration)
 
 
 def django(stage: Stage) -> None:
     """Django's own sessions, by the auth hook."""
     place = HERE / "django_example"
-    url, token = with_sessions(stage, place / "statuswire.toml")
+    url, token = with_sessions(stage, place / "statuswire.toml", stage.port)
     manage = (APPLICATIONS, place / "manage.py")
     environ = {
         "DJANGO_DATABASE": str(stage.directory / "django.db"),
@@ -135,24 +176,29 @@ def django(stage: Stage) -> None:
     stage.start(*manage, "runserver", "--noreload", "--verbosity", "0", f"127.0.0.1:{stage.port}", **environ)
 
 
-def with_sessions(stage: Stage, config: Path) -> tuple[str, str]:
-    """statuswire that asks the application who somebody is; its address, and a token for workers."""
+def with_sessions(stage: Stage, config: Path, application: int, **more: str) -> tuple[str, str]:
+    """statuswire that asks the application, at a port, who somebody is; its address, and a token for workers."""
     key = stage.directory / "statuswire.key"
     key.write_text(secrets.token_hex(32))
     environ = {
         "STATUSWIRE_AUTH_JWT_KEY_FILE": str(key),
-        "STATUSWIRE_AUTH_HOOK_URL": f"{stage.url}/statuswire/who",
+        "STATUSWIRE_AUTH_HOOK_URL": f"http://127.0.0.1:{application}/statuswire/who",
         "STATUSWIRE_CORS_ORIGINS": stage.url,
-    }
+    } | more
     url = stage.serve(config, **environ)
     # What it may do: report on jobs of everyone, and end connections. It sees no job itself.
     command = (BIN / "statuswire", "token", "--sub", "exports", "--capability", "publish", "--capability", "ops")
     done = subprocess.run(command, env=os.environ | environ, cwd=stage.directory, capture_output=True, check=True)
-    stage.wait(f"{url}/health")
+    stage.wait(url)
     return url, done.stdout.decode().strip()
 
 
-EXAMPLES: Mapping[str, Callable[[Stage], None]] = {"vanilla": vanilla, "fastapi": fastapi, "django": django}
+EXAMPLES: Mapping[str, Callable[[Stage], None]] = {
+    "vanilla": vanilla,
+    "fastapi": fastapi,
+    "django": django,
+    "nginx": nginx,
+}
 
 
 def main() -> int:
