@@ -1,16 +1,15 @@
 """The server side of one HTTP/1.1 connection (RFC 9112): bytes in, events out; answers in, bytes out.
 
-h11 parses heads. It is lenient where request smuggling begins, so a head is checked here as well, before and after h11
-has seen it, and chunks are read by ``protocol.http1_chunks``; what fails is answered once and the connection closed,
-never guessed at.
+A head is read strictly by ``protocol.http1_head``, chunks by ``protocol.http1_chunks``; what fails is answered once and
+the connection closed, never guessed at. Where smuggling begins, with a body in chunks, h11 reads the head as well, and
+what it does not take is refused.
 
 One cycle: ``next_event`` gives a ``Request``, its ``BodyData`` pieces and ``EndOfBody``; then one ``respond``, or
 ``start_stream``, ``stream_chunk`` …, ``end_stream``; then ``next_request``. An ``ApiError`` out of ``next_event`` or
 ``limit_body`` can still be answered with ``respond``, which then says ``Connection: close``.
 
-h11 only reads: every request gets a fresh ``h11.Connection`` and answers are joined by hand. Measured on CPython 3.11
-on a shared core, a GET with six headers and a 100-byte answer: 45 µs per cycle, 21 of them h11's parsing. Answering
-and restarting the cycle through one h11 connection takes 58 µs, without any of the checks.
+Measured on CPython 3.11 on a shared core, a GET with six headers and a 100-byte answer: 9.4 µs per cycle, 7.2 of them
+the head. With every head read by a fresh ``h11.Connection`` it was 42 and 37.
 """
 
 from __future__ import annotations
@@ -25,14 +24,7 @@ import h11
 
 from protocol.errors import ApiError
 from protocol.http1_chunks import ChunkedBody
-from protocol.http1_head import (
-    bad_request,
-    body_too_large,
-    check_fields,
-    check_lines,
-    encode_head,
-    read_headers,
-)
+from protocol.http1_head import bad_request, body_too_large, check_lines, encode_head, read_fields
 from protocol.request import Request, parse_target, valid_authority
 
 # A thousand job ids of 36 characters in a query, with their commas percent-encoded, are 39 KiB.
@@ -244,10 +236,10 @@ class HttpConnection:
 
     def _parse_head(self, head: bytes) -> Request:
         lines = check_lines(head)
-        method, target = self._parse_request_line(head[: head.index(b"\r\n")])
-        check_fields(head, lines - 2)
-        headers = read_headers(h11.Connection(h11.SERVER, self._max_line + self._max_head), head)
-        self._check_framing(headers)
+        end = head.index(b"\r\n")
+        method, target = self._parse_request_line(head[:end])
+        headers = read_fields(head.decode("latin-1"), end + 2, lines - 2)
+        self._check_framing(headers, head)
         path, authority = parse_target(method, target)
         if authority is not None:
             # RFC 9112 section 3.2.2: the absolute-form's host replaces what Host says.
@@ -271,7 +263,7 @@ class HttpConnection:
         self._http_10 = minor == b"0"
         return self._method, target.decode("ascii")
 
-    def _check_framing(self, headers: dict[str, str]) -> None:
+    def _check_framing(self, headers: dict[str, str], head: bytes) -> None:
         host = headers.get("host")
         if host is None:
             if not self._http_10:
@@ -286,6 +278,7 @@ class HttpConnection:
             if self._http_10:
                 raise bad_request("HTTP/1.0 has no Transfer-Encoding")
             self._reading = _Reading.CHUNKED
+            _second_opinion(head)
             self._chunks = ChunkedBody(self._max_head)
         else:
             self._reading = _Reading.LENGTH
@@ -487,3 +480,13 @@ class HttpConnection:
 def encode_chunk(data: bytes) -> bytes:
     """One chunk (RFC 9112 section 7.1): depends on the data only, so many streams can share it. Empty for no data."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def _second_opinion(head: bytes) -> None:
+    """Have h11 read a head. Raises ApiError 400 if it does not take it."""
+    parser = h11.Connection(h11.SERVER, len(head))
+    parser.receive_data(head)
+    try:
+        parser.next_event()
+    except h11.RemoteProtocolError as error:
+        raise bad_request("the head is not well-formed") from error

@@ -254,7 +254,8 @@ def close_reply(event: CloseReceived) -> bytes:
 class WebSocketReader:
     """The incoming side of one WebSocket connection: bytes in, whole messages and control frames out.
 
-    One small object (90 bytes) until the first byte comes; then wsproto's dozen with it (2 KB), until ``release``.
+    A text message in one frame that is all there, as nearly all are, is read here: 1.5 µs instead of 20. All else, what
+    is wrong included, is wsproto's, whose dozen of objects (2 KB) are there only while something is half received.
     """
 
     __slots__ = ("_connection", "_deflate", "_intake", "_max_message", "_over", "_partial")
@@ -282,10 +283,14 @@ class WebSocketReader:
         """
         if self._over or not data:
             return []
+        events: list[Event] = []
         if self._connection is None:
+            taken = _take_texts(data, self._max_message, events)
+            if taken == len(data):
+                return events
+            data = data[taken:]
             self._intake = _Intake(self._deflate, self._max_message)
             self._connection = Connection(ConnectionType.SERVER, [self._intake])
-        events: list[Event] = []
         try:
             self._connection.receive_data(data)
             for event in self._connection.events():
@@ -306,20 +311,14 @@ class WebSocketReader:
             # Whatever wsproto raises instead of reporting, bytes from the network made it do so.
             self._drop()
             raise WebSocketError(CloseCode.PROTOCOL_ERROR, str(error), events) from error
+        if self._intake is not None and self._intake.at_rest():
+            self._connection = self._intake = None  # 2 KB less while nothing is half received
         return events
 
     @property
     def unfinished(self) -> int:
         """Bytes of a message of which something is still to come."""
         return 0 if self._partial is None else len(self._partial)
-
-    def release(self) -> None:
-        """Give back wsproto's 2 KB if nothing is half received; the next byte makes them again, for 4 µs.
-
-        For connections that have been silent for a while, such as at a heartbeat.
-        """
-        if self._intake is not None and self._intake.at_rest():
-            self._connection = self._intake = None
 
     def _message(self, event: Message) -> Event | None:  # type: ignore[type-arg]
         """Join the pieces: one bytearray, since a list of a million tiny strings would dwarf the message."""
@@ -350,6 +349,39 @@ class WebSocketReader:
         self._connection = self._intake = self._partial = None
 
 
+def _take_texts(data: bytes, max_message: int, events: list[Event]) -> int:
+    """Read whole text messages of one uncompressed frame each, up to the first bytes that are anything else.
+
+    Returns how many bytes that were. Nothing is judged here: who would have something to say of a frame is wsproto.
+    """
+    start, end = 0, len(data)
+    while end - start >= 6 and data[start] == 0x81:
+        size, at = data[start + 1] - 0x80, start + 2
+        if size == 126:
+            size = int.from_bytes(data[at : at + 2], "big")
+            at += 2
+            if size < 126:
+                break
+        elif size < 0 or size == 127:
+            break
+        stop = at + 4 + size
+        if stop > end or size > max_message:
+            break
+        payload = data[at + 4 : stop]
+        key = data[at : at + 4]
+        if key != _NO_KEY:
+            keys = (key * (size // 4 + 1))[:size]
+            masked = int.from_bytes(payload, "little") ^ int.from_bytes(keys, "little")
+            payload = masked.to_bytes(size, "little")
+        try:
+            events.append(Text(payload.decode()))
+        except UnicodeDecodeError:
+            break
+        start = stop
+    return start
+
+
+_NO_KEY = bytes(4)
 _NO_RSV = RsvBits(False, False, False)
 _RSV1 = RsvBits(True, False, False)
 

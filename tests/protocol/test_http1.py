@@ -942,3 +942,62 @@ _PARTS = [
 def test_any_cut_of_rubbish_gives_the_same_end(wire: bytes, cuts: list[int]) -> None:
     for stream in (wire, GET + wire, request(CHUNKED) + wire):
         assert transcript(_pieces(stream, cuts)) == transcript([stream] if stream else [])
+
+
+# --- heads beside h11 ---------------------------------------------------------------------------------------------
+
+FIELD_BYTES = b"aZ09-_.:, \t;=\"'()\x01\x0b\x0c\x1f\x7f\x80\x85\xa0\xff"
+FIELD_NAMES = (
+    b"x",
+    b"X-A",
+    b"cookie",
+    b"Accept",
+    b"host",
+    b"content-length",
+    b"transfer-encoding",
+    b"x y",
+    b"",
+    b"\xe4",
+)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(FIELD_NAMES),
+            st.sampled_from((b":", b": ", b" : ", b":\t ", b"")),
+            st.lists(st.sampled_from([bytes([byte]) for byte in FIELD_BYTES]), max_size=8).map(b"".join),
+        ),
+        max_size=5,
+    )
+)
+def test_a_head_that_is_taken_is_one_for_h11_and_says_the_same(lines: list[tuple[bytes, bytes, bytes]]) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"".join(line) + b"\r\n" for line in lines) + b"\r\n"
+    connection = HttpConnection()
+    connection.receive(head)
+    try:
+        event = connection.next_event()
+    except ApiError:
+        return
+    assert isinstance(event, Request)
+    oracle = h11.Connection(h11.SERVER)
+    oracle.receive_data(head)
+    parsed = oracle.next_event()
+    assert isinstance(parsed, h11.Request)
+    expected: dict[str, str] = {}
+    for raw_name, raw_value in parsed.headers:
+        name, value = raw_name.decode(), raw_value.decode("latin-1")
+        expected[name] = f"{expected[name]}{'; ' if name == 'cookie' else ', '}{value}" if name in expected else value
+    expected["transfer-encoding"] = event.headers.get("transfer-encoding", "").lower()
+    assert {**event.headers, "transfer-encoding": event.headers.get("transfer-encoding", "").lower()} == expected
+    again = HttpConnection()
+    again.receive(b"GET / HTTP/1.1\r\n" + b"".join(b"%b: %b\r\n" % field for field in parsed.headers) + b"\r\n")
+    assert isinstance(again.next_event(), Request)
+
+
+@pytest.mark.parametrize("value", [b"a\x0bb", b"\x0c", b"a \x0b"])
+def test_a_field_has_no_other_white_space_than_blanks_and_tabs(value: bytes) -> None:
+    connection = HttpConnection()
+    connection.receive(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + value + b"\r\n\r\n")
+    with pytest.raises(ApiError, match="malformed"):
+        connection.next_event()

@@ -591,26 +591,52 @@ def test_nothing_is_made_before_the_first_byte_or_kept_after_the_last() -> None:
     reader = WebSocketReader(DEFLATE, MIB)
     assert not hasattr(reader, "__dict__")
     assert reader.receive(b"") == []
-    reader.release()
     assert not holds_wsproto(reader)
-    assert reader.receive(frame(0x81, b"a")) == [Text("a")]
+    assert reader.receive(frame(0x81, b"a") + frame(0x81, b"b")) == [Text("a"), Text("b")]
+    assert not holds_wsproto(reader)
+    assert reader.receive(frame(0x89, b"a")[:-1]) == []
     assert holds_wsproto(reader)
-    reader.release()
+    assert reader.receive(frame(0x89, b"a")[-1:]) == [Ping(b"a")]
     assert not holds_wsproto(reader)
     reader.receive(CLIENT_CLOSE)
     assert not holds_wsproto(reader)
     assert reader.receive(frame(0x81, b"a")) == []
 
 
-def test_release_keeps_what_is_half_received() -> None:
+def test_what_is_half_received_is_kept() -> None:
     data = deflated(b"Hello")
     stream = frame(0x41, data[:3]) + frame(0x89, b"p") + frame(0x00) + frame(0x80, data[3:]) + frame(0x81, b"x" * 200)
     reader = WebSocketReader(DEFLATE, MIB)
     events = []
     for byte in each_byte(stream):
         events += reader.receive(byte)
-        reader.release()
     assert events == [Ping(b"p"), Text("Hello"), Text("x" * 200)]
+
+
+# --- texts that are all there, which wsproto does not see
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just(0x81), st.text(max_size=140).map(str.encode)),
+            st.tuples(st.sampled_from([0x81, 0x01, 0x80, 0x82, 0x89, 0xC1, 0x91]), st.binary(max_size=8)),
+        ),
+        max_size=5,
+    ),
+    st.binary(max_size=3),
+)
+def test_frames_in_one_piece_are_read_as_byte_by_byte(frames: list[tuple[int, bytes]], end: bytes) -> None:
+    stream = b"".join(frame(first, payload) for first, payload in frames) + end
+    assert read([stream], None, 130) == read(each_byte(stream), None, 130)
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536])
+def test_texts_of_any_size(size: int) -> None:
+    text = ("ä" + "x" * size)[: max(0, size - 1)] if size else ""
+    data = frame(0x81, text.encode())
+    assert WebSocketReader(None, MIB).receive(data + data) == [Text(text), Text(text)]
+    assert WebSocketReader(None, MIB).receive(data[:-1] + data[-1:] + data[:3]) == [Text(text)]
 
 
 # --- errors
@@ -626,7 +652,7 @@ def test_whatever_wsproto_raises_is_the_clients_mistake(monkeypatch: pytest.Monk
     assert reader.receive(frame(0x89)) == [Ping(b"")]
     monkeypatch.setattr(websocket._Intake, "frame_inbound_payload_data", broken)
     with pytest.raises(WebSocketError, match="Window size") as caught:
-        reader.receive(frame(0x81, b"a"))
+        reader.receive(frame(0x82, b"a"))
     assert caught.value.code is CloseCode.PROTOCOL_ERROR
     assert isinstance(caught.value.__cause__, ValueError)
     assert reader.receive(frame(0x89)) == []
