@@ -16,7 +16,7 @@ from protocol.errors import ApiError, invalid_field
 from protocol.fields import is_id
 from protocol.presence import TargetKind
 from protocol.update import STATUSES
-from protocol.watch import ALL_TYPES, RECORD_FIELDS, Filter
+from protocol.watch import ALL_TYPES, ANY, RECORD_FIELDS, Filter
 
 Ref: TypeAlias = str | int | None
 
@@ -175,6 +175,8 @@ def subscribe_filter(message: Subscribe) -> Filter:
     Raises:
         ApiError: 422 for an unknown type or status.
     """
+    if message.types is None and message.status is None and message.kind is None:
+        return ANY
     types = _known("types", _many(message.types), ALL_TYPES)
     statuses = _known("status", _many(message.status), frozenset(STATUSES))
     kinds = _many(message.kind)

@@ -39,7 +39,7 @@ class Filter(NamedTuple):
     @property
     def is_any(self) -> bool:
         """Whether nothing is filtered out."""
-        return self.types is None and self.kinds is None and self.statuses is None
+        return self is ANY or (self.types is None and self.kinds is None and self.statuses is None)
 
     def passes(self, update: Update) -> bool:
         """Whether this update is wanted."""
@@ -112,6 +112,8 @@ def parse_filter(query: Mapping[str, str], known_types: frozenset[str] = UPDATE_
     Raises:
         ApiError: 400 for an unknown type or status.
     """
+    if "types" not in query and "status" not in query and "kind" not in query:
+        return ANY
     types = _words(query, "types", known_types)
     statuses = _words(query, "status", frozenset(STATUSES))
     kinds = frozenset(parse_list(query, "kind")) if "kind" in query else None

@@ -94,9 +94,12 @@ class Exchange:
     ) -> None:
         """Count an answer and log it: refusals always, others at debug level."""
         self.node.counters.request(self.route, status, code)
+        level = logging.ERROR if status == 500 else logging.INFO if status >= 400 else logging.DEBUG
+        if not LOG.isEnabledFor(level):  # before all these are looked up, for every request
+            return
         log_event(
             LOG,
-            logging.ERROR if status == 500 else logging.INFO if status >= 400 else logging.DEBUG,
+            level,
             "request",
             method=self.request.method,
             path=self.request.path,

@@ -290,11 +290,13 @@ class TrustedProxies:
         """Whether a peer, as ``client_address`` takes it, is one of ours."""
         if peer in ("", UNIX):
             return self.unix
+        if not self.networks:
+            return False
         address = _parse_address(peer)
         return address is not None and self._contains(address)
 
     def _contains(self, address: IPv4Address | IPv6Address) -> bool:
-        return any(address in network for network in self.networks)
+        return bool(self.networks) and any(address in network for network in self.networks)
 
 
 def parse_proxies(entries: Sequence[str]) -> TrustedProxies:
@@ -334,7 +336,7 @@ def client_address(peer: str, request: Request, trusted: TrustedProxies) -> str:
         address = _parse_address(peer)
         if address is None:
             return peer
-        client, believed = str(address), trusted._contains(address)
+        client, believed = _written(address), trusted._contains(address)
     forwarded = request.headers.get("x-forwarded-for")
     if not believed or forwarded is None:
         return client
@@ -355,6 +357,11 @@ def _parse_hop(text: str) -> IPv4Address | IPv6Address | None:
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     return _parse_address(text)
+
+
+@lru_cache(maxsize=4096)
+def _written(address: IPv4Address | IPv6Address) -> str:
+    return str(address)
 
 
 @lru_cache(maxsize=4096)  # a connection has one address for all its requests

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from protocol.errors import ApiError
@@ -73,14 +74,19 @@ def check_host(request: Request, open_mode: bool) -> None:
     host = request.headers.get("host")
     if host is None:
         return
-    match = _AUTHORITY.fullmatch(host.lower())
-    if match is None or not is_loopback(match[1]):
+    if not _is_local(host):
         raise ApiError(
             403,
             "host_not_allowed",
             f"without authentication this server only answers to localhost, not to {host[:255]!r}; "
             "use http://localhost or configure auth",
         )
+
+
+@lru_cache(maxsize=256)  # of all those that could be sent, few are
+def _is_local(host: str) -> bool:
+    match = _AUTHORITY.fullmatch(host.lower())
+    return match is not None and is_loopback(match[1])
 
 
 def origin_allowed(request: Request, allowed: frozenset[str]) -> bool:

@@ -26,6 +26,8 @@ from server.wheel import Timer, Wheel
 
 # One turn of writing gives at most this much to one socket before other tasks run.
 TURN_BYTES: Final = 256 * 1024
+# Queued pieces are joined into one send of about this much: a greeting and a snapshot are one packet then.
+JOIN_BYTES: Final = 16 * 1024
 # Held updates are put on the wire in pieces of this many, so a piece is some tens of kilobytes.
 PIECE_UPDATES: Final = 64
 
@@ -162,10 +164,27 @@ class PushReader(Reader):
         if self.ended:
             return
         if self.queue is None:
+            if len(pieces) == 1 and not (self.tail or self.held or self._draining or self.open_jobs is not None):
+                (piece,) = pieces
+                if isinstance(piece, bytes):  # nothing is owed: straight to the socket
+                    if piece:
+                        self._write(piece)
+                    return
             self.queue = deque()
         self.queue.extend(pieces)
         self.direct = False
         self.pump()
+
+    def _write(self, data: bytes) -> None:
+        try:
+            sent = self.sock_send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.finish("broken")
+            return
+        if sent != len(data):
+            self.stalled(data, sent)
 
     def catch_up(self) -> None:
         """Give at once what is pending in the hub, so that everything up to the log's end has been given or queued.
@@ -178,14 +197,15 @@ class PushReader(Reader):
         if after < history.first - 1:  # what is pending has been trimmed from a short log already
             self.log_lost()
             return
-        names = self.wants.keys()
-        self.take(
-            [
-                update
-                for update in history.everything(after)
-                if (not names.isdisjoint(channels_of(update)) if update.targets is None else self.hears(update))
-            ]
-        )
+        if after < history.last:
+            names = self.wants.keys()
+            self.take(
+                [
+                    update
+                    for update in history.everything(after)
+                    if (not names.isdisjoint(channels_of(update)) if update.targets is None else self.hears(update))
+                ]
+            )
         if self.held:  # full or spaced out: what is held goes ahead of the answer that follows
             self.post(*[self._release(keys) for keys in _pieces(list(self.held))])
         self.offset = history.last
@@ -193,10 +213,15 @@ class PushReader(Reader):
     def settle(self) -> None:
         """Work out whether the hub may write directly, after wants or interval changed."""
         wants = self.wants.values()
-        forms = {want.form for want in wants}
-        if len(forms) == 1:
-            self.form = next(iter(forms))
-        self._plain = len(forms) <= 1 and all(want.filter.is_any for want in wants) and not self.min_interval_s
+        if len(wants) == 1:
+            (want,) = wants
+            self.form = want.form
+            self._plain = want.filter.is_any and not self.min_interval_s
+        else:
+            forms = {want.form for want in wants}
+            if len(forms) == 1:
+                self.form = next(iter(forms))
+            self._plain = len(forms) <= 1 and all(want.filter.is_any for want in wants) and not self.min_interval_s
         self._resume()
 
     def _resume(self) -> None:
@@ -375,16 +400,8 @@ class PushReader(Reader):
 
     def _piece(self) -> bytes:
         """The next bytes to send, b"" when nothing is due."""
-        while self.queue:
-            head = self.queue[0]
-            if isinstance(head, bytes):
-                self.queue.popleft()
-                if head:
-                    return head
-            elif piece := next(head, b""):
-                return piece
-            else:
-                self.queue.popleft()
+        if self.queue and (joined := self._joined_pieces(self.queue)):
+            return joined
         self.queue = None  # an empty deque is 760 bytes
         while self.held and not self.min_interval_s:
             if piece := self._release(list(islice(self.held, PIECE_UPDATES))):
@@ -393,6 +410,24 @@ class PushReader(Reader):
             return self._release_spaced()
         self.conflating = False
         return b""
+
+    def _joined_pieces(self, queue: deque[bytes | Iterator[bytes]]) -> bytes:
+        """What is queued, as far as it goes into one send."""
+        pieces: list[bytes] = []
+        size = 0
+        while queue and size < JOIN_BYTES:
+            head = queue[0]
+            if isinstance(head, bytes):
+                piece = head
+                queue.popleft()
+            else:
+                piece = next(head, b"")
+                if not piece:
+                    queue.popleft()
+                    continue
+            pieces.append(piece)
+            size += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _release(self, keys: Sequence[int | str]) -> bytes:
         """Frame held updates and let go of them.

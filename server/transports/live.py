@@ -86,7 +86,7 @@ class LiveReader(PushReader, Peer):
         # Spread, or a thousand that came together would beat together for ever.
         self._beat_timer = node.wheel.after(node.config.server.heartbeat * random.uniform(0.5, 1), self._beat)
         node.streams[self] = None
-        node.counters.open(self.transport, trio.current_time())
+        node.counters.open(self.transport, self.heard_at)
 
     @property
     def send_timeout(self) -> float:
@@ -105,15 +105,16 @@ class LiveReader(PushReader, Peer):
         self.expire_with(identity)
         self.node.presence.enter(self)
         # At debug level, because thousands come and go in a second.
-        log_event(
-            LOG,
-            logging.DEBUG,
-            "connected",
-            clientId=self.client_id,
-            user=identity.user,
-            transport=self.transport,
-            address=self.address,
-        )
+        if LOG.isEnabledFor(logging.DEBUG):
+            log_event(
+                LOG,
+                logging.DEBUG,
+                "connected",
+                clientId=self.client_id,
+                user=identity.user,
+                transport=self.transport,
+                address=self.address,
+            )
 
     def disconnect(self) -> None:
         """End it because the application says so. Must not wait."""
@@ -211,15 +212,16 @@ class LiveReader(PushReader, Peer):
         if self in self.node.streams:
             del self.node.streams[self]
             self.node.counters.close(self.ended, trio.current_time())
-            log_event(
-                LOG,
-                logging.DEBUG,
-                "disconnected",
-                clientId=self.client_id,
-                user=None if self.identity is None else self.identity.user,
-                reason=self.ended,
-                seconds=time.time() - self.since_ms / 1000,
-            )
+            if LOG.isEnabledFor(logging.DEBUG):
+                log_event(
+                    LOG,
+                    logging.DEBUG,
+                    "disconnected",
+                    clientId=self.client_id,
+                    user=None if self.identity is None else self.identity.user,
+                    reason=self.ended,
+                    seconds=time.time() - self.since_ms / 1000,
+                )
 
     def expire_with(self, identity: Identity) -> None:
         """End when this identity's token does, unless a newer one comes first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -123,11 +124,13 @@ async def jobs_socket(exchange: Exchange) -> Stream:
         refusal = error
     switch = switch_protocol(exchange, handshake)
     session = Session(exchange, handshake, connection.http.hand_over(), client_id)
-    session.post(switch)
+    session.queue = deque((switch,))
+    if refusal is None and identity is not None:
+        session.welcome(identity)  # both in one send
+        return session
+    session.pump()
     if refusal is not None:
         session.refuse(refusal)
-    elif identity is not None:
-        session.welcome(identity)
     else:
         session.await_auth()
     return session
@@ -491,7 +494,11 @@ class Session(LiveReader):
     ) -> None:
         records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
         parts = snapshot_parts(records, "snapshot", encode(head), encode(last))
-        self.post(self.form.message(message) for message, _ in parts)
+        messages = (self.form.message(message) for message, _ in parts)
+        if len(jobs) <= 1:
+            self.post(next(messages))
+        else:
+            self.post(messages)
 
     async def _unsubscribe(self, message: Unsubscribe) -> None:
         identity = self._known()
