@@ -1,4 +1,4 @@
-"""All benchmarks, one table: `python -m perf.bench [--quick] [--only fanout,publish,connect,nodes] [--json FILE]`."""
+"""All benchmarks, one table: `python -m perf.bench [--quick] [--only fanout,publish,…] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from perf import connect, fanout, nodes, publish
+from perf import connect, fanout, features, nodes, publish, publish_ways, sweep
 from perf.load import LoadError, build
 from perf.measure import LOAD_CORE, PATIENCE, Row, Start, bare, server
 
@@ -27,8 +27,11 @@ def parts(start: Start, quick: bool, program: str | None) -> dict[str, Callable[
     return {
         **{f"fanout-{transport}": partial(fanout.run, start, transport, quick=quick) for transport in TRANSPORTS},
         "publish": partial(publish.run, start, quick=quick),
+        "publish-ways": partial(publish_ways.run, start, program, quick=quick),
         **{f"connect-{transport}": partial(connect.run, start, transport, quick=quick) for transport in TRANSPORTS},
         "nodes": partial(nodes.run, program, quick=quick),
+        **{f"sweep-{transport}": partial(sweep.run, start, transport, quick=quick) for transport in TRANSPORTS},
+        "features": partial(features.run, program, quick=quick),
     }
 
 
@@ -119,7 +122,9 @@ def main() -> int:
     """Exit status 1 with `--check` when a promise was missed, 2 when something did not run."""
     parser = argparse.ArgumentParser(prog="perf.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smoke run: one short round each, 1,000 idle connections")
-    parser.add_argument("--only", default="", help="comma list of fanout, publish, connect, nodes; -ws or -sse narrows")
+    parser.add_argument(
+        "--only", default="", help="comma list of fanout, publish, connect, nodes, sweep, features; -ws or -sse narrows"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's numbers there")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a promise was missed")
     parser.add_argument("--program", help="another statuswire to measure (default: .venv/bin/statuswire)")
@@ -142,8 +147,8 @@ def main() -> int:
     rows: list[Row] = []
     failed = []
     for name, run in parts(start, options.quick, options.program).items():
-        if options.null and name == "nodes":
-            continue  # nothing stands beside the servers there
+        if options.null and name in ("publish-ways", "nodes", "features"):
+            continue  # no bare loop stands beside the servers there
         if wanted and not any(name.startswith(prefix) for prefix in wanted):
             continue
         print(f"{name} …", file=sys.stderr, flush=True)

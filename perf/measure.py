@@ -46,6 +46,10 @@ class Target:
 
     def ask(self, method: str, path: str, body: bytes = b"") -> Any:
         """One HTTP request; the decoded answer. Raises OSError if it is not a 2xx."""
+        return json.loads(self.fetch(path, method, body))
+
+    def fetch(self, path: str, method: str = "GET", body: bytes = b"") -> bytes:
+        """The same, as it came."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
@@ -53,7 +57,7 @@ class Target:
             data = response.read()
             if response.status // 100 != 2:
                 raise OSError(f"{method} {path}: {response.status} {data[:200]!r}")
-            return json.loads(data)
+            return data
         finally:
             connection.close()
 
@@ -100,13 +104,15 @@ def _process(name: str, arguments: Sequence[str], directory: Path, core: int = S
 
 
 @contextlib.contextmanager
-def server(store: str, program: str | None = None, core: int = SERVER_CORE) -> Iterator[Target]:
-    """The real server in open mode; `store` may be `sqlite:` for a fresh file."""
+def server(
+    store: str, program: str | None = None, core: int = SERVER_CORE, flags: Sequence[str] = ()
+) -> Iterator[Target]:
+    """The real server, in open mode unless `flags` say otherwise; `store` may be `sqlite:` for a fresh file."""
     directory = Path(tempfile.mkdtemp(prefix="statuswire-bench-"))
     try:
         if store == "sqlite:":
             store = f"sqlite:{directory / 'bench.db'}"
-        command = [program or str(ROOT / ".venv/bin/statuswire"), "serve", "--port", "0", "--store", store]
+        command = [program or str(ROOT / ".venv/bin/statuswire"), "serve", "--port", "0", "--store", store, *flags]
         with _process("statuswire", command, directory, core) as target:
             yield target
     finally:
