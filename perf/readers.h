@@ -237,14 +237,15 @@ static void reader_subscribe(struct reader *r) {
     free(text);
 }
 
-/* Asks for the stream, or for what came after the cursor. */
+/* Asks for the stream, or for what came after the cursor. One with a line end is a header. */
 static void reader_request(struct reader *r, const char *cursor) {
     char *path = with_number(R.path, reader_number(r)), more[100] = "";
-    if (R.poll) snprintf(more, sizeof more, *cursor ? "&timeout=30&last_seen=%s" : "&timeout=0%s", cursor);
+    bool header = strchr(cursor, '\n');
+    if (R.poll && !header) snprintf(more, sizeof more, *cursor ? "&timeout=30&last_seen=%s" : "&timeout=0%s", cursor);
     char *request = malloc(strlen(path) + strlen(R.headers) + strlen(R.host) + 500);
-    int length = sprintf(request, "GET %s%s HTTP/1.1\r\nHost: %s:%d\r\n%s%s\r\n", path, more, R.host, ntohs(R.peer.sin_port),
+    int length = sprintf(request, "GET %s%s HTTP/1.1\r\nHost: %s:%d\r\n%s%s%s\r\n", path, more, R.host, ntohs(R.peer.sin_port),
         R.websocket ? "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-        : R.poll ? "" : "Accept: text/event-stream\r\n", R.headers);
+        : R.poll ? "" : "Accept: text/event-stream\r\n", header ? cursor : "", R.headers);
     reader_send(r, request, (size_t)length);
     free(request);
     free(path);
@@ -356,6 +357,14 @@ static int64_t answer_body(char *at, size_t n, char **body, char **end) {
     return to - *body;
 }
 
+/* Where nchan's subscribers stand is in two headers of the answer, which they give back. */
+static void cursor_in_head(const char *at, char *cursor, size_t room) {
+    const char *modified = strcasestr(at, "\nlast-modified: "), *etag = strcasestr(at, "\netag: ");
+    if (!modified || !etag) return;
+    snprintf(cursor, room, "If-Modified-Since: %.*s\r\nIf-None-Match: %.*s\r\n", (int)strcspn(modified + 16, "\r"), modified + 16,
+             (int)strcspn(etag + 7, "\r"), etag + 7);
+}
+
 /* Long-poll: each answer's updates one by one, then the next question with its cursor. */
 static void feed_answers(struct reader *r, const char *p, size_t n) {
     char *body, *end;
@@ -364,15 +373,22 @@ static void feed_answers(struct reader *r, const char *p, size_t n) {
     if (length < 0) return;
     int status = atoi(r->carry + 9);
     const char *stop = body + length, *mark = memmem(body, (size_t)length, "\"last_seen\":\"", 13);
-    if (status != 200 || !mark) {
+    char cursor[160] = "";
+    if (mark) {
+        const char *quote = memchr(mark + 13, '"', (size_t)(stop - mark - 13));
+        if (quote && quote - mark - 13 < 60) memcpy(cursor, mark + 13, (size_t)(quote - mark - 13));
+        if (memmem(mark, (size_t)(stop - mark), "\"reset\":true", 12)) R.resets++;
+    } else {
+        char first = *body; /* a head is text that ends here */
+        *body = 0;
+        cursor_in_head(r->carry, cursor, sizeof cursor);
+        *body = first;
+    }
+    if (status != 200 || !*cursor) {
         reader_error(r->carry, r->carry_length);
         reader_failed(r, "refused");
         return;
     }
-    char cursor[64] = "";
-    const char *quote = memchr(mark + 13, '"', (size_t)(stop - mark - 13));
-    if (quote && quote - mark - 13 < 60) memcpy(cursor, mark + 13, (size_t)(quote - mark - 13));
-    if (memmem(mark, (size_t)(stop - mark), "\"reset\":true", 12)) R.resets++;
     if (!r->ready) {
         histogram_add(&R.setup, R.read_ns - r->opened_ns, 1);
         got_snapshot(r, &(struct message){body, (size_t)length});

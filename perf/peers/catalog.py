@@ -34,7 +34,7 @@ class Peer:
         runs: `python`, `node`, `c` or `nchan`.
         source: the file in servers/.
         feed: how updates come in, see load.c: `lines`, `frames` or `post`.
-        transports: of `ws` and `sse`, what it has.
+        transports: of `ws`, `sse` and `poll`, what it has.
         package: the distribution whose version is shown.
     """
 
@@ -47,17 +47,20 @@ class Peer:
     package: str | None = None
 
 
+ALL: Final = ("ws", "sse", "poll")
+
 PEERS: Final = (
     Peer("bare loop, C", "`send` for each reader, no library, checks nothing", "c", "loop.c"),
-    Peer("bare loop, Python", "the same in Python", "python", "loop"),
-    Peer("nchan", "nginx module in C, one process", "nchan", "nchan.conf", feed="post"),
+    Peer("bare loop, Python", "the same in Python", "python", "loop", transports=ALL),
+    Peer("nchan", "nginx module in C, one process", "nchan", "nchan.conf", "post", ALL),
     Peer("uWebSockets", "C++, by socketify: topics", "python", "socketify", "frames", ("ws",), "socketify"),
     Peer("picows", "Cython, on uvloop", "python", "picows", transports=("ws",), package="picows"),
-    Peer("ws", "node; its own http for SSE", "node", "ws.mjs", package="ws"),
+    Peer("ws", "node; its own http for SSE and long-poll", "node", "ws.mjs", transports=ALL, package="ws"),
     Peer("socket.io", "node: rooms", "node", "socketio.mjs", transports=("ws",), package="socket.io"),
-    Peer("aiohttp", "on uvloop", "python", "aiohttp", package="aiohttp"),
+    Peer("aiohttp", "on uvloop", "python", "aiohttp", transports=ALL, package="aiohttp"),
     Peer("websockets", "`broadcast`, on uvloop", "python", "websockets", transports=("ws",), package="websockets"),
-    Peer("uvicorn", "Starlette on uvloop; sse-starlette for SSE", "python", "starlette", package="uvicorn"),
+    Peer("uvicorn", "Starlette on uvloop; sse-starlette for SSE", "python", "starlette", "lines", ALL, "uvicorn"),
+    Peer("channels", "Django Channels on uvicorn, uvloop", "python", "django_channels", "lines", ("ws",), "channels"),
     Peer("trio-websocket", "one task sends", "python", "trio_websocket", transports=("ws",), package="trio-websocket"),
     Peer("hypercorn", "ASGI on Trio", "python", "hypercorn", package="hypercorn"),
 )

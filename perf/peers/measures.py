@@ -60,14 +60,16 @@ class Side:
             "sources": SOURCES,
         }
         if self.running is None:
-            if self.transport == "sse":
-                return common | {"path": f"/api/v2/jobs/stream?jobIds={name}&fields=message"}
+            if self.transport != "ws":
+                way = "stream" if self.transport == "sse" else "poll"
+                return common | {"path": f"/api/v2/jobs/{way}?jobIds={name}&fields=message"}
             subscribe = {"type": "subscribe", "jobIds": [name], "fields": ["message"]}
             return common | {"path": "/ws/jobs", "subscribe": json.dumps(subscribe)}
         if self.running.peer.name == "socket.io":
             path = f"/socket.io/?EIO=4&transport=websocket&channel={name}"
             return common | {"path": path, "subscribe": "40"}
-        return common | {"path": f"/{self.transport}/{name}"}
+        # The load client adds to the query.
+        return common | {"path": f"/{self.transport}/{name}{'?watch=1' if self.transport == 'poll' else ''}"}
 
     def open(self, number: int, channels: int = 1) -> None:
         """Readers, each with its greeting."""

@@ -11,7 +11,7 @@ from perf.measure import UNDISTURBED, Measure
 from perf.peers.measures import IDLE, PACED, SATURATED, SETUP, SINGLE, SPREAD
 
 OURS: Final = "statuswire"
-NAMES: Final = {"ws": "WebSocket", "sse": "SSE"}
+NAMES: Final = {"ws": "WebSocket", "sse": "SSE", "poll": "Long-poll"}
 COLUMNS: Final = (*SATURATED, *SINGLE, *PACED, *SPREAD, *SETUP, *IDLE)
 SHORT: Final = {
     "cpu8": "CPU/delivery ≤ 8 in flight, µs",

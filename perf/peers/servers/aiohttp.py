@@ -1,4 +1,4 @@
-"""aiohttp on uvloop: WebSocket and a streamed response; frames and events are handed to its own writers."""
+"""aiohttp on uvloop: WebSocket, a streamed response, long-polls; frames and events are handed to its own writers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import asyncio
 import uvloop
 from aiohttp import WSMsgType, web
 
-from perf.peers.servers.common import GREETING, GREETING_EVENT, arguments, awaiting_feed, channels
+from perf.peers.servers.common import GREETING, GREETING_EVENT, arguments, awaiting_feed, channels, kept, polled, wake
 
 SOCKETS = channels()
 STREAMS = channels()
+POLLS = kept()
 
 
 async def websocket(request: web.Request) -> web.WebSocketResponse:
@@ -42,6 +43,12 @@ async def stream(request: web.Request) -> web.StreamResponse:
     return response
 
 
+async def poll(request: web.Request) -> web.Response:
+    """One question."""
+    answer = await polled(POLLS[request.match_info["channel"]], request.query.get("last_seen"))
+    return web.Response(body=answer, content_type="application/json")
+
+
 async def publish(channel: str, message: bytes) -> None:
     """One message to all."""
     for socket in tuple(SOCKETS[channel]):
@@ -50,13 +57,17 @@ async def publish(channel: str, message: bytes) -> None:
         event = b"data: %b\n\n" % message
         for response in tuple(STREAMS[channel]):
             await response.write(event)
+    wake(POLLS[channel].add(message))
+
+
+WAYS = {"ws": websocket, "sse": stream, "poll": poll}
 
 
 async def main() -> None:
     """Serves until killed."""
     options = arguments()
     app = web.Application()
-    app.add_routes([web.get("/ws/{channel}", websocket), web.get("/sse/{channel}", stream)])
+    app.add_routes([web.get(f"/{way}/{{channel}}", serve) for way, serve in WAYS.items()])
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", options.port, backlog=4096).start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -40,6 +40,50 @@ class Lines:
             channel, _, message = line.partition(b"\t")
             found.append((channel.decode(), message))
         return found
+
+
+class Kept:
+    """A channel for long-polls: its newest messages, and who waits for the next."""
+
+    def __init__(self) -> None:
+        self.last = 0
+        self.waiting: list[Any] = []
+        self._messages: deque[bytes] = deque(maxlen=64)
+
+    def add(self, message: bytes) -> list[Any]:
+        """Keeps one; who has waited for it."""
+        self.last += 1
+        self._messages.append(message)
+        waiting, self.waiting = self.waiting, []
+        return waiting
+
+    def since(self, seen: int) -> bytes:
+        """The answer for somebody who has seen so many."""
+        new = list(self._messages)[len(self._messages) - (self.last - seen) :] if seen < self.last else []
+        return b'{"updates":[%b],"last_seen":"%d"}' % (b",".join(new), self.last)
+
+
+def kept() -> defaultdict[str, Kept]:
+    """Channels for long-polls."""
+    return defaultdict(Kept)
+
+
+async def polled(channel: Kept, seen: str | None) -> bytes:
+    """The answer to a long-poll, once there is one; without `last_seen` at once."""
+    if seen is None:
+        return channel.since(channel.last)
+    if int(seen) == channel.last:
+        future = asyncio.get_running_loop().create_future()
+        channel.waiting.append(future)
+        await future
+    return channel.since(int(seen))
+
+
+def wake(waiting: list[Any]) -> None:
+    """Goes on with polls that have waited."""
+    for future in waiting:
+        if not future.done():
+            future.set_result(None)
 
 
 class _Feed(asyncio.Protocol):

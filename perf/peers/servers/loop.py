@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import select
 import socket
 
 from perf.bare import STREAM_HEAD, SWITCH, chunk, frame
-from perf.peers.servers.common import GREETING, GREETING_EVENT, Lines, arguments, channels
+from perf.peers.servers.common import GREETING, GREETING_EVENT, Kept, Lines, arguments, channels, kept
 
 SOCKETS, STREAMS = channels(), channels()
+POLLS = kept()
+SEEN = re.compile(rb"last_seen=(\d+)")
 
 
 def listener(port: int) -> socket.socket:
@@ -34,8 +38,28 @@ def send_to(readers: dict[socket.socket, None], data: bytes) -> None:
             connection.setblocking(False)
 
 
-def greet(connection: socket.socket, request: bytes) -> dict[socket.socket, None]:
-    """Answers a handshake; where the reader belongs."""
+def answer(connection: socket.socket, channel: Kept, seen: int) -> None:
+    """What a long-poll has waited for."""
+    body = channel.since(seen)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    connection.send(head + body)
+
+
+def poll(connection: socket.socket, request: bytes) -> None:
+    """Answers a question, or has it wait."""
+    channel = POLLS[request.partition(b"?")[0].rpartition(b"/")[2].decode()]
+    found = SEEN.search(request)
+    if found is None or int(found[1]) < channel.last:
+        answer(connection, channel, int(found[1]) if found else channel.last)
+    else:
+        channel.waiting.append((connection, channel.last))
+
+
+def greet(connection: socket.socket, request: bytes) -> dict[socket.socket, None] | None:
+    """Answers a handshake; where the reader belongs, if it stays."""
+    if request.startswith(b"GET /poll/"):
+        poll(connection, request)
+        return None
     _, kind, channel = request.split(b" ", 2)[1].decode().split("/")
     if kind == "ws":
         connection.send(SWITCH + frame(GREETING.encode()))
@@ -78,6 +102,9 @@ def main() -> None:
                         send_to(SOCKETS[channel], frame(message))
                     if STREAMS[channel]:
                         send_to(STREAMS[channel], chunk(b"data: %b\n\n" % message))
+                    for waiting, seen in POLLS[channel].add(message):
+                        with contextlib.suppress(OSError):
+                            answer(waiting, POLLS[channel], seen)
                 if not data:
                     del feeds[number]
                     feed.close()

@@ -1,4 +1,4 @@
-"""Starlette on uvicorn (uvloop, httptools): WebSocket, and events by sse-starlette."""
+"""Starlette on uvicorn (uvloop, httptools): WebSocket, events by sse-starlette, long-polls."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import uvloop
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from perf.peers.servers.common import GREETING, Channels, arguments, awaiting_feed, channels
+from perf.peers.servers.common import GREETING, Channels, arguments, awaiting_feed, channels, kept, polled, wake
 
 SOCKETS = channels()
 QUEUES: Channels = channels()  # sse-starlette sends what an iterator of each response yields
+POLLS = kept()
 
 
 async def websocket(socket: WebSocket) -> None:
@@ -49,6 +51,12 @@ async def stream(request: Request) -> EventSourceResponse:
     return EventSourceResponse(events(request.path_params["channel"]), sep="\n")
 
 
+async def poll(request: Request) -> Response:
+    """One question."""
+    answer = await polled(POLLS[request.path_params["channel"]], request.query_params.get("last_seen"))
+    return Response(answer, media_type="application/json")
+
+
 async def publish(channel: str, message: bytes) -> None:
     """One message to all."""
     text = message.decode()
@@ -56,12 +64,18 @@ async def publish(channel: str, message: bytes) -> None:
         await socket.send_text(text)
     for queue in QUEUES[channel]:
         queue.put_nowait(text)
+    wake(POLLS[channel].add(message))
 
 
 async def main() -> None:
     """Serves until killed."""
     options = arguments()
-    app = Starlette(routes=[WebSocketRoute("/ws/{channel}", websocket), Route("/sse/{channel}", stream)])
+    routes = [
+        WebSocketRoute("/ws/{channel}", websocket),
+        Route("/sse/{channel}", stream),
+        Route("/poll/{channel}", poll),
+    ]
+    app = Starlette(routes=routes)
     config = uvicorn.Config(
         app,
         port=options.port,
