@@ -59,7 +59,7 @@ class Kept:
 
     def since(self, seen: int) -> bytes:
         """The answer for somebody who has seen so many."""
-        new = list(self._messages)[len(self._messages) - (self.last - seen) :] if seen < self.last else []
+        new = list(self._messages)[max(0, len(self._messages) - (self.last - seen)) :] if seen < self.last else []
         return b'{"updates":[%b],"last_seen":"%d"}' % (b",".join(new), self.last)
 
 

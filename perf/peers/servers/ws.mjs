@@ -10,7 +10,7 @@ const readers = (map, channel) => map.get(channel) ?? map.set(channel, new Set()
 
 const polls = new Map();
 const polled = (channel) => polls.get(channel) ?? polls.set(channel, { last: 0, messages: [], waiting: [] }).get(channel);
-const since = (kept, seen) => `{"updates":[${kept.messages.slice(kept.messages.length - (kept.last - seen))}],"last_seen":"${kept.last}"}`;
+const since = (kept, seen) => `{"updates":[${kept.messages.slice(Math.max(0, kept.messages.length - (kept.last - seen)))}],"last_seen":"${kept.last}"}`;
 
 function poll(request, response) {
   const url = new URL(request.url, "http://localhost");
