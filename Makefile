@@ -19,7 +19,7 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: examples example-vanilla example-fastapi example-django example-nginx example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
+.PHONY: examples example-vanilla example-react example-fastapi example-django example-nginx example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -39,6 +39,20 @@ example-celery example-bullmq example-rq: example-%: setup-dev system
 example-vanilla: setup
 	@exec $(BIN)/python -m tools.examples.web $(@:example-%=%) $(ARGS)
 
+example-react: setup
+	@command -v node >/dev/null && command -v npm >/dev/null || $(MAKE) --silent system
+	@$(MAKE) --silent $(VENV)/react/.done
+	@exec $(BIN)/python -m tools.examples.web react $(ARGS)
+
+# Node looks for packages beside what imports them, so there is a link to where they are.
+REACT := tools/examples/react_example
+$(VENV)/react/.done: $(REACT)/package.json $(REACT)/package-lock.json
+	@mkdir -p $(VENV)/react
+	@cp $^ $(VENV)/react
+	cd $(VENV)/react && npm ci --silent --no-audit --no-fund --ignore-scripts
+	@ln -sfn ../../../$(VENV)/react/node_modules $(REACT)/node_modules
+	@touch $@
+
 example-fastapi example-django: setup $(VENV)/examples/.done
 	@exec $(BIN)/python -m tools.examples.web $(@:example-%=%) $(ARGS)
 
@@ -53,6 +67,7 @@ $(VENV)/examples/.done: pyproject.toml | $(BIN)/python
 
 examples:  ## list the examples: applications and queues with live jobs, each by one command (ARGS="--port 8080")
 	@echo 'make example-vanilla    a page with live bars, without a framework'
+	@echo 'make example-react      the same with React and Vite'
 	@echo 'make example-fastapi    users who log in to a FastAPI application, and see their own jobs'
 	@echo 'make example-django     the same with Django and its sessions'
 	@echo 'make example-nginx      the FastAPI application and statuswire on one origin, behind nginx'
@@ -60,7 +75,7 @@ examples:  ## list the examples: applications and queues with live jobs, each by
 	@echo 'make example-bullmq     the jobs of BullMQ'
 	@echo 'make example-rq         the jobs of RQ'
 
-test: setup-dev system $(VENV)/load/.done  ## run every test and measure coverage
+test: setup-dev system $(VENV)/load/.done $(VENV)/examples/.done $(VENV)/react/.done  ## run every test and measure coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
@@ -123,7 +138,7 @@ format: setup-dev  ## mend the style
 	$(BIN)/ruff format .
 
 clean:  ## remove what was installed and built here
-	rm -rf $(VENV) build *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(REACT)/node_modules build *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/statuswire: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable .

@@ -132,23 +132,37 @@ async def runs_to_its_end(page: Page, picture: Path) -> None:
     await shoot(page, picture.with_name(f"{picture.name}-done"))
 
 
-async def test_vanilla(new_page: NewPage, tmp_path: Path, pictures: Path) -> None:
-    async with example(tmp_path, "vanilla") as url:
+@pytest.mark.parametrize(("kind", "flags"), [("vanilla", ()), ("react", ("--built",))], ids=["vanilla", "react"])
+async def test_a_page(new_page: NewPage, tmp_path: Path, pictures: Path, kind: str, flags: tuple[str, ...]) -> None:
+    if kind == "react":
+        install("react")
+    async with example(tmp_path, kind, *flags) as url:
         page = await new_page()
         await page.open(f"{url}/")
         await see(page, f"{STATE} === 'Live'")
         await start(page, 12)
-        await runs_to_its_end(page, pictures / "vanilla")
-        # Another one is stopped by its button, a page that is loaded again knows of both.
+        await runs_to_its_end(page, pictures / kind)
+        # Another one is stopped by its button; a page that is loaded again knows of both.
         await start(page, 500)
         await see(page, f"{SAYS}?.startsWith('Page ')")
         await page.run(f"{FIRST}.querySelector('button').click()")
         await see(page, f"{SAYS}?.startsWith('cancelled')")
         await page.open(f"{url}/?again")
         await see(page, f"{STATE} === 'Live'")
-        said = "[...document.querySelectorAll('#jobs li')].map((row) => row.dataset.status).sort().join()"
-        await see(page, f"{said} === 'cancelled,completed'")
-        await shoot(page, pictures / "vanilla-cancelled", schemes=("dark",))
+        await see(page, all_are("cancelled", "completed"))
+        await shoot(page, pictures / f"{kind}-cancelled", schemes=("dark",))
+        assert unexpected(page) == []
+
+
+async def test_react_while_it_is_worked_on(new_page: NewPage, tmp_path: Path) -> None:
+    """Vite's server for development, and its proxy."""
+    install("react")
+    async with example(tmp_path, "react") as url:
+        page = await new_page()
+        await page.open(f"{url}/")
+        await see(page, f"{STATE} === 'Live'")
+        await start(page, 1)
+        await see(page, all_are("completed"))
         assert unexpected(page) == []
 
 

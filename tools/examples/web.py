@@ -44,11 +44,13 @@ class Stage:
     Attributes:
         port: of the address to open.
         directory: for all that is kept; it goes when the example ends.
+        built: what is built is served, not what it is built from.
         processes: what was started, in this order.
     """
 
     port: int
     directory: Path
+    built: bool = False
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -60,7 +62,8 @@ class Stage:
         # Ends of jobs that are yet to be sent go with the example, too.
         environment = os.environ | {"STATUSWIRE_SPOOL_DIR": str(self.directory / "spool")} | environ
         # Its own start line would be a second address to wonder about; logs and errors go to stderr.
-        process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=subprocess.DEVNULL)
+        quiet = subprocess.DEVNULL
+        process = subprocess.Popen(command, cwd=self.directory, env=environment, stdin=quiet, stdout=quiet)
         self.processes.append(process)
 
     def serve(self, config: Path, **environ: str) -> str:
@@ -117,6 +120,26 @@ def vanilla(stage: Stage) -> None:
     url = stage.serve(place / "statuswire.toml", STATUSWIRE_CORS_ORIGINS=stage.url)
     stage.wait(f"{url}/health")
     stage.start(BIN / "python", place / "app.py", "--port", str(stage.port), STATUSWIRE_URL=url)
+
+
+def react(stage: Stage) -> None:
+    """React with Vite: its server for development, which shows what is changed in src/, or what it builds."""
+    place = HERE / "react_example"
+    vite = place / "node_modules" / "vite" / "bin" / "vite.js"
+    statuswire, application = stage.serve(place / "statuswire.toml"), free_port()
+    environ = {"STATUSWIRE_ORIGIN": statuswire, "APPLICATION_URL": f"http://127.0.0.1:{application}"}
+    stage.wait(statuswire)
+    # The work is that of the page without a framework.
+    app = HERE / "vanilla_example" / "app.py"
+    stage.start(BIN / "python", app, "--port", str(application), STATUSWIRE_URL=f"{statuswire}/status")
+    stage.wait(environ["APPLICATION_URL"])
+    command: tuple[str | Path, ...] = ("node", vite)
+    if stage.built:
+        out = stage.directory / "dist"
+        subprocess.run([*command, "build", place, "--outDir", out, "--emptyOutDir", "--logLevel", "warn"], check=True)
+        command = (*command, "preview", "--outDir", out)
+    listen = ("--host", "127.0.0.1", "--port", str(stage.port), "--strictPort", "--clearScreen", "false")
+    stage.start(*command, place, *listen, **environ)
 
 
 def fastapi(stage: Stage) -> None:
@@ -195,6 +218,7 @@ def with_sessions(stage: Stage, config: Path, application: int, **more: str) -> 
 
 EXAMPLES: Mapping[str, Callable[[Stage], None]] = {
     "vanilla": vanilla,
+    "react": react,
     "fastapi": fastapi,
     "django": django,
     "nginx": nginx,
@@ -205,10 +229,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A page with live jobs.")
     parser.add_argument("kind", choices=EXAMPLES)
     parser.add_argument("--port", type=int, default=8000, help="of the address to open (8000); 0 takes any free one")
+    parser.add_argument("--built", action="store_true", help="React: serve what Vite builds, not its sources")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="statuswire-example-") as directory:
-        stage = Stage(arguments.port or free_port(), Path(directory))
+        stage = Stage(arguments.port or free_port(), Path(directory), arguments.built)
         try:
             with socket.socket() as taken:
                 if taken.connect_ex(("127.0.0.1", stage.port)) == 0:
