@@ -86,10 +86,12 @@ test: setup-dev system $(VENV)/load/.done $(VENV)/examples/.done $(VENV)/react/.
 test-fast: setup-dev  ## the tests that take under a minute
 	$(BIN)/pytest -q $(PARALLEL) -m 'not slow' $(PYTEST_ARGS)
 
-bench: setup  ## measure speed beside this machine's bare limit (needs gcc; see perf/README.md)
+bench: bench-self bench-peers  ## measure speed: by itself, then beside others (half an hour of a quiet machine; see perf/README.md)
+
+bench-self: setup  ## beside this machine's bare limit (needs gcc; a quarter of an hour)
 	$(BIN)/python -m perf.bench $(BENCH_ARGS)
 
-.PHONY: budget peers bench-peers load locust
+.PHONY: budget peers bench-self bench-peers load locust
 budget: setup system  ## count instructions per delivery, publish and connection, and make them the budget
 	$(BIN)/python -m perf.budget --write
 
