@@ -117,7 +117,7 @@ async def running(config: Config, worker: Worker | None = None) -> AsyncIterator
                         for listener in listeners:
                             begin(listener)  # a worker that cannot start should keep nobody waiting
                             node.poller.add(listener.fileno(), Listener(node, listener))
-                        yield node, [describe(listener) for listener in listeners]
+                        yield node, [describe(listener, tls=node.tls is not None) for listener in listeners]
                         connections.cancel_scope.cancel()
                 finally:
                     node.poller.close()

@@ -36,10 +36,11 @@ class Server(Struct, frozen=True, kw_only=True):
         drain: seconds over which live streams are closed after SIGTERM; 0 closes them at once.
         base_path: prefix of every path, normalised to "" or "/x/y".
         trusted_proxies: addresses and networks whose ``X-Forwarded-For`` is believed; ``unix`` for the Unix socket.
+        proxy_protocol: connections of trusted proxies begin with a PROXY header (``protocol.proxy``), and only those.
         max_connections: open sockets, over all clients.
         heartbeat: seconds between heartbeats and pings.
-        tls_cert: PEM certificate chain file, "" for none.
-        tls_key: PEM key file, "" for none.
+        tls_cert: PEM file with the certificate and its chain, "" for no TLS. For TCP only.
+        tls_key: PEM file with its key, "" for the same file.
     """
 
     # Without auth everyone is an admin, so nobody else may reach it until the operator says so.
@@ -53,6 +54,8 @@ class Server(Struct, frozen=True, kw_only=True):
     base_path: str = ""
     # Nobody: a forwarded address that anyone may claim is worth nothing.
     trusted_proxies: tuple[str, ...] = ()
+    # A header that is asked for and does not come cannot be told from one that is not sent.
+    proxy_protocol: bool = False
     # At 8 KB for an idle connection about 160 MB; the usual limit of open files must be raised to match.
     max_connections: AtLeastOne = 20_000
     # Below the 60 s after which common proxies drop a silent connection.

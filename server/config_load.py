@@ -99,10 +99,6 @@ _IMPLIED = {
     "auth.jwt_algorithm": "auth.jwt_key is a shared secret",
 }
 _SECRETS = frozenset({"auth.jwt_key", "webhooks.secret", "callbacks.secret"})
-_UNSUPPORTED_KEYS = {
-    "server.tls_cert": "TLS; let a proxy in front of it (nginx, Caddy) terminate TLS",
-    "server.tls_key": "TLS; let a proxy in front of it (nginx, Caddy) terminate TLS",
-}
 
 
 def _keys(tables: Mapping[str, type[Struct]]) -> Iterator[_Key]:
@@ -171,9 +167,6 @@ def load_with_sources(
     given.update(_from_environ(environ, {name.rpartition(".")[0] for name in given if name.count(".") == 2}))
     given.update(_from_flags(flags))
 
-    for name, value in given.items():
-        if name in _UNSUPPORTED_KEYS and value.raw not in ("", None):
-            raise ConfigError(f"{name} ({value.source}): this version does not support {_UNSUPPORTED_KEYS[name]}")
     values: dict[str, dict[str, object]] = {table: {} for table in _TABLES}
     for name, value in given.items():
         table, _, bare = name.rpartition(".")
@@ -315,6 +308,20 @@ def _check(config: Config, sources: Mapping[str, str]) -> None:
             f"store.url is {config.store.label}; set it to redis://…, or workers to 1"
         )
     _check_store(config.store, sources)
+    if server.proxy_protocol and not server.trusted_proxies:
+        raise ConfigError(
+            f"server.proxy_protocol = true ({sources['server.proxy_protocol']}): a PROXY header is taken from trusted "
+            "proxies only; set server.trusted_proxies"
+        )
+    if server.tls_key and not server.tls_cert:
+        raise ConfigError(
+            f"server.tls_key ({sources['server.tls_key']}): there is no server.tls_cert that it is the key of"
+        )
+    if server.tls_cert and not server.tcp:
+        raise ConfigError(
+            f"server.tls_cert ({sources['server.tls_cert']}): TLS is for TCP, and the server listens on a Unix socket "
+            "only; set server.host, or leave it out"
+        )
     if not server.host and not server.unix_socket:
         raise ConfigError(
             f"server.host is empty ({sources['server.host']}) and there is no server.unix_socket: nothing to listen "

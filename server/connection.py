@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import socket
 from enum import Enum, auto
 
 import trio
@@ -24,7 +23,7 @@ from server.logs import log_event
 from server.node import LOG, Node
 from server.origins import cors_headers
 from server.poller import Peer
-from server.socketio import RECEIVE_BYTES, linger, receive, send_all
+from server.socketio import RECEIVE_BYTES, Socket, linger, receive, send_all
 from server.wheel import Timer
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
@@ -125,6 +124,7 @@ class Connection(Peer):
         sock: accepted, non-blocking.
         peer: address at the other end, ``unix`` for a Unix socket.
         refusal: the connection came over a limit: what every request on it but health checks is told.
+        early: what was read of the first request already.
 
     Attributes:
         place: the address whose ``connections_per_address`` this one takes, "" for none.
@@ -147,13 +147,17 @@ class Connection(Peer):
         "sock",
     )
 
-    def __init__(self, node: Node, sock: socket.socket, peer: str, refusal: ApiError | None, place: str) -> None:
+    def __init__(
+        self, node: Node, sock: Socket, peer: str, refusal: ApiError | None, place: str, early: bytes = b""
+    ) -> None:
         self.node = node
         self.sock = sock
         self.peer = peer
         self.refusal = refusal
         self.place = place
         self.http = HttpConnection()
+        if early:
+            self.http.receive(early)
         self._turned_away = refusal is not None
         self._held = 0
         self._first = True
@@ -241,7 +245,7 @@ class Connection(Peer):
         except ApiError as error:
             refusal = error
         self._deadline = math.inf
-        await self._refuse(refusal)
+        await self.refuse(refusal)
         return _CLOSE
 
     def _expect(self, patience_s: float) -> None:
@@ -274,7 +278,7 @@ class Connection(Peer):
     async def _time_out(self) -> None:
         try:
             patience_s = self.node.config.limits.head_timeout
-            await self._refuse(ApiError(408, "request_timeout", f"the head took more than {patience_s:g} s"))
+            await self.refuse(ApiError(408, "request_timeout", f"the head took more than {patience_s:g} s"))
         except OSError:
             pass
         except Exception as error:
@@ -318,13 +322,13 @@ class Connection(Peer):
         self.node.limits.hold(self._held, self._held + size)
         self._held += size
 
-    async def _refuse(self, error: ApiError) -> None:
+    async def refuse(self, error: ApiError, level: int = logging.INFO) -> None:
         """Answer what never became a request, and close."""
         request_id = new_id()
         self.node.counters.request(("", ""), error.status, error.code)
         log_event(
             LOG,
-            logging.INFO,
+            level,
             "request",
             status=error.status,
             code=error.code,

@@ -59,7 +59,8 @@ class Counters:
 
     Attributes:
         sockets: accepted.
-        refused: sockets that were told to come later, by code; ``unheard`` were closed without a word.
+        refused: sockets that were told to come later, by code; ``unheard`` were closed without a word,
+            with ``tls_failed`` and ``proxy_failed`` the beginning went wrong.
         opened: live connections by transport; ``poll`` counts polls.
         closed: live connections (without polls) by reason.
         failed: connections that ended with an exception of ours.
@@ -88,7 +89,9 @@ class Counters:
 
     def __init__(self) -> None:
         self.sockets = 0
-        self.refused = dict.fromkeys(("too_many_connections", "rate_limited", "unheard"), 0)
+        self.refused = dict.fromkeys(
+            ("too_many_connections", "rate_limited", "unheard", "tls_failed", "proxy_failed"), 0
+        )
         self.opened = dict.fromkeys(("websocket", "sse", "poll"), 0)
         self.closed = dict.fromkeys(
             ("closed", "finished", "drain", "disconnected", "expired", "unauthorized", "auth_timeout", "rate_limited",

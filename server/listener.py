@@ -17,6 +17,7 @@ from server.connection import Connection
 from server.limits import UNIX
 from server.logs import log_event
 from server.node import LOG, Node
+from server.opening import Opening
 from server.poller import Peer
 from server.socketio import prepare
 
@@ -153,12 +154,13 @@ def close_listener(sock: socket.socket) -> None:
         sock.close()
 
 
-def describe(sock: socket.socket) -> str:
+def describe(sock: socket.socket, *, tls: bool = False) -> str:
     """The address of a listener as one would type it into a client."""
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
     host, port, *_ = sock.getsockname()
-    return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{scheme}://{host}:{port}"
 
 
 class Listener(Peer):
@@ -200,7 +202,8 @@ class Listener(Peer):
             accepted.setblocking(False)
             node.connections += 1
             node.counters.sockets += 1
-            node.poller.add(accepted.fileno(), Connection(node, accepted, peer, refusal, place))
+            serve = Connection if node.plain else Opening
+            node.poller.add(accepted.fileno(), serve(node, accepted, peer, refusal, place))
         return False
 
     def abandon(self) -> None:

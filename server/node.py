@@ -32,6 +32,7 @@ from server.origins import parse_origins
 from server.poller import Poller
 from server.presence import Presence
 from server.seen import Seen
+from server.tls import load_context
 from server.wheel import Wheel
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class Node:
         shared: the broker again (without its spool), if other nodes use its store too.
         spool: the broker again, if it keeps on disk what is published while its store is away.
         draining: set from SIGTERM on.
+        tls: certificate and key for TCP connections, None without TLS.
+        plain: a connection begins with HTTP, without TLS or a PROXY header before it.
     """
 
     def __init__(self, config: Config, *, group: str = "", worker: int | None = None) -> None:
@@ -162,6 +165,8 @@ class Node:
         self.draining = False
         self.started = time.time()
         self._date = (0, "")
+        self.tls = load_context(config.server)
+        self.plain = self.tls is None and not config.server.proxy_protocol
         self._apply(config)
 
     def _apply(self, config: Config) -> None:
@@ -170,12 +175,16 @@ class Node:
         self.config = config
 
     def reload(self, config: Config) -> None:
-        """Take new keys, limits and origins; what only a restart can change stays as it is.
+        """Take new keys, certificates, limits and origins; what only a restart can change stays as it is.
 
         Raises:
-            ConfigError: a new key is unfit; nothing was changed.
+            ConfigError: a new key or certificate is unfit; nothing was changed.
         """
-        self.authenticator.reload(config.auth)  # the one step that can fail: lists were checked with the file
+        # The two steps that can fail: lists were checked with the file.
+        tls = load_context(config.server)
+        self.authenticator.reload(config.auth)
+        if self.tls is not None and tls is not None:
+            self.tls = tls
         self.limits.reload(config.limits)
         self._apply(config)
 

@@ -10,7 +10,6 @@ What is owed to the peer, in the order in which it is sent: ``tail`` (the unsent
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -22,6 +21,7 @@ from protocol.update import Update
 from protocol.watch import channels_of
 from protocol.wire import WireForm
 from server.hub import Hub, Reader
+from server.socketio import Socket
 from server.wheel import Timer, Wheel
 
 # One turn of writing gives at most this much to one socket before other tasks run.
@@ -69,7 +69,7 @@ class PushReader(Reader):
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Socket,
         nursery: trio.Nursery,
         hub: Hub,
         wheel: Wheel,

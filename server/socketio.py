@@ -11,7 +11,7 @@ import fcntl
 import socket
 import struct
 import termios
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -25,6 +25,25 @@ LINGER_BYTES: Final = 16 * 1024 * 1024
 UNACKNOWLEDGED_MS: Final = 120_000
 
 
+class Socket(Protocol):
+    """What is used of a connection's socket: one of the system's, or one behind TLS (``server.tls``)."""
+
+    def fileno(self) -> int:
+        """What the kernel calls it."""
+
+    def recv(self, size: int, /) -> bytes:
+        """See ``socket.recv``."""
+
+    def send(self, data: bytes | memoryview, /) -> int:
+        """See ``socket.send``."""
+
+    def shutdown(self, how: int, /) -> None:
+        """See ``socket.shutdown``. Raises BlockingIOError if it has to be called again."""
+
+    def close(self) -> None:
+        """See ``socket.close``."""
+
+
 def prepare(listener: socket.socket) -> None:
     """Set what every accepted socket needs: they have it of their listener (tcp(7)), for no call of their own."""
     if listener.family != socket.AF_UNIX:
@@ -34,7 +53,7 @@ def prepare(listener: socket.socket) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-async def receive(sock: socket.socket, size: int = RECEIVE_BYTES) -> bytes:
+async def receive(sock: Socket, size: int = RECEIVE_BYTES) -> bytes:
     """The next bytes, ``b""`` at the end of the peer's sending.
 
     Raises:
@@ -47,7 +66,7 @@ async def receive(sock: socket.socket, size: int = RECEIVE_BYTES) -> bytes:
             await trio.lowlevel.wait_readable(sock)
 
 
-async def send_all(sock: socket.socket, data: bytes, patience_s: float) -> None:
+async def send_all(sock: Socket, data: bytes, patience_s: float) -> None:
     """Send everything, waiting while the socket is full.
 
     Raises:
@@ -68,11 +87,11 @@ async def send_all(sock: socket.socket, data: bytes, patience_s: float) -> None:
             raise TimeoutError(f"the peer took nothing for {patience_s} s")
 
 
-async def linger(sock: socket.socket) -> None:
+async def linger(sock: Socket) -> None:
     """Half-close, and read what still comes, within bounds, so that our last answer arrives."""
     try:
-        sock.shutdown(socket.SHUT_WR)
         with trio.move_on_after(LINGER_S):
+            await _say_no_more(sock)
             left = LINGER_BYTES
             while left > 0 and (data := await receive(sock)):
                 left -= len(data)
@@ -80,7 +99,15 @@ async def linger(sock: socket.socket) -> None:
         pass
 
 
-def all_acknowledged(sock: socket.socket) -> bool:
+async def _say_no_more(sock: Socket) -> None:
+    while True:
+        try:
+            return sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:  # TLS has a word of its own for it
+            await trio.lowlevel.wait_writable(sock)
+
+
+def all_acknowledged(sock: Socket) -> bool:
     """Whether the peer's kernel has acknowledged all we sent (``SIOCOUTQ``, see tcp(7))."""
     try:
         (unsent,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))

@@ -117,7 +117,7 @@ class Supervisor:
         try:
             for number in range(1, server.workers + 1):
                 self._children.append(_Child(number, first if number == 1 else [share(each) for each in first]))
-            addresses = [describe(listener) for listener in first]
+            addresses = [describe(listener, tls=bool(server.tls_cert)) for listener in first]
             logs.configure(self._config.log, lock=self._log_lock.fileno())
             gc.collect()
             gc.freeze()  # what is here is shared with the workers as long as nobody writes to it

@@ -151,8 +151,12 @@ class Transport:
         with self._lock, process.opening:
             if self._client is None:
                 timeout = httpx.Timeout(self._timeout, connect=min(CONNECT_S, self._timeout))
-                # A proxy of the environment cannot reach our own loopback.
-                self._client = httpx.Client(timeout=timeout, trust_env=not _is_loopback(self._host))
+                self._client = httpx.Client(
+                    timeout=timeout,
+                    # A proxy of the environment cannot reach our own loopback. SSL_CERT_FILE counts there, too.
+                    trust_env=not _is_loopback(self._host),
+                    verify=httpx.create_ssl_context() if self.url.startswith("https:") else True,
+                )
             return self._client
 
 

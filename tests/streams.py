@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
@@ -36,9 +37,11 @@ NO_PATIENCE: Final = {"check_interval": 0.02, "stale_after": 0.001}
 
 
 @asynccontextmanager
-async def clean_server(**tables: Mapping[str, object]) -> AsyncIterator[InProcess]:
+async def clean_server(
+    *, tls: ssl.SSLContext | None = None, **tables: Mapping[str, object]
+) -> AsyncIterator[InProcess]:
     """A server that must have forgotten everything about its readers once the last one has gone."""
-    async with server(**tables) as running:
+    async with server(tls=tls, **tables) as running:
         yield running
         await until(lambda: not traces(running))
 
@@ -278,13 +281,14 @@ async def connect(where: Address, receive_buffer: int | None = None) -> AsyncIte
         await sock.connect(("127.0.0.1", where.port))
     stream = trio.SocketStream(sock)
     try:
-        yield Http(stream)
+        yield Http(where.secured(stream))
     finally:
         await trio.aclose_forcefully(stream)
 
 
 def reset_connection(http: Http) -> None:
     """Break the connection with a TCP reset, now."""
+    assert isinstance(http.stream, trio.SocketStream)
     http.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     http.stream.socket.close()
 

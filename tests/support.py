@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ class Ended(Exception):
 class Http:
     """One connection to a server. Every read has a deadline."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
         self.stream = stream
         self.received = b""
 
@@ -223,16 +224,24 @@ class Address:
 
     port: int
     unix: str | None = None
+    tls: ssl.SSLContext | None = None
 
     @property
     def url(self) -> str:
         """Its HTTP address."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     @property
     def ws_url(self) -> str:
         """The same for a WebSocket."""
         return f"ws://127.0.0.1:{self.port}"
+
+    def secured(self, stream: trio.SocketStream) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
+        """A connection to it, behind TLS if that is spoken there."""
+        if self.tls is None or self.unix is not None:
+            return stream
+        # Browsers close without TLS's farewell, too.
+        return trio.SSLStream(stream, self.tls, server_hostname="127.0.0.1", https_compatible=True)
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Http]:
@@ -243,7 +252,7 @@ class Address:
             else:
                 stream = await trio.open_tcp_stream("127.0.0.1", self.port)
         try:
-            yield Http(stream)
+            yield Http(self.secured(stream))
         finally:
             await trio.aclose_forcefully(stream)
 
@@ -286,12 +295,16 @@ def configure(tables: Mapping[str, Mapping[str, object]]) -> Config:
 
 
 @asynccontextmanager
-async def server(**tables: Mapping[str, object]) -> AsyncIterator[InProcess]:
-    """Run a server within this process: ``server(auth=AUTH, limits={"connections_per_user": 1})``."""
+async def server(*, tls: ssl.SSLContext | None = None, **tables: Mapping[str, object]) -> AsyncIterator[InProcess]:
+    """Run a server within this process: ``server(auth=AUTH, limits={"connections_per_user": 1})``.
+
+    Args:
+        tls: what its clients trust, if it speaks TLS.
+    """
     config = configure(tables)
     async with running(config) as (node, addresses):
         port = int(addresses[0].rpartition(":")[2]) if config.server.tcp else 0
-        yield InProcess(port, config.server.unix_socket or None, node=node, config=config)
+        yield InProcess(port, config.server.unix_socket or None, tls, node=node, config=config)
 
 
 @dataclass
@@ -322,7 +335,12 @@ class Spawned(Address):
 
 @asynccontextmanager
 async def spawned(
-    directory: Path, *, descriptors: int | None = None, sources: Path = ROOT, **tables: Mapping[str, object]
+    directory: Path,
+    *,
+    descriptors: int | None = None,
+    sources: Path = ROOT,
+    tls: ssl.SSLContext | None = None,
+    **tables: Mapping[str, object],
 ) -> AsyncIterator[Spawned]:
     """Run ``statuswire serve`` in ``directory``, configured by a TOML file there; stop it at the end if need be.
 
@@ -331,16 +349,18 @@ async def spawned(
     Args:
         descriptors: most open files of the process (``RLIMIT_NOFILE``).
         sources: where its packages are.
+        tls: what its clients trust, if it speaks TLS.
     """
     write_config(directory, tables)
     log_file = directory / "server.log"
     process, start_line = await trio.to_thread.run_sync(start, directory, descriptors, sources)
     try:
-        match = re.search(r"http://[^ ]*:(\d+)", start_line)
+        match = re.search(r"https?://[^ ]*:(\d+)", start_line)
         unix = tables.get("server", {}).get("unix_socket")
         yield Spawned(
             int(match[1]) if match else 0,
             str(unix) if unix else None,
+            tls,
             process=process,
             start_line=start_line,
             log_file=log_file,

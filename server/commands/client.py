@@ -50,8 +50,10 @@ def open_client(url: str, token: str | None, *, read_timeout: float) -> httpx.Cl
         base_url=parsed,
         headers=headers,
         timeout=timeouts(read_timeout),
-        # A proxy of the environment cannot reach our own loopback.
+        # A proxy of the environment cannot reach our own loopback. What certificates it trusts counts there, too
+        # (SSL_CERT_FILE, SSL_CERT_DIR).
         trust_env=not is_loopback(host),
+        verify=httpx.create_ssl_context() if parts.scheme == "https" else True,
     )
 
 

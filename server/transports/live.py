@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import socket
 import sys
 import time
 from collections.abc import Collection
@@ -22,6 +21,7 @@ from server.logs import log_event
 from server.node import LOG, Node
 from server.poller import Peer
 from server.reader import PushReader
+from server.socketio import Socket
 from server.wheel import Timer
 
 # Nobody is given up for stale before this many heartbeats: signs of life are asked for that often only.
@@ -67,7 +67,7 @@ class LiveReader(PushReader, Peer):
     def __init__(
         self,
         node: Node,
-        sock: socket.socket,
+        sock: Socket,
         form: WireForm,
         *,
         client_id: str,
