@@ -309,7 +309,8 @@ async def test_sockets_that_were_turned_away() -> None:
         for _ in range(2):
             assert (await at.get("/api/v2/jobs")).status == 503
         seen = (await held.request("GET", STATS)).json
-        assert seen["connectionsRefused"] == {"too_many_connections": 2, "rate_limited": 0, "unheard": 0}
+        refused = seen["connectionsRefused"]
+        assert refused == dict.fromkeys(refused, 0) | {"too_many_connections": 2}
     async with server(limits={"connects_per_second": 1}) as at, at.connect() as held:
         assert (await held.request("GET", "/health")).status == 200
         assert (await at.get("/api/v2/jobs")).status == 429
