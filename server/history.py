@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from protocol.position import Position
 from protocol.update import Update
@@ -22,7 +22,9 @@ class History:
 
     Two indexes, by job and by user, are chains: every entry knows the offset of the entry before it of the same
     job and of the same user, and a table has the newest of each. So appending and evicting are O(1), reading
-    a job's or a user's updates costs what it returns, and nothing is left behind of a job without kept updates.
+    a job's or a user's updates costs what it returns, and nothing is left behind of a job without kept updates. Ids
+    that were passed on to another user are indexed besides: what a user is told of one must cost nothing for what
+    others did with it, or time would tell that they did.
 
     A node of several may follow only a part of the log. Then an offset whose entry it does not have has a place all the
     same (24 bytes), so that everything goes by offset; ``fill`` puts entries into such places later.
@@ -58,6 +60,8 @@ class History:
         self._next_entry = 0  # index before which there is no entry from the head on
         self._newest_in_job: dict[str, int] = {}
         self._newest_of_user: dict[str, int] = {}
+        # By job and owner: the offsets of the last updates before the job's id went to somebody else, ascending.
+        self._passed_on: dict[tuple[str, str], list[int]] = {}
 
     @property
     def first(self) -> int:
@@ -77,8 +81,11 @@ class History:
         if offset != self.last + 1:
             raise ValueError(f"offset {offset} after {self.last}: the log has no gaps")
         self.last = offset
+        before = self._newest_in_job.get(update.job_id, 0)
+        if before:
+            self._note_owner(self._entries[before - offset], update)
         self._entries.append(update)
-        self._before_in_job.append(self._newest_in_job.get(update.job_id, 0))
+        self._before_in_job.append(before)
         self._before_of_user.append(self._newest_of_user.get(update.user_id, 0))
         self._newest_in_job[update.job_id] = offset
         self._newest_of_user[update.user_id] = offset
@@ -111,11 +118,15 @@ class History:
         self._next_entry = 0
         newest_in_job: dict[str, int] = {}
         newest_of_user: dict[str, int] = {}
+        self._passed_on = {}
         now_ms = 0
         for index in range(self._head, len(self._entries)):
             entry = self._entries[index]
             if entry is not None:
-                self._before_in_job[index] = newest_in_job.get(entry.job_id, 0)
+                before = newest_in_job.get(entry.job_id, 0)
+                if before:
+                    self._note_owner(self._entries[before - base], entry)
+                self._before_in_job[index] = before
                 self._before_of_user[index] = newest_of_user.get(entry.user_id, 0)
                 newest_in_job[entry.job_id] = newest_of_user[entry.user_id] = entry.offset
                 now_ms = entry.at_ms
@@ -150,6 +161,8 @@ class History:
                 del self._newest_in_job[oldest.job_id]
             if self._newest_of_user[oldest.user_id] == oldest.offset:
                 del self._newest_of_user[oldest.user_id]
+            if self._passed_on:
+                self._forget_owner(oldest)
         if head >= _CUT_FROM and head * 2 >= len(entries):
             del entries[:head], self._before_in_job[:head], self._before_of_user[:head]
             self._next_entry = max(0, self._next_entry - head)
@@ -167,21 +180,32 @@ class History:
         """Kept updates of a job with an offset above ``after``, oldest first."""
         return self._chain(self._newest_in_job.get(job_id, 0), self._before_in_job, after)
 
+    def of_owned_job(self, job_id: str, owner: str, after: int) -> list[Update]:
+        """The same of what this user owned only: an id can have belonged to several, one after the other."""
+        base = self.last + 1 - len(self._entries)
+        stop = max(after, self.first - 1)
+        found = []
+        for offset in self._last_owned(job_id, owner):
+            while offset > stop:
+                update = self._entries[offset - base]
+                assert update is not None
+                if update.user_id != owner:
+                    break
+                found.append(update)
+                offset = self._before_in_job[offset - base]
+        found.reverse()
+        return found
+
     def last_of_job(self, job_id: str, owner: str | None = None) -> Update | None:
         """The newest kept update of a job, its deletion included, or None.
 
         Args:
-            owner: look only at what this user owned: an id can have belonged to several, one after the other.
+            owner: look only at what this user owned.
         """
-        base = self.last + 1 - len(self._entries)
         offset = self._newest_in_job.get(job_id, 0)
-        while offset >= self.first:
-            update = self._entries[offset - base]
-            assert update is not None
-            if owner is None or update.user_id == owner:
-                return update
-            offset = self._before_in_job[offset - base]
-        return None
+        if owner is not None:
+            offset = next(self._last_owned(job_id, owner), 0)
+        return self._entries[offset - self.last - 1] if offset >= self.first else None
 
     def of_user(self, user_id: str, after: int) -> list[Update]:
         """Kept updates of a user's jobs with an offset above ``after``, oldest first."""
@@ -212,6 +236,28 @@ class History:
             return self.first - 1 + next(later, len(self._entries)) - self._head
         index = bisect_left(self._entries, unix_ms, lo=self._head, key=_accepted_at)
         return self.first - 1 + index - self._head
+
+    def _note_owner(self, before: Update | None, update: Update) -> None:
+        if before is not None and before.user_id != update.user_id:
+            self._passed_on.setdefault((before.job_id, before.user_id), []).append(before.offset)
+
+    def _forget_owner(self, oldest: Update) -> None:
+        key = (oldest.job_id, oldest.user_id)
+        offsets = self._passed_on.get(key)
+        if offsets is not None and offsets[0] == oldest.offset:
+            del offsets[0]
+            if not offsets:
+                del self._passed_on[key]
+
+    def _last_owned(self, job_id: str, owner: str) -> Iterator[int]:
+        """The offsets of the last updates of each time that the job's id was this user's, newest first."""
+        newest = self._newest_in_job.get(job_id, 0)
+        if newest:
+            update = self._entries[newest - self.last - 1]
+            assert update is not None
+            if update.user_id == owner:
+                yield newest
+        yield from reversed(self._passed_on.get((job_id, owner), ()))
 
     def _chain(self, offset: int, before: list[int], after: int) -> list[Update]:
         base = self.last + 1 - len(self._entries)  # offset of the entry at index 0

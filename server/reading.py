@@ -61,8 +61,7 @@ def channel_updates(history: History, name: str, after: int) -> Sequence[Update]
     kind, rest, *owner = name.split("/")
     if kind == "u":
         return history.of_user(rest, after)
-    updates = history.of_job(rest, after)
-    return [update for update in updates if update.user_id == owner[0]] if owner else updates
+    return history.of_owned_job(rest, owner[0], after) if owner else history.of_job(rest, after)
 
 
 def missed_updates(history: History, wants: Iterable[tuple[str, Filter]], after: int) -> list[Update]:

@@ -136,8 +136,14 @@ def test_it_answers_like_a_plain_list(steps: list[tuple[int, int, int, int]], bo
     for number in range(4):
         assert history.of_job(f"j{number}", after) == [update for update in newer if update.job_id == f"j{number}"]
         assert history.of_user(f"u{number}", after) == [update for update in newer if update.user_id == f"u{number}"]
+        for owner in ("u0", "u1", "u2"):
+            owned = [update for update in kept if (update.job_id, update.user_id) == (f"j{number}", owner)]
+            found = history.of_owned_job(f"j{number}", owner, after)
+            assert found == [update for update in owned if update.offset > after]
+            assert history.last_of_job(f"j{number}", owner) == (owned[-1] if owned else None)
     assert history.first == (kept[0].offset if kept else history.last + 1)
     assert set(history._newest_in_job) == {update.job_id for update in kept}
+    assert {offset for offsets in history._passed_on.values() for offset in offsets} <= {one.offset for one in kept}
 
 
 def test_the_last_of_a_job_is_looked_for_by_owner() -> None:
@@ -159,6 +165,20 @@ def test_the_last_of_a_job_is_looked_for_by_owner() -> None:
     assert history.last_of_job("other") is None
 
 
+def test_what_others_did_with_an_id_costs_its_next_owner_nothing() -> None:
+    history = ring(max_updates=10_000)
+    history.append(entry(1, job="j", user="bob"))
+    for offset in range(2, 1002):
+        history.append(entry(offset, job="j", user="alice"))
+    history._before_in_job = [
+        0 if 1 < offset < 1001 else before for offset, before in enumerate(history._before_in_job, 1)
+    ]
+    # Alice's chain is cut: whoever walks it does not arrive.
+    assert offsets(history.of_owned_job("j", "bob", 0)) == [1]
+    assert history.last_of_job("j", "bob") == history.everything(0)[0]
+    assert history.last_of_job("j", "carol") is None
+
+
 # A part of the log
 
 
@@ -177,6 +197,7 @@ def test_skipped_places_are_filled_later() -> None:
     assert offsets(history.of_job("a", 0)) == [1, 3, 4]
     assert offsets(history.of_user("u", 1)) == [2, 4, 5]
     assert history.last_of_job("a", "v") == history.everything(2)[0]
+    assert offsets(history.of_owned_job("a", "u", 0)) == [1, 4]
     assert history.bytes == 5 * (10 + ENTRY_OVERHEAD)
     history.append(entry(7, job="b"))
     assert offsets(history.of_job("b", 2)) == [5, 7]
