@@ -125,8 +125,8 @@ web: $(WEB)/.done  ## make what browsers are given in server/web/ from server/we
 	node tools/web/build.mjs $(WEB)
 
 sizes: web  ## the same, and what it weighs
-	@for file in $$(cd server/web && ls client.* react.js job-progress.js 2>/dev/null); do \
-		printf '%-16s %6d bytes, %5d gzipped\n' $$file $$(wc -c < server/web/$$file) $$(gzip -9c server/web/$$file | wc -c); done
+	@for file in $$(cd server/web && ls client.* share.js react.js job-progress.js 2>/dev/null); do \
+		printf '%-16s %6d bytes, %5d gzipped\n' $$file $$(wc -c < server/web/$$file) $$(gzip -9nc server/web/$$file | wc -c); done
 
 lint: setup-dev  ## style
 	$(BIN)/ruff check .

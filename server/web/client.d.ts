@@ -130,7 +130,8 @@ export class StatusError extends Error {
   constructor(code: string, message?: string, more?: { status?: number; delay?: number });
   /**
    * The server's own, such as `unauthorized`, `forbidden` or `job_not_found`; or `unreachable`, `timeout`, `blocked` (something
-   * on the way does not let it through), `closed`, `offline`, `disconnected`, `denied` or `gave_up`.
+   * on the way does not let it through), `closed`, `offline`, `disconnected`, `denied`, `no_token` (`getToken` has thrown, or
+   * given nothing within 15 seconds) or `gave_up`.
    */
   code: string;
   /** Of an HTTP answer. */

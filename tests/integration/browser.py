@@ -46,12 +46,14 @@ class Page:
         problems: uncaught exceptions and what the browser complained of, violations of the content security policy too.
         sent: every request as (method, url).
         context: what it shares storage with.
+        browser: what it is a tab of.
     """
 
     def __init__(self, socket: trio_websocket.WebSocketConnection, session: str | None) -> None:
         self.problems: list[str] = []
         self.sent: list[tuple[str, str]] = []
         self.context: dict[str, Any] = {}
+        self.browser: Page | None = None
         self._socket = socket
         self._session = {} if session is None else {"sessionId": session}
         self._answers: dict[int, tuple[trio.Event, dict[str, Any]]] = {}
@@ -199,6 +201,7 @@ async def using_browser(address: str) -> AsyncIterator[Callable[[], Any]]:
             attached = await browser.call("Target.attachToTarget", flatten=True, targetId=target["targetId"])
             page = pages[attached["sessionId"]] = Page(socket, attached["sessionId"])
             page.context = context
+            page.browser = browser
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await page.call(f"{domain}.enable")
             return page

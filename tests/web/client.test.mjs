@@ -182,6 +182,76 @@ describe("the client", { concurrency: 8 }, () => {
     await assert.rejects(made.done("job"), { code: "gave_up" });
   });
 
+  test("Retry-After is obeyed even if the page wakes meanwhile, and has an end", async (t) => {
+    // Longer than timers can wait: it must not come out as no wait at all.
+    for (const after of ["2", "99999999999"]) {
+      const { url, asked } = await pretend(t, (request, response) => response.writeHead(503, { "retry-after": after }).end());
+      const listeners = new Map();
+      globalThis.addEventListener = (type, listener) => listeners.set(type, listener);
+      const made = client(t, { url, transports: ["poll"], reconnectDelay: 1 });
+      delete globalThis.addEventListener;
+      await until(made, "offline");
+      assert.equal(asked.length, 1);
+      for (let turn = 0; turn < 3; turn += 1) {
+        listeners.get("online")();
+        await new Promise((resolve) => setTimeout(resolve, 100));
+      }
+      assert.equal(asked.length, 1, after);
+      if (after !== "2") continue;
+      await more(asked, 2);
+      assert.ok(asked[1] - asked[0] >= 1990, String(asked[1] - asked[0]));
+    }
+  });
+
+  test("a short life makes no failure forgotten", async (t) => {
+    // The sixth time it is connected, for less than what counts.
+    const { url, asked } = await pretend(t, (request, response, count) => {
+      if (count !== 6) return response.destroy();
+      response.writeHead(200, { "content-type": "application/json" });
+      response.end(JSON.stringify({ updates: [], last_seen: "e:1", reset: false }));
+    });
+    const random = Math.random;
+    Math.random = () => 1; // the longest there is
+    t.after(() => (Math.random = random));
+    const made = client(t, { url, transports: ["poll"], reconnectDelay: 10 });
+    made.watch("job", () => {});
+    await more(asked, 8);
+    const waits = asked.slice(1).map((at, index) => at - asked[index]);
+    for (const [failures, wait] of waits.slice(0, 5).entries()) assert.ok(wait >= 20 * 2 ** failures - 2, String(waits));
+    assert.ok(waits[6] >= 318, String(waits));
+  });
+
+  test("a token that cannot be had is told as that, and tried for again", async (t) => {
+    let asked = 0;
+    const errors = [];
+    const made = client(t, {
+      onError: ({ code, message }) => errors.push(`${code}: ${message}`),
+      getToken() {
+        asked += 1;
+        if (asked === 1) throw new Error("nobody is logged in");
+        if (asked === 2) return Promise.reject();
+        return "of.no.use";
+      },
+    });
+    await within(new Promise((resolve) => made.onState(() => made.live && resolve())));
+    assert.deepEqual(errors, ["no_token: nobody is logged in", "no_token: no_token"]);
+    assert.equal(asked, 3);
+  });
+
+  test("a token that never comes does not hold up the next one", { timeout: 60_000 }, async (t) => {
+    let asked = 0;
+    const made = client(t, { getToken: () => (asked += 1) === 1 ? new Promise(() => {}) : "of.no.use" });
+    await new Promise((resolve) => made.onState(() => made.live && resolve()));
+    assert.ok(asked >= 2);
+  });
+
+  test("without autoReconnect every transport is tried once, and that is all", async (t) => {
+    const { url, asked } = await pretend(t, (request, response) => response.destroy());
+    const made = client(t, { url, transports: ["sse", "longpoll", "poll"], autoReconnect: false });
+    await until(made, "closed");
+    assert.equal(asked.length, 3);
+  });
+
   test("without autoReconnect one failure is the end", async (t) => {
     const { url, asked } = await pretend(t, (request, response) => response.destroy());
     const made = client(t, { url, transports: ["poll"], autoReconnect: false });

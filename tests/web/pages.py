@@ -52,6 +52,34 @@ async def until_live(page: Page, transport: str = "") -> None:
     await page.wait(LIVE + (f" && client.transport === '{transport}'" if transport else ""))
 
 
+async def start_all(page: Page, url: str, what: object = "job-1", **options: object) -> None:
+    """The same with a client of each transport: ``clients``, each with ``{client, seen, states, missed, watched}``."""
+    await page.open(f"{url}/client.d.ts")
+    await page.run(
+        f"""(async () => {{
+            const {{ connect }} = await import("{url}/client.js");
+            window.clients = {json.dumps(TRANSPORTS)}.map((transport) => {{
+                const one = {{ seen: [], states: [], missed: [] }};
+                one.client = connect({{ transports: [transport], ...{json.dumps({"reconnectDelay": 50, **options})} }});
+                one.client.onState(({{ state }}) => one.states.push(state));
+                const versions = new Map();
+                one.watched = one.client.watch({json.dumps(what)}, (job) => {{
+                    const before = versions.get(job.jobId) ?? 0;
+                    if (job.type !== "job_deleted" && job.version <= before) one.missed.push(job);
+                    versions.set(job.jobId, job.version);
+                    one.seen.push(job);
+                }});
+                return one;
+            }});
+        }})()"""
+    )
+
+
+async def until_all(page: Page, condition: str) -> None:
+    """Wait until it holds of each of the clients, here called ``one``."""
+    await page.wait(f"clients.every((one) => {condition})")
+
+
 async def publish(at: Address, job_id: str = "job-1", **fields: object) -> Any:
     """One accepted update."""
     return (await at.publish(job_id, **{"userId": "anonymous", **fields})).json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import trio
 
 from tests.integration.browser import started_chromium, using_browser
 from tests.integration.running import ROOT, free_port
-from tests.support import PATIENCE_S, Address, server
-from tests.web.pages import TRANSPORTS, NewPage, publish, start, until_live, versions
+from tests.redis_servers import running_proxy
+from tests.support import PATIENCE_S, Address, server, until
+from tests.web.pages import TRANSPORTS, NewPage, busy, publish, start, start_all, until_all, until_live, versions
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +28,8 @@ REFUSED = "return 403;"
 CUT_OFF = "return 444;"
 WEBSOCKET = "location = /ws/jobs {{ {} }}"
 SSE = "location = /api/v2/jobs/stream {{ {} }}"
+# Those that are open when the configuration is another.
+CUT_OLD = "worker_shutdown_timeout 100ms;"
 LONG_POLL = "if ($arg_timeout ~ [1-9]) {{ {} }}"
 
 
@@ -44,8 +48,10 @@ async def new_page(chromium: str) -> AsyncIterator[NewPage]:
 class Nginx(Address):
     """An nginx in front of a server."""
 
-    def __init__(self, directory: Path, target: int, port: int) -> None:
+    def __init__(self, directory: Path, target: int, port: int, main: str, location: str) -> None:
         super().__init__(port)
+        self._main = main
+        self._location = location
         self._directory = directory
         self._target = target
         self.process: trio.Process | None = None
@@ -56,6 +62,7 @@ class Nginx(Address):
         paths = "".join(f"{kind}_temp_path {self._directory}/{kind};\n" for kind in kinds)
         (self._directory / "nginx.conf").write_text(
             f"""daemon off; error_log stderr notice; pid {self._directory}/nginx.pid; events {{}}
+            {self._main}
             http {{ {paths} access_log off;
                 map $http_upgrade $connection_upgrade {{ default upgrade; "" ""; }}
                 server {{
@@ -68,6 +75,7 @@ class Nginx(Address):
                         proxy_set_header Upgrade $http_upgrade;
                         proxy_set_header Connection $connection_upgrade;
                         proxy_read_timeout 120s;
+                        {self._location}
                     }}
                 }}
             }}"""
@@ -81,10 +89,12 @@ class Nginx(Address):
 
 
 @asynccontextmanager
-async def nginx(directory: Path, target: Address, *blocked: str) -> AsyncIterator[Nginx]:
+async def nginx(
+    directory: Path, target: Address, *blocked: str, main: str = "", location: str = ""
+) -> AsyncIterator[Nginx]:
     """Run nginx in front of a server, with some locations blocked."""
     assert NGINX, "nginx is not there: run `make system`"
-    proxy = Nginx(directory, target.port, free_port())
+    proxy = Nginx(directory, target.port, free_port(), main, location)
     proxy.configure(*blocked)
     process = proxy.process = await trio.lowlevel.open_process(
         [NGINX, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")], stderr=subprocess.PIPE
@@ -173,3 +183,78 @@ async def test_it_comes_back_to_the_best_without_a_gap(new_page: NewPage, tmp_pa
         assert await versions(page) == list(range(1, last["version"] + 1))
         assert await page.run("missed") == []
         assert await page.run("states") == ["open sse", "open websocket"]
+
+
+async def test_one_way_after_the_other_is_closed_during_a_job(new_page: NewPage, tmp_path: Path) -> None:
+    async with server() as at, nginx(tmp_path, at, main=CUT_OLD) as proxy:
+        page = await new_page()
+        await start(page, proxy.url)
+        await until_live(page, "websocket")
+        blocked: list[str] = []
+        async with busy(lambda number: publish(at, message=str(number))):
+            for place, left in ((WEBSOCKET, "sse"), (SSE, "longpoll"), (LONG_POLL, "poll")):
+                blocked.append(place.format(REFUSED))
+                proxy.reconfigure(*blocked)
+                await until_live(page, left)
+        last = await publish(at, status="completed")
+        await page.wait("seen.at(-1).status === 'completed'")
+        assert await versions(page) == list(range(1, last["version"] + 1))
+        assert await page.run("missed") == []
+
+
+async def test_cut_fifty_times_before_and_behind_nginx(new_page: NewPage, tmp_path: Path) -> None:
+    """Four clients, one of each transport, and a network that fails on either side of the proxy."""
+    async with server() as at, running_proxy(at.port) as behind, nginx(tmp_path, Address(behind.port)) as proxy:
+        # What the server asks of EventSource is longer than this test has.
+        behind.replace = (b"retry: 3000", b"retry: 0010")
+        async with running_proxy(proxy.port) as before:
+            await publish(at, status="processing")
+            page = await new_page()
+            await start_all(page, f"http://127.0.0.1:{before.port}", reconnectDelay=10)
+            await until_all(page, "one.seen.length")
+            async with busy(lambda number: publish(at, message=str(number))):
+                for number in range(50):
+                    await until_all(page, "one.client.live")
+                    await trio.sleep(random.uniform(0, 0.1))
+                    side = (before, behind)[number % 2]
+                    made = side.connections
+                    side.cut()
+                    await until(lambda side=side, made=made: side.connections > made)  # type: ignore[misc]
+            last = await publish(at, status="completed")
+            await until_all(page, "one.client.live && one.seen.at(-1).status === 'completed'")
+            assert await page.run("clients.flatMap((one) => one.missed)") == []
+            for seen in await page.run("clients.map((one) => one.seen.map((job) => job.version))"):
+                assert seen == list(range(seen[0], last["version"] + 1))
+
+
+async def test_a_proxy_that_holds_streams_back(new_page: NewPage, tmp_path: Path) -> None:
+    """It connects, answers, and says nothing: as good as blocked."""
+    holding = (
+        "proxy_ignore_headers X-Accel-Buffering; gzip on; gzip_proxied any; gzip_min_length 0; "
+        "gzip_types text/event-stream;"
+    )
+    async with server() as at, nginx(tmp_path, at, WEBSOCKET.format(REFUSED), location=holding) as proxy:
+        page = await new_page()
+        await start(page, proxy.url)
+        await until_live(page, "longpoll")
+        await publish(at, progress=50)
+        await page.wait("seen.length === 1")
+        assert await page.run("states") == ["polling longpoll"], "it has never said that it was live by a stream"
+
+
+async def test_a_captive_portal_is_no_server(new_page: NewPage, tmp_path: Path) -> None:
+    """Whatever is asked, a page comes with status 200: nobody takes that for an answer."""
+    async with server() as at, nginx(tmp_path, at, main=CUT_OLD) as proxy:
+        page = await new_page()
+        await start(page, proxy.url)
+        # One that watches nothing has only the connection to judge by.
+        await page.run(f"window.idle = connect({{ url: '{proxy.url}', transports: ['sse'], reconnectDelay: 50 }}), 0")
+        await until_live(page)
+        await page.wait("idle.live")
+        proxy.reconfigure("default_type text/html; return 200 '<h1>Welcome</h1>';")
+        await page.wait("client.state === 'offline' && errors.length")
+        await page.run("idle.reconnect()")
+        await page.wait("idle.state === 'offline'")
+        await publish(at, progress=50)
+        proxy.reconfigure()
+        await page.wait("client.live && idle.live && seen.length === 1")

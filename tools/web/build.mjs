@@ -1,7 +1,7 @@
 // Makes the files in server/web/ that browsers are given from those in server/web/src/: bundled, and made small.
 // node tools/web/build.mjs TOOLS [DIRECTORY]: with the packages in TOOLS/node_modules, into DIRECTORY (server/web).
 
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -14,9 +14,22 @@ const { minify } = packages("terser");
 
 // Properties that are nobody's business but the client's own: they get short names, the same in all files.
 const PRIVATE =
-  "apply beat bearer changed complain connection controller cursor doubtful end expect fail feed feeds final fresh heard " +
-  "heardAt http keysOf kind known listen listeners liveAt locate names options own parts probe refuse relay renewIn " +
-  "renewed shown silence start store synced told topics";
+  "apply bearer changed complain connection controller cursor doubtful end expect fail feed feeds final fresh heard " +
+  "heardAt http index key kind known listen listeners liveAt locate names options probe query refuse relay renewIn " +
+  "renewed shown silence start stop store synced told topics wanted";
+
+// Numbers with names become numbers: neither of the two takes them for constants once files are joined.
+const numbers = {
+  name: "numbers",
+  setup: ({ onLoad }) =>
+    onLoad({ filter: /[/\\]src[/\\]\w+\.js$/ }, ({ path }) => {
+      let contents = readFileSync(path, "utf8");
+      for (const [whole, name, value] of contents.matchAll(/^const ([A-Z_]+) = ([\d_.]+);/gm)) {
+        contents = contents.replace(whole, "").replace(new RegExp(`\\b${name}\\b`, "g"), value);
+      }
+      return { contents };
+    }),
+};
 
 const client = { mangleProps: new RegExp(`^(${PRIVATE.replaceAll(" ", "|")})$`) };
 const FILES = [
@@ -38,6 +51,7 @@ for (const [name, source, options] of FILES) {
     target: "es2022",
     external: ["react", "./client.js", "./share.js"],
     logLevel: "warning",
+    plugins: [numbers],
     ...(options && { ...options, mangleCache }),
   });
   mangleCache = bundled.mangleCache ?? mangleCache;

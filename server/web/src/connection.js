@@ -6,6 +6,7 @@ import { StatusError } from "./http.js";
 const OPENERS = { websocket: openSocket, sse: openStreams, longpoll: openLongPolls, poll: openPolls };
 
 const CAP_MS = 20_000;
+const LONGEST_MS = 3_600_000; // to stay away, whatever is said
 const CONNECT_MS = 6000; // without a word, before it is live
 const STABLE_MS = 3000;
 const PROBE_MS = 3000;
@@ -21,7 +22,7 @@ function session(use) {
   try {
     return use(sessionStorage);
   } catch {
-    return null;
+    // Then it is not remembered.
   }
 }
 
@@ -39,6 +40,7 @@ export function createConnection({ http, store, options, onState, complain }) {
   let tried; // in this round
   let refused; // the last token was
   let timer;
+  let due; // before that the server does not want us
   let upward;
   let upwardMs;
   let renewal;
@@ -49,7 +51,7 @@ export function createConnection({ http, store, options, onState, complain }) {
 
   function say(now, error) {
     const transport = link?.live ? transports[link.index] : null;
-    if (state !== (state = now + transport)) onState({ state: now, transport, error });
+    if (state !== (state = now + transport + error)) onState({ state: now, transport, error });
   }
 
   const sayLive = () => say(/poll/.test(transports[link.index]) ? "polling" : "open");
@@ -99,7 +101,7 @@ export function createConnection({ http, store, options, onState, complain }) {
     refused = false;
     attempts = tried = 0;
     start = index;
-    session((kept) => kept.setItem(memory, transports[index]));
+    session((kept) => (kept[memory] = transports[index]));
     upwardMs = SOON_MS;
     lookUpward();
     watchToken();
@@ -129,9 +131,10 @@ export function createConnection({ http, store, options, onState, complain }) {
       say("connecting", why);
       return go();
     }
-    if (why.status === 401 || why.final || !autoReconnect) return close(why);
+    if (why.status === 401 || why.final) return close(why);
     if (one.live) {
-      failures = Date.now() - one.liveAt > STABLE_MS ? 0 : Math.min(failures + 1, 2);
+      // A short life makes it no more patient than a few failures do, and lets none be forgotten.
+      failures = Date.now() - one.liveAt > STABLE_MS ? 0 : Math.max(failures, Math.min(failures + 1, 2));
       say("connecting", why);
     } else {
       tried += 1;
@@ -142,13 +145,19 @@ export function createConnection({ http, store, options, onState, complain }) {
       say("offline", why);
       complain(why);
     }
-    attempts += 1;
-    if (attempts > maxReconnectAttempts) return close(new StatusError("gave_up", why.message, { cause: why }));
-    timer = setTimeout(go, Math.max(why.delay ?? 0, Math.random() * Math.min(CAP_MS, reconnectDelay * 2 ** failures)));
+    if (!autoReconnect) return close(why);
+    if ((attempts += 1) > maxReconnectAttempts) return close(new StatusError("gave_up", why.message, { cause: why }));
+    const delay = Math.min(why.delay ?? 0, LONGEST_MS);
+    due = performance.now() + delay;
+    goIn(Math.max(delay, Math.random() * Math.min(CAP_MS, reconnectDelay * 2 ** failures)));
+  }
+
+  function goIn(ms) {
+    clearTimeout(timer);
+    timer = setTimeout(go, ms);
   }
 
   function go() {
-    clearTimeout(timer);
     if (wanted && !asleep && !link) open((start + tried) % transports.length);
   }
 
@@ -177,7 +186,8 @@ export function createConnection({ http, store, options, onState, complain }) {
     tickedAt = now;
     for (const one of [link, trial]) {
       if (!one) continue;
-      const silent = now - one.heardAt;
+      // A clock that was set back makes it negative.
+      const silent = Math.abs(now - one.heardAt);
       if (silent > (one.live ? 2 * one.silence : CONNECT_MS) || now - one.doubtful > PROBE_MS) one.fail(new StatusError("timeout"));
       else if (quick && one.live) {
         one.doubtful = now;
@@ -191,7 +201,9 @@ export function createConnection({ http, store, options, onState, complain }) {
   function wake() {
     clearTimeout(hidden);
     asleep = false;
-    if (wanted) link ? check(true) : go();
+    if (!wanted) return;
+    if (link) return check(true);
+    goIn(due - performance.now());
   }
 
   function sleep(why) {
@@ -206,7 +218,7 @@ export function createConnection({ http, store, options, onState, complain }) {
       drop();
       say("offline", new StatusError("offline"));
       // What browsers say of it is not always so.
-      timer = setTimeout(go, CAP_MS);
+      goIn(CAP_MS);
     },
     visibilitychange() {
       if (!document.hidden) wake();
@@ -224,13 +236,13 @@ export function createConnection({ http, store, options, onState, complain }) {
       if (wanted) return;
       wanted = true;
       asleep = refused = false;
-      failures = attempts = tried = 0;
-      start = Math.max(0, transports.indexOf(session((kept) => kept.getItem(memory))));
+      failures = attempts = tried = due = 0;
+      start = Math.max(0, transports.indexOf(session((kept) => kept[memory])));
       tickedAt = Date.now();
       tick = setInterval(check, TICK_MS);
       listening = new AbortController();
       for (const event in handlers) {
-        (/vis|free|resu/.test(event) ? globalThis.document : globalThis)?.addEventListener?.(event, handlers[event], listening);
+        (/v|ee|su/.test(event) ? globalThis.document : globalThis)?.addEventListener?.(event, handlers[event], listening);
       }
       say("connecting");
       go();

@@ -16,6 +16,9 @@ export class StatusError extends Error {
 // The shorter of these before its end a token is renewed.
 const EARLY_MS = 30_000;
 const EARLY_SHARE = 0.2;
+// What does not come must not be waited for by all that is asked later.
+const TOKEN_MS = 15_000;
+const REQUEST_MS = 30_000;
 
 /** What a JWT says of itself; nothing of other tokens. */
 export function claims(token) {
@@ -34,7 +37,15 @@ export function createHttp(base, getToken) {
   let asking;
 
   async function ask() {
-    token = await getToken({ refused });
+    try {
+      token = await new Promise((resolve, reject) => {
+        AbortSignal.timeout(TOKEN_MS).onabort = reject;
+        Promise.resolve(getToken({ refused })).then(resolve, reject);
+      });
+    } catch (error) {
+      // No other way to the server would help.
+      throw new StatusError("no_token", error?.message, { delay: 0 });
+    }
     refused = false;
     const now = Date.now();
     const left = claims(token).exp * 1000 - now;
@@ -55,7 +66,7 @@ export function createHttp(base, getToken) {
     return url;
   }
 
-  async function request(path, { method, query, body, accept = "application/json", signal } = {}) {
+  async function request(path, { method, query, body, accept = "application/json", signal = AbortSignal.timeout(REQUEST_MS) } = {}) {
     const url = locate(path, query);
     const go = (bearer) => {
       const headers = { accept };
@@ -80,7 +91,7 @@ export function createHttp(base, getToken) {
       // A number of seconds, or a date.
       delay: after ? after * 1000 || Date.parse(after) - Date.now() || 0 : undefined,
       // A refusal in the server's own words; a proxy's is a matter of the way there.
-      final: said && status < 500 && status !== 401 && status !== 429,
+      final: said && !/401|429|5../.test(status),
     });
   }
 

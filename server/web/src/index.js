@@ -2,7 +2,7 @@
 
 import { createConnection } from "./connection.js";
 import { StatusError, createHttp } from "./http.js";
-import { createStore, hasEnded, topicOf } from "./store.js";
+import { call, createStore, hasEnded, topicOf } from "./store.js";
 
 export { StatusError };
 
@@ -15,22 +15,23 @@ export function connect(options = {}) {
   if (!base.pathname.endsWith("/")) base.pathname += "/";
   const http = createHttp(base, getToken);
   const watchers = new Set();
-  const complain = (error) => onError?.(error);
-  const store = createStore({ since, changed: () => way.changed(), shown: (job) => onProgress?.(job) });
-  const parts = { http, store, options, onState, complain };
+  const complain = (error) => call(onError, error);
+  const store = createStore({ since, changed: () => way.changed(), shown: onProgress });
+  const parts = { http, store, options, onState, complain, StatusError };
   parts.connection = createConnection({
     ...parts,
     store: { ...store, apply: (...heard) => (store.apply(...heard), way.relay?.(...heard)) },
     onState: (now) => (way.told ?? onState)(now),
   });
   let way = parts.connection; // or what stands in for it
+  let loading;
   let wanted;
 
   async function start() {
     wanted = true;
     if (options.share && way === parts.connection && globalThis.navigator?.locks) {
       // Most pages do without: it is a file of its own.
-      way = await import("./share.js").then((share) => share.createShare(parts), (error) => (complain(error), way));
+      way = await (loading ??= import("./share.js").then((share) => share.createShare(parts), (error) => (complain(error), way)));
     }
     if (wanted) way.start();
   }
@@ -42,9 +43,10 @@ export function connect(options = {}) {
 
   function onState(now) {
     const wasLive = client.live;
-    Object.assign(client, now, { live: /open|polling/.test(now.state) });
-    if (client.live !== wasLive) (wasLive ? onDisconnect : onConnect)?.(client);
-    for (const watcher of [...watchers]) watcher(client);
+    // Open or polling.
+    Object.assign(client, now, { live: /p/.test(now.state) });
+    if (client.live !== wasLive) call(wasLive ? onDisconnect : onConnect, client);
+    for (const watcher of [...watchers]) call(watcher, client);
   }
 
   const ask = (jobId, what = "", method = "GET") => http.json(`api/v2/jobs/${encodeURIComponent(jobId)}${what}`, { method });
@@ -52,12 +54,9 @@ export function connect(options = {}) {
   async function* iterate(what, signal) {
     const queue = [];
     const only = typeof what === "string";
-    let over = signal?.aborted;
+    let over;
     let wake;
-    const note = () => {
-      over ||= signal?.aborted || client.state === "closed";
-      wake?.();
-    };
+    const note = () => wake?.();
     const stop = store.listen(topicOf(what), (news) => {
       // Whoever takes them slowly gets the newest of each job.
       const older = queue.length < QUEUE ? -1 : queue.findIndex((one) => one.jobId === news.jobId);
@@ -67,18 +66,19 @@ export function connect(options = {}) {
       note();
     });
     const off = client.onState(note);
-    signal?.addEventListener("abort", note);
+    signal.addEventListener("abort", note);
     try {
-      for (note(); ; ) {
+      for (;;) {
         while (queue.length) yield queue.shift();
-        if (over) break;
+        // By now whoever has closed it may have reconnected.
+        if (over || signal.aborted || client.state === "closed") break;
         await new Promise((resolve) => (wake = resolve));
       }
       if (client.error && client.state === "closed") throw client.error;
     } finally {
       stop();
       off();
-      signal?.removeEventListener("abort", note);
+      signal.removeEventListener("abort", note);
     }
   }
 
@@ -110,12 +110,12 @@ export function connect(options = {}) {
       return { ...((client.live && store.get(jobId)) || (await ask(jobId))), live: true };
     },
 
-    async done(jobId, { signal } = {}) {
-      for await (const job of iterate(jobId, signal)) {
+    async done(jobId, watching) {
+      for await (const job of client.watch(jobId, watching)) {
         if (hasEnded(job)) return job;
         if (job.type === "job_deleted") throw new StatusError(job.type);
       }
-      signal?.throwIfAborted();
+      watching?.signal?.throwIfAborted();
       throw new StatusError("closed");
     },
 

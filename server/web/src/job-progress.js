@@ -56,6 +56,12 @@ class JobProgress extends (globalThis.HTMLElement ?? Object) {
   }
 
   connectedCallback() {
+    // Set before this element was known as what it is, it would hide the setter.
+    if (Object.hasOwn(this, "client")) {
+      const { client } = this;
+      delete this.client;
+      this.client = client;
+    }
     if (!this.#parts) {
       const root = this.attachShadow({ mode: "open" });
       const style = new CSSStyleSheet();

@@ -162,8 +162,8 @@ function openLoops(to, step) {
     (async () => {
       let feed;
       while (!signal.aborted && (feed = to.store.feeds().find((one) => one.key === key))) {
-        // With something new in it: all of it anew.
-        if (feed.fresh[0]) feed.cursor = undefined;
+        // What is new in it is caught up with the others, whose cursor stays.
+        if (feed.fresh[0] && feed.cursor) await poll(to, { ...feed, key: feed.kind, names: feed.fresh, cursor: undefined }, 0, signal);
         await step(feed, signal, settle);
       }
     })().catch((error) => {
@@ -198,13 +198,13 @@ function openLoops(to, step) {
 
   function end(error) {
     stop();
-    to.fail(error.code ? error : new StatusError("unreachable"));
+    to.fail(error instanceof StatusError ? error : new StatusError(/Time/.test(error) ? "timeout" : "unreachable"));
   }
 
   queueMicrotask(() => {
     changed();
     // With nothing to watch, whether the server answers is all there is to know.
-    if (!loops.size) to.http.request("api/v2/jobs?limit=1").then(to.live, end);
+    if (!loops.size) to.http.json("api/v2/jobs?limit=1").then(to.live, end);
   });
   return { stop, changed, renewed: again, probe: again };
 }
@@ -298,15 +298,14 @@ export function openStreams(to) {
       const lines = (rest + value).split("\n");
       rest = lines.pop();
       for (const line of lines) {
-        const [, field, text] = /^(\w*): ?(.*?)\r?$/.exec(line) ?? [];
+        const [, field, text] = /^(\w*): ?([^]*)/.exec(line) ?? [];
         // The server's events have one line of data, behind their id.
         if (field === "data") take(JSON.parse(text));
         else if (field === "id") id = text;
         else if (field === "retry") delay = +text;
       }
     }
-    if (failure) throw failure;
-    if (kind !== "job") throw new StatusError("closed", undefined, { delay });
+    if (failure || kind !== "job") throw failure ?? new StatusError("closed", undefined, { delay });
     // All of its jobs have ended. What begins again is not missed.
     await wait();
   });

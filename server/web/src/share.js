@@ -6,7 +6,7 @@ import { claims } from "./http.js";
 const ASK_MS = 5000;
 
 /** The same as the connection, for which it stands in. */
-export function createShare({ http, store, connection, onState, complain }) {
+export function createShare({ http, store, connection, onState, complain, StatusError }) {
   const id = String(Math.random());
   const tabs = new Map(); // what other tabs watch, for the one that leads
   let name; // of the lock and the channel
@@ -22,7 +22,7 @@ export function createShare({ http, store, connection, onState, complain }) {
   const extra = new Map(); // what is watched only because others do -> a function that ends it
   let now = { state: "connecting", transport: null }; // of the connection here
 
-  const post = (message) => bus.postMessage(message);
+  const post = (message) => bus?.postMessage(message);
 
   /** What this tab itself watches. */
   const own = () => [...store.topics].filter(([key, { listeners }]) => listeners.size > extra.has(key)).map(([key]) => key);
@@ -40,7 +40,7 @@ export function createShare({ http, store, connection, onState, complain }) {
     const wanted = [...new Set([...own(), ...[...tabs.values()].flat()])];
     const { state, transport, error } = now;
     want(wanted);
-    post({ state, transport, wanted, error: error && { code: error.code, message: error.message } });
+    post({ state, transport, wanted, error: error && { ...error, message: error.message, cause: undefined } });
   }
 
   function changed(force) {
@@ -49,10 +49,12 @@ export function createShare({ http, store, connection, onState, complain }) {
     if (!force && told === String(topics)) return;
     told = String(topics);
     if (leads) tell();
-    else post({ tab: id, topics });
+    else post({ tab: id, topics, anew: force });
   }
 
   async function join(options) {
+    // Whatever wakes a page does so twice at times: one that waits is enough.
+    queue?.abort();
     const mine = (queue = new AbortController());
     const lead = () =>
       new Promise((resolve) => {
@@ -63,36 +65,57 @@ export function createShare({ http, store, connection, onState, complain }) {
       });
     // It may be taken away, or not be waited for any longer.
     await navigator.locks.request(name, options ?? { signal: mine.signal }, lead).catch(() => {});
-    if (leads) {
-      leads = undefined;
-      connection.stop();
-    }
-    if (!mine.signal.aborted) join();
+    if (mine.signal.aborted) return yieldLead();
+    sleep();
+    wake();
   }
 
-  function leave() {
+  function yieldLead() {
+    if (!leads) return;
+    leads();
+    leads = undefined;
+    connection.stop();
+  }
+
+  function leave(state) {
     queue?.abort();
-    leads?.();
+    yieldLead();
+    onState({ state, transport: null });
+  }
+
+  function sleep() {
+    leave("connecting");
+  }
+
+  function wake() {
+    join();
+    changed(true);
   }
 
   function hear({ data }) {
-    const { tab, topics, feed, message, cursor } = data;
-    if (leads) {
+    const { tab, topics, feed, message } = data;
+    if (!tab && !data.ask) heardAt = Date.now();
+    // From whoever took over while this tab stood still, even before it knows.
+    if (message) store.apply(feed, message, data.cursor);
+    else if (leads) {
       if (data.ask) tell();
       if (!tab) return;
       // It holds that lock for as long as it lives.
       if (!tabs.has(tab)) navigator.locks.request(name + tab, () => tabs.delete(tab) && leads && tell());
       tabs.set(tab, topics);
+      // It may know better than those here before, who have given up.
+      if (data.anew) connection.start();
       tell();
       const keys = topics.filter((key) => store.topics.get(key)?.synced);
-      post({ message: { type: "snapshot", keys, jobs: keys.flatMap(store.known) } });
+      // Over a WebSocket there is one cursor for all.
+      const cursor = now.transport === "websocket" ? store.feeds()[0]?.cursor : undefined;
+      post({ message: { type: "snapshot", keys, jobs: keys.flatMap(store.known) }, cursor });
     } else if (!tab && !data.ask) {
-      heardAt = Date.now();
       if (data.who) changed(true);
-      else if (message) store.apply(feed, message, cursor);
       else {
-        want(data.wanted);
-        onState(data);
+        const { state, transport, wanted, error } = data;
+        want(wanted);
+        onState({ state, transport, error: error && new StatusError(error.code, error.message, error) });
       }
     }
   }
@@ -102,7 +125,6 @@ export function createShare({ http, store, connection, onState, complain }) {
     if (leads) return;
     if (heardAt < askedAt) {
       onState({ state: "connecting", transport: null });
-      queue.abort();
       join({ steal: true });
     }
     askedAt = Date.now();
@@ -124,26 +146,31 @@ export function createShare({ http, store, connection, onState, complain }) {
     },
 
     async start() {
+      if (stopped && !stopped.signal.aborted) return;
+      stopped = new AbortController();
+      const { signal } = stopped;
+      onState({ state: "connecting", transport: null });
       const token = await http.bearer().catch(complain);
+      if (signal.aborted) return;
       name = `statuswire:${http.locate("")}:${claims(token).sub}`;
       bus = new BroadcastChannel(name);
       bus.onmessage = hear;
-      navigator.locks.request(name + id, () => new Promise(() => {}));
+      // Held from before others hear of this tab until it is gone, or wants nothing any more.
+      const stay = () => (changed(true), new Promise((resolve) => signal.addEventListener("abort", resolve)));
+      navigator.locks.request(name + id, { signal }, stay).catch(() => {});
       heardAt = askedAt = 0;
       tick = setInterval(look, ASK_MS);
-      stopped = new AbortController();
-      for (const [event, target] of [["freeze", document], ["pagehide", window]]) target.addEventListener(event, leave, stopped);
-      for (const [event, target] of [["resume", document], ["pageshow", window]]) target.addEventListener(event, () => join(), stopped);
+      for (const [event, target] of [["freeze", document], ["pagehide", window]]) target.addEventListener(event, sleep, stopped);
+      for (const [event, target] of [["resume", document], ["pageshow", window]]) target.addEventListener(event, wake, stopped);
       join();
-      changed(true);
     },
 
     stop() {
       clearInterval(tick);
-      stopped.abort();
-      leave();
-      bus.close();
-      onState({ state: "closed", transport: null });
+      stopped?.abort();
+      leave("closed");
+      bus?.close();
+      bus = undefined;
     },
   };
 }

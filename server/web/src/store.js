@@ -7,7 +7,17 @@
 const FORGOTTEN = 1000; // deleted jobs, and notifications, that are remembered so that they are not shown again
 const FEED_JOBS = 150; // a feed's ids go into an address, and proxies take some 8 KB of it
 
-export const hasEnded = (job) => /^(completed|failed|cancelled)$/.test(job.status);
+// Completed, cancelled, failed.
+export const hasEnded = (job) => /^[cf]/.test(job.status);
+
+/** Call what is not ours: its mistakes are for the console, and stop nothing here. */
+export function call(callback, news) {
+  try {
+    callback?.(news);
+  } catch (error) {
+    Promise.reject(error);
+  }
+}
 
 export const topicOf = (what) =>
   typeof what === "string" ? `job:${what}`
@@ -68,19 +78,12 @@ export function createStore({ since, changed, shown }) {
   const topicsOf = ({ jobId, userId }) => [`job:${jobId}`, `user:${userId}`, "all:"].filter((key) => topics.has(key));
 
   function tell(key, news) {
-    for (const listener of topics.get(key).listeners) {
-      try {
-        listener(news);
-      } catch (error) {
-        // Somebody else's mistake: for the console, not for the others.
-        Promise.reject(error);
-      }
-    }
+    for (const listener of topics.get(key).listeners) call(listener, news);
   }
 
   function show(job, keys) {
     for (const key of keys) tell(key, job);
-    shown(job);
+    call(shown, job);
   }
 
   function put(job, force) {
@@ -104,8 +107,6 @@ export function createStore({ since, changed, shown }) {
     show({ ...job, ...message }, topicsOf(job));
   }
 
-  const covers = (keys, key) => !keys || keys.includes(key);
-
   const known = (key) =>
     key.startsWith("job:")
       ? [jobs.get(key.slice(4))].filter(Boolean)
@@ -118,7 +119,7 @@ export function createStore({ since, changed, shown }) {
     /**
      * Take what was heard.
      * @param {string | undefined} feed the one it came over, undefined if over a connection for all of them
-     * @param {any} message of the server's, or `{type: "snapshot", jobs, keys?, reset?}` of some topics or all
+     * @param {any} message of the server's, or `{type: "snapshot", jobs, keys, reset?}` of the topics `keys`
      * @param {string | undefined} cursor how far the feed is now; undefined if that is not known
      */
     apply(feed, message, cursor) {
@@ -127,11 +128,11 @@ export function createStore({ since, changed, shown }) {
         const there = new Set(message.jobs.map((job) => job.jobId));
         if (message.reset) {
           for (const [jobId, job] of jobs) {
-            if (!there.has(jobId) && topicsOf(job).some((key) => covers(keys, key))) drop({ type: "job_deleted", jobId });
+            if (!there.has(jobId) && topicsOf(job).some((key) => keys.includes(key))) drop({ type: "job_deleted", jobId });
           }
         }
         for (const job of message.jobs) put({ ...job, type }, message.reset);
-        for (const [key, topic] of topics) topic.synced ||= covers(keys, key);
+        for (const [key, topic] of topics) topic.synced ||= keys.includes(key);
       } else if (type === "job_deleted") drop(message);
       else if (type === "notification") {
         if (!notices.has(id)) {
@@ -151,7 +152,8 @@ export function createStore({ since, changed, shown }) {
       for (const { feed, kind, name, synced } of topics.values()) {
         const one = (feeds[feed] ??= { key: feed, kind, names: [], fresh: [] });
         one.names.push(name);
-        if (synced) one.cursor = cursors.get(feed);
+        // Told by another tab, but not as of when: what is asked for then is answered by all there is.
+        if (synced) one.cursor = cursors.get(feed) ?? "-";
         else one.fresh.push(name);
       }
       return Object.values(feeds);
