@@ -338,6 +338,22 @@ def test_what_is_hardly_a_token(bad: str) -> None:
     assert_bad(authenticator(), bad)
 
 
+def test_of_a_repeated_name_the_last_counts_and_the_algorithm_stays_pinned() -> None:
+    """RFC 7519 section 4: refuse such claims, or take the last."""
+    claims = b'{"sub":"root","admin":true,"sub":"ann","admin":false}'
+    identity = authenticator().verify(forge({"alg": "HS256"}, claims))
+    assert (identity.user, identity.admin) == ("ann", False)
+    for header in (b'{"alg":"HS256","alg":"none"}', b'{"alg":"HS256","alg":"HS512"}'):
+        assert_bad(authenticator(), forge(header, {"sub": "ann"}))
+        assert_bad(authenticator(), forge(header, {"sub": "ann"}).rpartition(".")[0] + ".")
+
+
+@pytest.mark.parametrize("depth", [200, 1500, 2900])
+def test_deep_claims_are_an_identity_or_401(depth: int) -> None:
+    deep = b'{"sub":"ann","x":' + b"[" * depth + b"]" * depth + b"}"
+    verify_or_401(forge({"alg": "HS256"}, deep))
+
+
 def test_a_huge_token_is_refused_even_if_genuine() -> None:
     assert_bad(authenticator(), token(padding="x" * 8192))
     assert authenticator().verify(token(padding="x" * 5000)).user == "ann"
@@ -558,7 +574,10 @@ def test_only_true_is_admin(admin: object) -> None:
 
 
 BAD_VALUES: dict[str, list[object]] = {
-    "sub": ["", "a b", "x" * 129, "ann\n", "änn", "a/b", 1, 1.5, True, None, ["ann"], {"id": "ann"}],
+    "sub": [
+        *("", "a b", "x" * 129, "ann\n", "ann\r\n", "ann\x00", "ann\u2028", "\ud800", "änn", "a/b", "queue:v"),
+        *(1, 1.5, True, None, ["ann"], {"id": "ann"}),
+    ],
     "capabilities": ["publish", None, {"publish": True}, ["publish", 1], [["publish"]], True],
     "exp": ["", "123", "9" * 20, True, None, [NOW + 5], {}, float("nan"), float("inf"), 10**400],
     "nbf": ["", "123", True, None, [NOW - 5], {}, float("nan"), float("-inf"), NOW + 2, 1e300],
