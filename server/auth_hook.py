@@ -99,6 +99,16 @@ class AuthHook:
         self._slots.total_tokens = config.hook_concurrency
         self._remembered.clear()
 
+    def forget(self, user: str) -> None:
+        """Ask about a user anew: some session of theirs may have ended. Nobody new gets what is being asked now."""
+        remembered = self._remembered
+        for digest in [
+            key for key, (_, kept) in remembered.items() if isinstance(kept, Identity) and kept.user == user
+        ]:
+            del remembered[digest]
+        # Of those that are under way nobody knows yet whom they are about.
+        self._asking.clear()
+
     async def run(self) -> None:
         """Be able to ask, until cancelled: requests outlive the callers that wait for them."""
         import httpx
@@ -172,7 +182,9 @@ class AuthHook:
         except Exception as error:  # whatever the application or the library does, its callers are answered
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         finally:
-            del self._asking[digest]
+            is_current = self._asking.get(digest) is asked
+            if is_current:
+                del self._asking[digest]
             asked.outcome = outcome
             asked.done.set()
         now = self._clock()
@@ -188,7 +200,7 @@ class AuthHook:
                 until = min(until, outcome.expires_at)
         else:
             until = now + min(config.hook_cache, REFUSED_S)
-        if config is self._config:  # else the answer is another application's
+        if is_current and config is self._config:  # else the answer is older than `forget`, or another application's
             self._remember(digest, until, outcome, now)
 
     def _remember(self, digest: bytes, until: float, outcome: Identity | ApiError, now: float) -> None:

@@ -152,6 +152,9 @@ class Node:
                 config.store.path, self.jobs, self.history, self.deliver, self.wheel, on_new_epoch=self.log_lost
             )
         self.authenticator = Authenticator(config.auth)
+        if self.authenticator.hook is not None:
+            # Whoever is sent away has logged out: what is remembered of their sessions must not let them in again.
+            self.presence.on_sent_away = self.authenticator.hook.forget
         self.cursors = Cursors()
         unseen = any(callback.unseen_after for callback in config.callbacks.values())
         self.seen = Seen(self.presence, self.shared, wanted=unseen)

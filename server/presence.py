@@ -61,6 +61,8 @@ class Presence:
         channels: by the channel they have joined; never empty.
         cluster: what knows the other nodes, if there can be any.
         on_event: told who came and went, if anybody has joined the channel that says so.
+        on_sent_away: told of users whose connections are ended; if there is one, all nodes are asked to end them, also
+            those without any.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -73,6 +75,7 @@ class Presence:
         self._users_on: dict[str, int] = {}
         self.cluster: Cluster | None = None
         self.on_event: OnEvent | None = None
+        self.on_sent_away: Callable[[str], None] | None = None
 
     # Coming and going
 
@@ -263,7 +266,10 @@ class Presence:
         """End all of a user's connections, on all nodes; how many there were."""
         count = self.disconnect_here("user", user)
         if self.cluster is not None:
-            nodes = {info.node for info in await self.cluster.of_user(user)}
+            if self.on_sent_away is None:
+                nodes = {info.node for info in await self.cluster.of_user(user)}
+            else:
+                nodes = {peer.node_id for peer in await self.cluster.peers()}
             count += await self.cluster.requests.disconnect("user", user, nodes)
         return count
 
@@ -272,6 +278,8 @@ class Presence:
         its = [self.clients[name]] if kind == "client" and name in self.clients else []
         if kind == "user":
             its = list(self.users.get(name, ()))
+            if self.on_sent_away is not None:
+                self.on_sent_away(name)
         for connected in its:
             connected.disconnect()
         return len(its)

@@ -17,6 +17,7 @@ from server import cluster as cluster_module
 from server.cluster import Cluster
 from server.metrics import Sample
 from tests.redis_servers import RedisServer, running_cluster, running_server
+from tests.server.test_auth_hook import application
 from tests.server.test_presence import Someone, presence, told_of_comings_and_goings
 from tests.streams import event_stream, session, websocket
 from tests.support import AUTH, InProcess, bearer, server, spawned, token, until
@@ -185,6 +186,17 @@ async def test_disconnecting_works_from_any_node(redis: RedisServer) -> None:
             assert (await second.closed()).code == 1008
             assert [event.data.get("code") for event in await stream.rest()] == ["disconnected"]
             await other.quiet()
+
+
+async def test_no_node_remembers_the_sessions_of_whoever_is_sent_away(redis: RedisServer) -> None:
+    """Also one that the user was not connected to."""
+    async with application() as app, nodes(redis.url, 2, auth={"hook_url": app.url, "hook_cache": 60}) as (one, two):
+        cookie = {"Cookie": "session=1"}
+        assert (await two.get("/api/v2/jobs", cookie)).status == 200
+        app.reply = lambda headers: (401, {})
+        assert (await two.get("/api/v2/jobs", cookie)).status == 200
+        assert await one.node.presence.disconnect_user("alice") == 0
+        assert (await two.get("/api/v2/jobs", cookie)).status == 401
 
 
 async def test_who_came_and_went_is_told_once_whoever_saw_it(redis: RedisServer) -> None:

@@ -244,6 +244,48 @@ async def test_a_live_connection_ends_with_the_session_and_may_renew_it() -> Non
             assert (await ws.receive())["expiresAt"] == "2999-01-02T00:00:00.000Z"
 
 
+async def test_whoever_is_sent_away_is_asked_about_anew() -> None:
+    ended: set[str] = set()
+
+    def who(headers: dict[str, str]) -> Reply:
+        cookie = headers["cookie"]
+        return (401, {}) if cookie in ended else (200, {"userId": cookie.partition("-")[0], "admin": cookie == "root"})
+
+    async with application() as app, server(auth={"hook_url": app.url, "hook_cache": 60}) as at:
+        app.reply = who
+        for cookie in ("ann-1", "ann-2", "ben-1"):
+            assert (await at.get(JOBS, {"Cookie": cookie})).status == 200
+        async with websocket(at, headers={"Cookie": "ann-1"}) as ws:
+            await ws.receive()
+            ended.add("ann-1")
+            assert (await at.get(JOBS, {"Cookie": "ann-1"})).status == 200  # as it is remembered
+            answer = await at.ask("DELETE", "/api/sse/users/ann", headers={"Cookie": "root"})
+            assert answer.json == {"disconnected": 1}
+            assert (await ws.closed()).code == 1008
+        assert (await at.get(JOBS, {"Cookie": "ann-1"})).status == 401
+        asked = len(app.asked)
+        assert (await at.get(JOBS, {"Cookie": "ann-2"})).status == 200
+        assert len(app.asked) == asked + 1
+        assert (await at.get(JOBS, {"Cookie": "ben-1"})).status == 200
+        assert len(app.asked) == asked + 1, "of others it is remembered"
+
+
+async def test_an_answer_that_was_on_its_way_then_is_for_those_who_waited_only() -> None:
+    async with application() as app, asking(app, hook_cache=60) as hook, trio.open_nursery() as nursery:
+        release = trio.Event()
+        app.before = release.wait
+        nursery.start_soon(hook.ask, {"cookie": "a=b"})
+        await until(lambda: app.open == 1)
+        hook.forget("alice")
+        app.before = trio.lowlevel.checkpoint
+        app.reply = lambda headers: (401, {})
+        assert (await refused(hook)).status == 401
+        app.reply = lambda headers: (200, {"userId": "alice"})
+        release.set()
+        await until(lambda: app.open == 0)
+        assert (await refused(hook)).status == 401
+
+
 async def test_credentials_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     async with application() as app, server(auth={"hook_url": app.url}) as at:

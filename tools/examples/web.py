@@ -231,7 +231,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="of the address to open (8000); 0 takes any free one")
     parser.add_argument("--built", action="store_true", help="React: serve what Vite builds, not its sources")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="statuswire-example-") as directory:
         stage = Stage(arguments.port or free_port(), Path(directory), arguments.built)
         try:
@@ -250,8 +251,9 @@ def main() -> int:
             print(f"example-{arguments.kind}: {failure}", file=sys.stderr)
             return 1
         finally:
-            # From here on a second Ctrl-C must not leave something behind.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # From here on a second one must not leave something behind.
+            for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(ending, signal.SIG_IGN)
             stage.end()
     return 0
 

@@ -122,7 +122,10 @@ async def logout(found: Session, session: Annotated[str, Cookie()] = "") -> Resp
 
 
 async def disconnect(user: str) -> None:
-    """End the user's live connections. Pages of other sessions, on another device say, load themselves again."""
+    """End the user's live connections, and have statuswire ask anew whose a session is.
+
+    Pages of the user's other sessions, on another device say, load themselves again.
+    """
     headers = {"Authorization": f"Bearer {os.environ['STATUSWIRE_TOKEN']}"}
     try:
         async with httpx.AsyncClient(headers=headers, timeout=5) as client:

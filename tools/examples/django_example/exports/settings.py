@@ -38,6 +38,9 @@ DATABASES = {
     }
 }
 USE_TZ = True
+TIME_ZONE = "UTC"
+# Not a line for each request.
+LOGGING = {"version": 1, "disable_existing_loggers": False, "loggers": {"django.server": {"level": "WARNING"}}}
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = "jobs"
 LOGOUT_REDIRECT_URL = "login"

@@ -90,7 +90,10 @@ class Logout(LogoutView):
 
 
 def disconnect(user: str) -> None:
-    """End the user's live connections. Pages of other sessions, on another device say, load themselves again."""
+    """End the user's live connections, and have statuswire ask anew whose a session is.
+
+    Pages of the user's other sessions, on another device say, load themselves again.
+    """
     headers = {"Authorization": f"Bearer {settings.STATUSWIRE_TOKEN}"}
     try:
         httpx.delete(f"{settings.STATUSWIRE_URL}/api/sse/users/{user}", headers=headers, timeout=5).raise_for_status()
