@@ -229,7 +229,7 @@ async def test_the_application_sees_cookies_beside_tokens() -> None:
 
 async def test_a_live_connection_ends_with_the_session_and_may_renew_it() -> None:
     async with application() as app, server(auth={"hook_url": app.url, "hook_cache": 0}) as at:
-        app.reply = lambda headers: (200, {"userId": "alice", "expiresAt": in_seconds(0.3)})
+        app.reply = lambda headers: (200, {"userId": "alice", "expiresAt": in_seconds(1.5)})
         async with websocket(at, headers={"Cookie": "a=b"}) as ws:
             assert (await ws.receive())["type"] == "connected"
             assert (await ws.closed()).code == 4401
