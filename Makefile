@@ -179,6 +179,8 @@ system:  ## install what the tests need from the system
 	command -v curl >/dev/null || missing+=(curl ca-certificates); \
 	command -v gcc >/dev/null && test -e /usr/include/stdio.h || missing+=(gcc libc6-dev); \
 	command -v valgrind >/dev/null || missing+=(valgrind); \
+	command -v openssl >/dev/null || missing+=(openssl); \
+	command -v systemd-analyze systemd-socket-activate | grep -q activate || missing+=(systemd); \
 	browser=$$(command -v chromium chromium-browser google-chrome google-chrome-stable | head -n 1); \
 	nginx=$$(PATH="$$PATH:/usr/sbin" command -v nginx || ls $(VENV)/nginx/usr/sbin/nginx 2>/dev/null); \
 	command -v node >/dev/null || missing+=(nodejs); \

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
+from server import systemd
 from server.brokers.base import StoreError
-from server.config import Config, ConfigError
+from server.config import Config, ConfigError, is_loopback
 from server.ids import new_id
 from server.listener import Listener, ListenError, begin, close_listener, describe, open_tcp, open_unix
 from server.logs import log_event
 from server.node import LOG, Node
 from server.socketio import receive
+from server.systemd import HandedOver, take_sockets
 
 if TYPE_CHECKING:
     from server.callbacks import Callbacks
 
 # After the drain: for requests that were being answered, say a batch that is still committing.
 FINISH_S: Final = 5.0
+# And for the store after that.
+STOP_S: Final = FINISH_S + 10.0
+# For requests on connections that were accepted just before others are to accept.
+SETTLE_S: Final = 0.5
 # For a first heartbeat on a Redis that was there a moment ago.
 JOIN_S: Final = 2.0
 SWEEP_EVERY_S: Final = 60.0
@@ -51,16 +58,19 @@ class Worker(NamedTuple):
         group: names all of them together.
         listeners: open sockets.
         orders: ``T`` and ``I`` for SIGTERM and SIGINT, ``Q`` to end at once, ``H`` for SIGHUP; its end is the
-            supervisor's. What is sent there is that this worker is ready.
+            supervisor's. What is sent there is that this worker is ready, and then that it is alive.
+        watchdog_s: seconds within which a sign of life is wanted, None for none.
     """
 
     number: int
     group: str
     listeners: list[socket.socket]
     orders: socket.socket
+    watchdog_s: float | None
 
 
 READY: Final = b"r"
+ALIVE: Final = b"a"
 
 
 @asynccontextmanager
@@ -114,6 +124,7 @@ async def running(config: Config, worker: Worker | None = None) -> AsyncIterator
                 try:
                     async with trio.open_nursery() as connections:
                         node.poller.start(connections)
+                        node.handed_over = [each.fileno() for each in listeners if isinstance(each, HandedOver)]
                         for listener in listeners:
                             begin(listener)  # a worker that cannot start should keep nobody waiting
                             node.poller.add(listener.fileno(), Listener(node, listener))
@@ -145,6 +156,7 @@ async def serve(config: Config, reload: Callable[[], Config], worker: Worker | N
             if worker is None:
                 where = ", ".join(address + config.server.base_path for address in addresses)
                 print(f"statuswire listening on {where} (store {config.store.label})", flush=True)
+                systemd.notify("READY=1", f"STATUS=Serving on {where}")
             else:
                 worker.orders.send(READY)
             if few is not None:
@@ -154,12 +166,19 @@ async def serve(config: Config, reload: Callable[[], Config], worker: Worker | N
             gc.freeze()
             async with trio.open_nursery() as nursery:
                 begin = partial(_begin_drain, node, nursery)
+                limit_s = systemd.watchdog_s() if worker is None else worker.watchdog_s
+                if limit_s is not None:
+                    faulthandler.enable()  # who hangs is ended with SIGABRT: say where
+                    say = partial(systemd.notify, "WATCHDOG=1") if worker is None else partial(_say_alive, worker)
+                    nursery.start_soon(systemd.keep_alive, limit_s, say)
                 if worker is not None:
                     nursery.start_soon(_obey, worker.orders, node, reload, begin, nursery.cancel_scope)
                 async for number in signals:
                     if number == signal.SIGHUP:
                         if worker is None:
+                            systemd.reloading()
                             _reload(node, reload)
+                            systemd.notify("READY=1")
                     elif not node.draining:
                         begin(number)
                     elif worker is None:
@@ -169,11 +188,23 @@ async def serve(config: Config, reload: Callable[[], Config], worker: Worker | N
     return 0
 
 
+def _say_alive(worker: Worker) -> None:
+    with suppress(OSError):  # it has other news to read, or has gone
+        worker.orders.send(ALIVE)
+
+
 def _begin_drain(node: Node, nursery: trio.Nursery, number: int) -> None:
     # A person at the keyboard with nobody connected need not wait; a supervisor's proxies must have the time to see
     # that this server is going.
     seconds = node.config.server.drain if number == signal.SIGTERM or node.streams else 0.0
+    if node.handed_over:
+        # What comes from now on waits for the next server, and what has come a moment ago is still answered.
+        seconds = max(seconds, SETTLE_S)
+        for fd in node.handed_over:
+            node.poller.peers.pop(fd, None)
     log_event(LOG, logging.INFO, "draining", seconds=seconds)
+    if not node.worker:
+        systemd.stopping(seconds + STOP_S)
     nursery.start_soon(_drain_then, node, seconds, nursery.cancel_scope)
 
 
@@ -241,7 +272,12 @@ def _callbacks(node: Node) -> Callbacks | None:
 
 
 def listen(config: Config) -> list[socket.socket]:
-    """Open what the configuration says. Raises StartError."""
+    """Take what was handed over, else open what the configuration says. Raises ConfigError."""
+    given = take_sockets()
+    for handed_over in given:
+        _check_reach(config, handed_over)
+    if given:
+        return list(given)
     listeners: list[socket.socket] = []
     try:
         if config.server.tcp:
@@ -253,6 +289,17 @@ def listen(config: Config) -> list[socket.socket]:
             close_listener(listener)
         raise StartError(str(error)) from error
     return listeners
+
+
+def _check_reach(config: Config, listener: socket.socket) -> None:
+    if listener.family == socket.AF_UNIX or not config.auth.open:
+        return
+    host = listener.getsockname()[0]
+    if not is_loopback(host):
+        raise StartError(
+            f"the socket that was handed over listens on {host}: without auth everyone is an admin, so the server "
+            "listens on loopback only; configure auth, or use ListenStream=127.0.0.1:… or a path"
+        )
 
 
 def _raise_descriptor_limit(connections: int) -> int | None:

@@ -20,6 +20,7 @@ from server.node import LOG, Node
 from server.opening import Opening
 from server.poller import Peer
 from server.socketio import prepare
+from server.systemd import HandedOver
 
 # Connections that may queue in the kernel: as many as arrive while the loop is busy elsewhere for a moment. The
 # kernel caps it at net.core.somaxconn.
@@ -71,15 +72,20 @@ def open_tcp(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+def is_common(listener: socket.socket) -> bool:
+    """Whether all workers accept from this one socket: it cannot be opened once more."""
+    return listener.family == socket.AF_UNIX or isinstance(listener, HandedOver)
+
+
 def share(listener: socket.socket) -> socket.socket:
     """Another listener on the same address, for another process: the kernel spreads what comes over all of them.
 
-    A Unix socket cannot be shared like that: it is given as it is.
+    One that is common to all of them is given as it is.
 
     Raises:
         ListenError: the system does not let us.
     """
-    if listener.family == socket.AF_UNIX:
+    if is_common(listener):
         return listener
     sock = socket.socket(listener.family, listener.type, listener.proto)
     try:
@@ -145,8 +151,8 @@ def _unusable(path: str, error: OSError) -> ListenError:
 
 
 def close_listener(sock: socket.socket) -> None:
-    """Stop listening; a Unix socket's path goes with it."""
-    if sock.family == socket.AF_UNIX:
+    """Stop listening; the path of a Unix socket of our own goes with it."""
+    if sock.family == socket.AF_UNIX and not isinstance(sock, HandedOver):
         path = sock.getsockname()
         sock.close()
         Path(path).unlink(missing_ok=True)

@@ -90,6 +90,8 @@ class Node:
         shared: the broker again (without its spool), if other nodes use its store too.
         spool: the broker again, if it keeps on disk what is published while its store is away.
         draining: set from SIGTERM on.
+        handed_over: descriptors of listeners that others keep open and accept from after this process.
+        worker: the number of this process if it is one of several, else 0.
         tls: certificate and key for TCP connections, None without TLS.
         plain: a connection begins with HTTP, without TLS or a PROXY header before it.
     """
@@ -163,6 +165,8 @@ class Node:
         self.polls: dict[trio.Event, None] = {}
         self.connections = 0
         self.turned_away = 0
+        self.handed_over: list[int] = []
+        self.worker = worker or 0
         self._busy = 0
         self._quiet: trio.Event | None = None
         self.draining = False

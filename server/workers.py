@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import secrets
 import selectors
@@ -30,10 +31,10 @@ from typing import IO, Final
 
 import trio
 
-from server import logs
-from server.app import FINISH_S, READY, StartError, Worker, listen, serve
+from server import logs, systemd
+from server.app import READY, STOP_S, StartError, Worker, listen, serve
 from server.config import Config, ConfigError
-from server.listener import ListenError, close_listener, describe, share
+from server.listener import ListenError, close_listener, describe, is_common, share
 from server.logs import log_event
 
 LOG: Final = logging.getLogger("statuswire.workers")
@@ -44,7 +45,7 @@ BACKOFF_CAP_S: Final = 5.0
 # One that lived this long crashed for another reason than the one before.
 STEADY_S: Final = 30.0
 # After the drain and what a worker needs to finish: it hangs.
-GRACE_S: Final = FINISH_S + 10.0
+GRACE_S: Final = STOP_S
 MAX_ERROR: Final = 4096
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -63,6 +64,8 @@ class _Child:
         since: when it was started, monotonic seconds.
         crashes: in a row.
         due: when it is to be started again, if it does not run.
+        heard_at: its last sign of life, if those are asked for.
+        aborted: it hangs, and was told to say where.
     """
 
     number: int
@@ -73,6 +76,8 @@ class _Child:
     since: float = 0.0
     crashes: int = 0
     due: float = 0.0
+    heard_at: float = 0.0
+    aborted: bool = False
     said: bytes = field(default=b"", repr=False)
 
     def order(self, what: bytes) -> None:
@@ -102,6 +107,8 @@ class Supervisor:
         self._status = 0
         self._serving = False
         self._signalled: list[int] = []
+        self._watchdog_s = systemd.watchdog_s()
+        self._beat_due = 0.0
 
     def run(self) -> int:
         """Serve until a signal says otherwise, as ``server.app.serve`` does.
@@ -129,6 +136,7 @@ class Supervisor:
                         where = ", ".join(address + server.base_path for address in addresses)
                         label = self._config.store.label
                         print(f"statuswire listening on {where} (store {label}, {server.workers} workers)", flush=True)
+                        systemd.notify("READY=1", f"STATUS=Serving on {where} with {server.workers} workers")
                     self._supervise()
                 finally:
                     self._kill()
@@ -177,7 +185,7 @@ class Supervisor:
         self._listen_again(child)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        child.ready, child.said, child.since = False, b"", time.monotonic()
+        child.ready, child.said, child.since, child.aborted = False, b"", time.monotonic(), False
         try:
             child.pid = os.fork()
         except OSError:
@@ -208,7 +216,7 @@ class Supervisor:
                     _close_own(other)
             logs.configure(self._config.log, worker=child.number, lock=self._log_lock.fileno())
             theirs.setblocking(False)
-            worker = Worker(child.number, self._group, child.listeners, theirs)
+            worker = Worker(child.number, self._group, child.listeners, theirs, self._watchdog_s)
             try:
                 status = trio.run(serve, self._config, self._reload, worker)
             except ConfigError as error:
@@ -243,6 +251,7 @@ class Supervisor:
 
     def _supervise(self) -> None:
         while True:
+            self._beat()
             now = time.monotonic()
             running = [child for child in self._children if child.pid]
             if self._stopping:
@@ -253,13 +262,29 @@ class Supervisor:
                     self._status = 1
                     self._kill()
                     return
-                self._turn(self._deadline - now)
+                self._turn(min(self._deadline, self._beat_due or math.inf) - now)
                 continue
             waiting = [child for child in self._children if not child.pid]
             for child in waiting:
                 if child.due <= now:
                     self._restart(child)
-            self._turn(min((child.due - now for child in waiting if not child.pid), default=None))
+            dues = [child.due for child in waiting if not child.pid]
+            if self._watchdog_s is not None:
+                dues.append(self._beat_due)
+            self._turn(min(dues) - now if dues else None)
+
+    def _beat(self) -> None:
+        """Where systemd watches: give it a sign of life, and end workers that have given none."""
+        now = time.monotonic()
+        if self._watchdog_s is None or now < self._beat_due:
+            return
+        self._beat_due = now + self._watchdog_s / 3
+        for child in self._children:
+            if child.pid and child.ready and now - child.heard_at > self._watchdog_s:
+                log_event(LOG, logging.ERROR, "worker_hangs", worker=child.number)
+                os.kill(child.pid, signal.SIGKILL if child.aborted else signal.SIGABRT)
+                child.aborted = True
+        systemd.notify("WATCHDOG=1")
 
     def _restart(self, child: _Child) -> None:
         try:
@@ -300,8 +325,9 @@ class Supervisor:
             return
         except OSError:
             data = b""
-        if data == READY:
+        if data[:1] == READY or (child.ready and data):
             child.ready = True
+            child.heard_at = time.monotonic()
         elif data:
             child.said += data
         else:
@@ -352,18 +378,21 @@ class Supervisor:
             )
 
     def _take_config(self) -> None:
+        systemd.reloading()
         try:
             self._config = self._reload()
         except ConfigError as error:
             log_event(LOG, logging.ERROR, "reload_failed", reason=str(error))
-            return
-        for child in self._children:
-            child.order(b"H")
+        else:
+            for child in self._children:
+                child.order(b"H")
+        systemd.notify("READY=1")
 
     def _stop(self, number: int) -> None:
         self._stopping += 1
         drain = self._config.server.drain if self._stopping == 1 else 0.0
         self._deadline = time.monotonic() + drain + GRACE_S
+        systemd.stopping(drain + GRACE_S)
         for child in self._children:
             if not child.pid:
                 _close_own(child)
@@ -384,9 +413,9 @@ class Supervisor:
 
 
 def _close_own(child: _Child) -> None:
-    """Close its TCP sockets: what queued there would wait for ever. The Unix socket is everybody's."""
+    """Close its own sockets: what queued there would wait for ever."""
     for listener in child.listeners:
-        if listener.family != socket.AF_UNIX:
+        if not is_common(listener):
             listener.close()
 
 
