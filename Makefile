@@ -91,7 +91,10 @@ bench: bench-self bench-peers  ## measure speed: by itself, then beside others (
 bench-self: setup  ## beside this machine's bare limit (needs gcc; a quarter of an hour)
 	$(BIN)/python -m perf.bench $(BENCH_ARGS)
 
-.PHONY: budget peers bench-self bench-peers load locust
+soak: setup  ## clients that come and go for half an hour, and nothing that grows (SOAK_SECONDS=300 for five minutes)
+	$(BIN)/python -m perf.soak --seconds $(or $(SOAK_SECONDS),1800)
+
+.PHONY: soak budget peers bench-self bench-peers load locust
 budget: setup system  ## count instructions per delivery, publish and connection, and make them the budget
 	$(BIN)/python -m perf.budget --write
 

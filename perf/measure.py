@@ -72,7 +72,7 @@ def core_busy_seconds(core: int) -> float:
 
 
 @contextlib.contextmanager
-def _process(name: str, arguments: Sequence[str], directory: Path, core: int = SERVER_CORE) -> Iterator[Target]:
+def _process(name: str, arguments: Sequence[str], directory: Path, core: int | None = SERVER_CORE) -> Iterator[Target]:
     """Starts a server in `directory` and reads its address from what it prints. Raises OSError if it prints none."""
     # Output goes to a file: nobody needs to read it for the server to go on.
     log = directory / f"{name}.log"
@@ -87,7 +87,7 @@ def _process(name: str, arguments: Sequence[str], directory: Path, core: int = S
             stderr=subprocess.STDOUT,
             cwd=directory,
             env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
         )
     try:
         deadline = time.monotonic() + 15
@@ -105,7 +105,7 @@ def _process(name: str, arguments: Sequence[str], directory: Path, core: int = S
 
 @contextlib.contextmanager
 def server(
-    store: str, program: str | None = None, core: int = SERVER_CORE, flags: Sequence[str] = ()
+    store: str, program: str | None = None, core: int | None = SERVER_CORE, flags: Sequence[str] = ()
 ) -> Iterator[Target]:
     """The real server, in open mode unless `flags` say otherwise; `store` may be `sqlite:` for a fresh file."""
     directory = Path(tempfile.mkdtemp(prefix="statuswire-bench-"))

@@ -108,6 +108,7 @@ METRICS: Final = (
     Metric("statuswire_auth_hook_asked_total", "counter", "Questions to the application who a caller is."),
     Metric("statuswire_auth_hook_failed_total", "counter", "Those of them without a usable answer."),
     Metric("statuswire_loop_lag_seconds", "gauge", "How late the loop was at most within the last minute.", (), "max"),
+    Metric("statuswire_tasks", "gauge", "Tasks of the process."),
     Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
     Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
     Metric("process_open_fds", "gauge", "Open file descriptors."),
@@ -185,6 +186,7 @@ def sample(node: Node) -> Sample:
         "statuswire_inbox_places": broker.inboxes.places,
         **_told(node),
         "statuswire_loop_lag_seconds": max(counters.loop_late_s),
+        "statuswire_tasks": trio.lowlevel.current_statistics().tasks_living,
         **process_sample(),
         "process_start_time_seconds": node.started,
     }
