@@ -94,6 +94,10 @@ bench-self: setup  ## beside this machine's bare limit (needs gcc; a quarter of 
 soak: setup  ## clients that come and go for half an hour, and nothing that grows (SOAK_SECONDS=300 for five minutes)
 	$(BIN)/python -m perf.soak --seconds $(or $(SOAK_SECONDS),1800)
 
+.PHONY: isolation
+isolation: setup-dev  ## measure whether time tells another user's jobs from none (ISOLATION_ARGS="--store redis://…")
+	$(BIN)/python -m perf.isolation $(ISOLATION_ARGS)
+
 .PHONY: soak budget peers bench-self bench-peers load locust
 budget: setup system  ## count instructions per delivery, publish and connection, and make them the budget
 	$(BIN)/python -m perf.budget --write

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import trio
 
+from server.config import Limits
 from server.routes import ROUTES, page
 from tests.redis_servers import running_server
 from tests.streams import WebSocket, session, stream_at, websocket
@@ -239,6 +240,17 @@ def test_every_route_is_probed() -> None:
             if path in none or (method, path) in NOT_PROBED or route.handler is page.file:
                 continue
             assert any(method == one and shape.fullmatch(target) for one, target in tried), (method, path)
+
+
+def test_what_the_threat_model_names_is_there() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "SECURITY.md").read_text()
+    named = re.findall(r"`(tests/[a-z_/]+\.py)`|\]\(([^)]+)\)", text)
+    assert len(named) > 5
+    for test, link in named:
+        assert (root / (test or link)).is_file(), test or link
+    for key in re.findall(r"`limits\.([a-z_]+)`", text):
+        assert hasattr(Limits(), key), key
 
 
 # The publisher's side of these is in the table already, under the same paths.
