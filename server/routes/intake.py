@@ -28,7 +28,8 @@ async def decide(exchange: Exchange, operation: Operation) -> Accepted:
     await node.hub.wait_room()
     submission = node.broker.submit([operation])
     # First, because a refusal too can rest on something that is not kept yet.
-    await submission.wait_kept()
+    if not submission.kept:
+        await submission.wait_kept()
     result = submission.results[0]
     if isinstance(result, ApiError):
         node.counters.publishes("http", 0, 0, 1)

@@ -114,7 +114,8 @@ async def publish_batch(exchange: Exchange) -> Response:
     else:
         raise unsupported(content_type, "application/json or application/x-ndjson")
     for batch in batches:
-        await batch.submission.wait_kept()
+        if not batch.submission.kept:
+            await batch.submission.wait_kept()
     answer = summary(batches, exchange.node)
     return json_answer(202 if "spooled" in answer else 200, answer)
 
@@ -163,10 +164,11 @@ async def _wait_rate(exchange: Exchange, count: int, *, first: bool) -> None:
 async def _publish_portion(exchange: Exchange, batches: list[Batch], items: list[bytes], key: str | None) -> None:
     node, caller = exchange.node, exchange.caller
     exchange.connection.hold(len(items) * HELD_PER_UPDATE)
+    if batches:
+        await trio.lowlevel.checkpoint()  # others have a turn between two portions
     await node.hub.wait_room()
     first = batches[-1].next_index if batches else 0
     batches.append(Batch(node, caller, items, first_index=first, key=key))
-    await trio.lowlevel.checkpoint()
 
 
 async def delete(exchange: Exchange) -> Response:
