@@ -26,6 +26,7 @@ _STATUS_LINES: Final = {
     if status == 101 or status >= 200
 }
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
+_SPECIAL_LENGTHS = frozenset(map(len, (*_FRAMING, "connection")))
 
 
 def bad_request(message: str) -> ApiError:
@@ -114,12 +115,13 @@ def encode_head(status: int, headers: Sequence[tuple[str, str]], connection: lis
         raise ValueError(f"{status} is not a final status")
     lines = [status_line]
     for name, value in headers:
-        lower = name.lower()
-        if lower == "connection":
-            connection = [value, *connection]
-            continue
-        if lower in _FRAMING:
-            raise ValueError(f"{name} is set by the connection itself")
+        if len(name) in _SPECIAL_LENGTHS:
+            lower = name.lower()
+            if lower == "connection":
+                connection = [value, *connection]
+                continue
+            if lower in _FRAMING:
+                raise ValueError(f"{name} is set by the connection itself")
         lines.append(f"{name}: {value}\r\n")
     if connection:
         lines.append(f"Connection: {', '.join(connection)}\r\n")

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -94,7 +95,7 @@ def accept_handshake(
         raise ApiError(405, "method_not_allowed", "a WebSocket is opened with GET", headers=(("Allow", "GET"),))
     if request.http_version != "1.1":
         raise _bad_handshake(f"a WebSocket needs HTTP/1.1, not HTTP/{request.http_version}")
-    if not (_has_token(headers.get("upgrade"), "websocket") and _has_token(headers.get("connection"), "upgrade")):
+    if not _asks_for_websocket(headers.get("upgrade"), headers.get("connection")):
         raise ApiError(
             426,
             "upgrade_required",
@@ -131,6 +132,11 @@ def _bad_handshake(message: str) -> ApiError:
     return ApiError(400, "bad_handshake", message)
 
 
+@lru_cache(maxsize=64)  # nearly all clients say it in one of a few ways
+def _asks_for_websocket(upgrade: str | None, connection: str | None) -> bool:
+    return _has_token(upgrade, "websocket") and _has_token(connection, "upgrade")
+
+
 def _has_token(value: str | None, token: str) -> bool:
     return value is not None and any(part.strip().lower() == token for part in value.split(","))
 
@@ -144,6 +150,7 @@ def _offered_protocols(value: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+@lru_cache(maxsize=64)
 def _accept_deflate(value: str) -> DeflateParameters | None:
     """The first acceptable offer of permessage-deflate (RFC 7692 section 5.1), or None.
 

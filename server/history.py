@@ -90,7 +90,15 @@ class History:
         self._newest_in_job[update.job_id] = offset
         self._newest_of_user[update.user_id] = offset
         self.bytes += len(update.body) + ENTRY_OVERHEAD
-        self.trim(update.at_ms)
+        entries, head = self._entries, self._head
+        oldest = entries[head]
+        if (
+            oldest is None
+            or len(entries) - head > self.max_updates
+            or self.bytes > self.max_bytes
+            or oldest.at_ms < update.at_ms - self.max_age * 1000
+        ):
+            self.trim(update.at_ms)
 
     def skip(self, offset: int) -> None:
         """Go on behind ``offset``: what there is up to it is not followed here. Nothing happens if it is not ahead."""

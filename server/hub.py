@@ -144,6 +144,7 @@ class Hub:
         # each do not: there, looking for what others have encoded would cost a microsecond for nothing.
         self._overlapping = False
         self._sharing = False
+        self._soon: list[Callable[[], object]] = []
         self._wake = trio.Event()
         self._room = trio.Event()
         self._room.set()
@@ -184,8 +185,9 @@ class Hub:
     def deliver(self, update: Update) -> None:
         """Offer one kept update to its readers. Called in offset order; never waits."""
         before: Channel | None = None
-        for name in channels_of(update):
-            channel = self.channels.get(name)
+        channels = self.channels
+        for name in channels_of(update) if channels else ():
+            channel = channels.get(name)
             if channel is None:
                 continue
             if before is not None:
@@ -204,6 +206,11 @@ class Hub:
                 self._room = trio.Event()
         elif not self._flushing:
             self.flushed = update.offset
+
+    def soon(self, callback: Callable[[], object]) -> None:
+        """Call back when those are through who run now, before the next flush. It must not wait nor raise."""
+        self._soon.append(callback)
+        self._wake.set()
 
     async def wait_room(self) -> None:
         """Hold a publisher back while the node has more to send than it can."""
@@ -224,6 +231,9 @@ class Hub:
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
+            soon, self._soon = self._soon, []
+            for callback in soon:
+                callback()
             self._flushing = True
             epoch, target = self.history.epoch, self.history.last
             dirty, self._dirty = self._dirty, []

@@ -76,6 +76,10 @@ class Limits:
         self.connections_per_user = limits.connections_per_user
         self.connections_per_address = limits.connections_per_address
         self.max_unfinished = limits.unfinished
+        # Whether there is anything to ask of ``check_connect``, ``check_message``, ``check_publish``.
+        self.on_connects = limits.connects_per_second > 0
+        self.on_messages = limits.messages_per_second > 0
+        self.on_publishes = limits.publishes_per_second > 0
         self._connects = Rates(limits.connects_per_second, "connections from your address")
         self._messages = Rates(limits.messages_per_second, "messages")
         self._publishes = Rates(limits.publishes_per_second, "updates")

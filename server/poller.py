@@ -47,6 +47,9 @@ class Peer(ABC):
             Whether it wants another turn at once, though there may be nothing more to read.
         """
 
+    def waits(self) -> None:  # noqa: B027  # most have nothing to do then
+        """A turn has to wait: what it has held back must not wait with it."""
+
     @abstractmethod
     def abandon(self) -> None:
         """The server stops: close, and leave no trace. Must not wait."""
@@ -159,6 +162,7 @@ class Poller:
     ) -> None:
         """See a turn through that has to wait; somebody else leads meanwhile."""
         self._waiting[peer] = scope
+        peer.waits()
         if self._parked:
             trio.lowlevel.reschedule(self._parked.pop())
         else:

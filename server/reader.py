@@ -54,6 +54,7 @@ class PushReader(Reader):
         "_timer",
         "backlog_bytes",
         "conflating",
+        "corked",
         "ended",
         "final_cursor",
         "heard_at",
@@ -88,6 +89,7 @@ class PushReader(Reader):
         self.held: dict[int | str, Update] | None = None
         self.held_bytes = 0
         self.conflating = False
+        self.corked = False  # what is posted waits for ``uncork``, to be sent together
         self.min_interval_s = 0.0
         self.ended = ""
         self.final_cursor: str | None = None  # where it stood at its end, if that was not in the middle of a replay
@@ -164,7 +166,8 @@ class PushReader(Reader):
         if self.ended:
             return
         if self.queue is None:
-            if len(pieces) == 1 and not (self.tail or self.held or self._draining or self.open_jobs is not None):
+            owes = self.corked or self.tail or self.held or self._draining or self.open_jobs is not None
+            if len(pieces) == 1 and not owes:
                 (piece,) = pieces
                 if isinstance(piece, bytes):  # nothing is owed: straight to the socket
                     if piece:
@@ -173,7 +176,14 @@ class PushReader(Reader):
             self.queue = deque()
         self.queue.extend(pieces)
         self.direct = False
-        self.pump()
+        if not self.corked:
+            self.pump()
+
+    def uncork(self) -> None:
+        """Send what was posted since ``corked`` was set. Again does nothing."""
+        self.corked = False
+        if self.queue:
+            self.pump()
 
     def _write(self, data: bytes) -> None:
         try:
@@ -262,6 +272,8 @@ class PushReader(Reader):
 
     def finish(self, why: str) -> None:
         """End this side, once; later calls do nothing."""
+        if self.corked:
+            self.uncork()  # what was said before its end is sent before it
         if self.ended:
             return
         self.ended = why

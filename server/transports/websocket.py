@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -93,6 +92,8 @@ _FRAMINGS: Final = {
 MAX_MISTAKES: Final = 10
 # Publishes whose answer is still on its way; a client further ahead of the store waits.
 MAX_UNANSWERED: Final = 64
+# Answers to publishes that came together are sent together, so many at most.
+CORKED_ANSWERS: Final = 64
 GOODBYE_S: Final = 5.0
 # Read at most this much before others have a turn: some 10 µs a frame, of six bytes at worst, is 30 ms.
 TURN_BYTES: Final = 16384
@@ -124,11 +125,10 @@ async def jobs_socket(exchange: Exchange) -> Stream:
         refusal = error
     switch = switch_protocol(exchange, handshake)
     session = Session(exchange, handshake, connection.http.hand_over(), client_id)
-    session.queue = deque((switch,))
     if refusal is None and identity is not None:
-        session.welcome(identity)  # both in one send
+        session.welcome(identity, before=switch)
         return session
-    session.pump()
+    session.post(switch)
     if refusal is not None:
         session.refuse(refusal)
     else:
@@ -202,8 +202,8 @@ class Session(LiveReader):
             lambda: self.close_with(CloseCode.AUTH_TIMEOUT, "no auth message came in time"),
         )
 
-    def welcome(self, identity: Identity, ref: Ref = None) -> None:
-        """The client is known now, and was admitted."""
+    def welcome(self, identity: Identity, ref: Ref = None, before: bytes = b"") -> None:
+        """The client is known now, and was admitted. ``before`` goes out in front of the greeting, with it."""
         if self._auth_timer is not None:
             self._auth_timer.cancel()
             self._auth_timer = None
@@ -212,7 +212,7 @@ class Session(LiveReader):
         self.hub.attach(self, ())
         self.offset = self.hub.history.last
         stored = owed(self.node, FRESH, identity.user, set())
-        self.say(
+        greeting = server_message(
             "connected",
             clientId=self.client_id,
             userId=identity.user,
@@ -220,6 +220,7 @@ class Session(LiveReader):
             id=f"{self.hub.history.epoch}:{stored.before}",
             ref=ref,
         )
+        self.post(before + self.form.message(greeting))
         self._give_stored(stored.notices)
 
     def _give_stored(self, notices: list[Update]) -> None:
@@ -297,7 +298,10 @@ class Session(LiveReader):
             failure = None
         except WebSocketError as error:
             events, failure = error.events, error
+        if len(events) > 1:
+            self.corked = True  # the answers to publishes, which are short, go out together
         await self._take_events(events)
+        self.uncork()
         if failure is not None:
             self.close_with(failure.code, failure.reason)
             return False
@@ -305,6 +309,10 @@ class Session(LiveReader):
             self._account(self._incoming.unfinished)
         # One client must not keep the loop to itself by never letting its socket run dry.
         return len(data) == TURN_BYTES
+
+    def waits(self) -> None:
+        """See ``Peer``."""
+        self.uncork()
 
     def _account(self, size: int) -> None:
         try:
@@ -335,11 +343,17 @@ class Session(LiveReader):
     async def _take_text(self, text: str) -> None:
         self.node.counters.messages += 1
         # A peer may ask no faster than it reads the answers: a short question can have a long one.
-        await self.wait_drained()
+        if self.corked and self.queue is not None and len(self.queue) >= CORKED_ANSWERS:
+            self.uncork()
+            self.corked = not self._draining
+        if self._draining:
+            await self.wait_drained()
         try:
-            if self.identity is not None:
+            if self.identity is not None and self.node.limits.on_messages:
                 await self.node.limits.check_message(self.identity.user, trio.current_time())
             message = decode_client_message(text)
+            if self.corked and not isinstance(message, PublishMessage):
+                self.uncork()
             if self.identity is None and not isinstance(message, AuthMessage):
                 raise ApiError(401, "unauthorized", 'send {"type":"auth","token":…} first')
             await _HANDLERS[type(message)](self, message)
@@ -534,13 +548,17 @@ class Session(LiveReader):
         if not identity.can("publish"):
             raise ApiError(403, "forbidden", "publishing needs the capability 'publish'")
         self.node.check_accepting()
-        await self.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
+        if self.node.limits.on_publishes:
+            await self.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
         await self.hub.wait_room()
         batch = Batch(self.node, identity, [bytes(update) for update in message.updates], source="websocket")
         self._unanswered += 1
 
         def answer(error: ApiError | None) -> None:
             self._unanswered -= 1
+            if self._unanswered and not self.corked:  # others were kept with it, most likely
+                self.corked = True
+                self.hub.soon(self.uncork)
             if error is not None:
                 self.post(self.form.message(error_message(error, message.ref)))
             else:
