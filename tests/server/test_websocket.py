@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -959,6 +960,45 @@ async def test_good_messages_before_a_bad_frame_are_answered(server: InProcess) 
         await ws.http.send(good + b"\x83\x80" + bytes(4))
         closed = await ws.closed()
         assert (closed.code, [message["ref"] for message in ws.left]) == (1002, ["good"])
+
+
+async def test_publishes_that_come_together_are_answered_together_and_before_what_follows(server: InProcess) -> None:
+    async with session(server) as ws:
+        (reader,) = server.node.streams
+        sends: list[int] = []
+        send = reader.sock_send  # type: ignore[attr-defined]
+
+        def counted(data: bytes) -> int:
+            sends.append(len(data))
+            return int(send(data))
+
+        reader.sock_send = counted  # type: ignore[attr-defined]
+        publish = '{"type":"publish","ref":%d,"updates":[{"jobId":"a","userId":"alice","progress":%d}]}'
+        publishes = b"".join(ws.connection.send(TextMessage(publish % (n, n))) for n in range(5))
+        await ws.http.send(publishes)
+        answers = await received(ws, 5)
+        assert [(answer["type"], answer["ref"]) for answer in answers] == [("published", n) for n in range(5)]
+        assert len(sends) == 1
+        ping = ws.connection.send(TextMessage('{"type":"ping","ref":9}'))
+        await ws.http.send(publishes + ping + publishes)
+        answers = await received(ws, 11)
+        assert [answer["ref"] for answer in answers] == [0, 1, 2, 3, 4, 9, 0, 1, 2, 3, 4]
+        await ws.http.send(publishes + b"\x83\x80" + bytes(4))
+        closed = await ws.closed()
+        assert (closed.code, [message["ref"] for message in ws.left]) == (1002, [0, 1, 2, 3, 4])
+
+
+async def test_publishes_that_are_kept_together_are_answered_together(tmp_path: Path) -> None:
+    async with clean_server(store={"url": f"sqlite:{tmp_path}/s.db"}) as at, session(at) as ws:
+        publish = '{"type":"publish","ref":%d,"updates":[{"jobId":"a%d","userId":"alice"}]}'
+        for start in range(0, 200, 40):
+            await ws.http.send(
+                b"".join(ws.connection.send(TextMessage(publish % (n, n))) for n in range(start, start + 40))
+            )
+            answers = await received(ws, 40)
+            assert sorted(answer["ref"] for answer in answers) == list(range(start, start + 40))
+        (reader,) = at.node.streams
+        assert not reader.corked  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 3000, 4999])
