@@ -120,9 +120,10 @@ export function createList({ box, sizer, onOpen, onScroll }) {
   });
   box.addEventListener("click", (event) => {
     const item = event.target.closest(".job");
-    const row = item && [...rows.values()].find((one) => one.item === item);
+    // Not `row.index`: after a change of size it is not known before the next frame.
+    const [index, row] = (item && [...rows].find(([, one]) => one.item === item)) ?? [];
     if (!row) return;
-    choose(row.index);
+    choose(index);
     onOpen(row.entry.record.jobId);
   });
 

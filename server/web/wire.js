@@ -5,6 +5,7 @@
 import { address, authorization, token } from "./session.js";
 
 const POLL_S = 25;
+const PAUSE_MS = 2000; // between two polls that do not wait
 // Longer ones are cut by whoever shows them; this is for what has no end.
 const LONGEST_EVENT = 1_000_000;
 
@@ -74,10 +75,10 @@ async function stream(jobIds, tell, signal) {
   }
 }
 
-async function longPoll(jobIds, tell, signal) {
+async function poll(jobIds, tell, signal, timeout) {
   let cursor = "";
   for (;;) {
-    const url = query("api/v2/jobs/poll", { jobIds: jobIds.join(","), timeout: String(POLL_S), last_seen: cursor });
+    const url = query("api/v2/jobs/poll", { jobIds: jobIds.join(","), timeout: String(timeout), last_seen: cursor });
     tell(">", `GET ${shown(url)}`);
     const answer = await fetch(url, { headers: authorization(), signal, cache: "no-store" });
     const text = await answer.text();
@@ -86,11 +87,13 @@ async function longPoll(jobIds, tell, signal) {
     const { last_seen: seen, done } = JSON.parse(text);
     if (done) return "ended: all of these jobs have";
     cursor = seen;
+    if (!timeout) await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
   }
 }
 
 export const WIRES = [
   { name: "WebSocket", note: "frames", open: openWebSocket },
   { name: "SSE", note: "events", open: openLoop(stream) },
-  { name: "Long-poll", note: "requests and answers", open: openLoop(longPoll) },
+  { name: "Long-poll", note: "requests", open: openLoop((...given) => poll(...given, POLL_S)) },
+  { name: "Polling", note: "requests", open: openLoop((...given) => poll(...given, 0)) },
 ];

@@ -139,6 +139,49 @@ async def test_every_status_and_then_offline(new_page: NewPage, tmp_path: Path, 
     await shoot(page, pictures / "offline")
 
 
+async def test_texts_of_every_kind(new_page: NewPage, server: Running, pictures: Path) -> None:
+    """The longest that are taken, without spaces, from right to left, of letters that no font here has."""
+    await publish(server, "x" * 128, userId="u" * 128, kind="k" * 128, progress=7.25, message="m" * 2048)
+    hebrew, arabic = (
+        "\u05d3\u05d5\u05d7 \u05d9\u05d5\u05de\u05d9",
+        "\u062a\u0642\u0631\u064a\u0631 \u064a\u0648\u0645\u064a 12/300",
+    )
+    await publish(server, "right-to-left", kind=hebrew, stage=hebrew, currentOperation=arabic, progress=50)
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"
+    await publish(server, "emoji", kind=family, message=f"{family} \U0001f680 " * 40, progress=99.99)
+    words = "nothing was to be found where it should have been, " * 30
+    await publish(server, "many-words", status="failed", progress=3, error=words, result={"rows": list(range(400))})
+    await publish(server, "zero", status="queued", message="e\u0301\u0323" * 50)
+    page = await new_page()
+    await page.look(width=WIDE[0], height=WIDE[1])
+    await open_live(page, server)
+    await page.wait(f"{ALL_NAMES}.length === 5")
+    await shoot(page, pictures / "texts")
+    # A click in the very turn of a change of size, when nothing has been drawn yet.
+    await page.run(
+        "window.clicks = 0; new ResizeObserver(() => "
+        f"{{ clicks += 1; {job('many-words')}.click(); }}).observe(document.getElementById('jobs'))"
+    )
+    await page.wait("clicks === 1")
+    await page.press(*ESCAPE)
+    await page.look(width=800, height=600)
+    await page.wait("clicks > 1")
+    await page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    chosen = "document.getElementById(document.getElementById('jobs').getAttribute('aria-activedescendant'))"
+    assert await page.run(f"{chosen}?.querySelector('.name').textContent") == "many-words"
+    await page.call("Page.reload")
+    await page.wait(f"{STATE} === 'live' && {ALL_NAMES}.length === 5")
+    await page.look(width=WIDE[0], height=WIDE[1])
+    for name, picture in (("x" * 128, "longest"), ("many-words", "many-words"), ("right-to-left", "right-to-left")):
+        await open_timeline(page, name)
+        await shoot(page, pictures / f"texts-timeline-{picture}", schemes=("light",))
+        await page.press(*ESCAPE)
+    await click(page, "document.getElementById('tab-playground')")
+    await click(page, "document.getElementById('wire-all')")
+    await page.wait("[...document.querySelectorAll('.wire ol')].every((lane) => lane.textContent.length > 1000)")
+    await shoot(page, pictures / "texts-playground", schemes=("dark",))
+
+
 async def test_token_needed_bad_token_and_a_plain_user(new_page: NewPage, tmp_path: Path, pictures: Path) -> None:
     async with running(tmp_path, "--store", "memory:", "--jwt-key", SECRET) as server:
         admin = await sign(tmp_path, "--sub", "root", "--admin")
@@ -206,7 +249,7 @@ async def test_the_playground_publishes_and_shows_the_wire(new_page: NewPage, tm
         await click(page, "document.getElementById('tab-playground')")
         await click(page, "document.getElementById('wire-all')")
         lanes = "[...document.querySelectorAll('.wire ol')].map((lane) => lane.textContent)"
-        await page.wait(f"{lanes}.every((lane, at) => lane.includes(['subscribed', 'snapshot', 'GET'][at]))")
+        await page.wait(f"{lanes}.every((lane, at) => lane.includes(['subscribed', 'snapshot', 'GET', 'GET'][at]))")
 
         async def fill(**fields: str) -> None:
             for name, value in fields.items():
@@ -239,12 +282,13 @@ async def test_the_playground_publishes_and_shows_the_wire(new_page: NewPage, tm
         await click(page, "document.getElementById('wire-clear')")
         await page.run("document.getElementById('wire-jobs').value = 'wanted'")
         await click(page, "document.getElementById('wire-all')")
-        await page.wait(f"{lanes}.every((lane, at) => lane.includes(['subscribed', 'connected', 'GET'][at]))")
+        await page.wait(f"{lanes}.every((lane, at) => lane.includes(['subscribed', 'connected', 'GET', 'GET'][at]))")
         await publish(server, "unwanted", token)
         await publish(server, "wanted", token, status="completed")
         await page.wait(f"{lanes}.every((lane) => lane.includes('completed'))")
         assert "unwanted" not in "".join(await page.run(lanes))
-        await page.wait(f"{lanes}[2].includes('ended: all of these jobs have')")
+        await page.wait(f"{lanes}.slice(2).every((lane) => lane.includes('ended: all of these jobs have'))")
+        assert len(await page.run(lanes)) == 4
         assert unexpected(page) == []
 
 

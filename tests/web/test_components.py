@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -207,6 +208,76 @@ async def test_a_bar_says_what_it_knows(new_page: NewPage, tmp_path: Path) -> No
         await page.wait(f"{bar}.dataset.live === 'false'")
         assert await page.run(f"{bar}.ariaValueText") == "100 %, completed, not live"
         assert page.problems == [problem for problem in page.problems if "ERR_CONNECTION" in problem]
+
+
+async def test_bars_look_like_what_they_say(new_page: NewPage, tmp_path: Path) -> None:
+    """A picture of every state, light and dark, in the directory that ``SCREENSHOTS`` names."""
+    pictures = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    names = ("unknown", "queued", "started", "half", "completed", "failed", "cancelled")
+    bars = "".join(f'<p>{name} <job-progress job="{name}"></job-progress></p>' for name in names)
+    page = await new_page()
+    await page.look(width=360, height=360)
+    with application(tmp_path) as url:
+        async with running(tmp_path, environ={"STATUSWIRE_CORS_ORIGINS": url}) as started:
+            at = Address(started.port)
+            await publish(at, "queued", status="queued")
+            await publish(at, "started", status="processing")
+            for name in names[3:]:
+                await publish(at, name, status="processing", progress=50)
+            for name in names[4:]:
+                await publish(at, name, status=name)
+            (tmp_path / "index.html").write_text(
+                f"""<!doctype html><link rel="icon" href="data:,"><meta name="color-scheme" content="light dark">
+                <meta name="viewport" content="width=device-width">
+                <style>p {{ display: grid; grid-template-columns: 6em 1fr; margin: 1em }}</style>
+                {bars}<script type="module" src="{at.url}/job-progress.js"></script>"""
+            )
+            await page.open(f"{url}/index.html")
+            await page.wait("document.querySelector('[job=cancelled]').dataset.status === 'cancelled'")
+            await shoot_bars(page, pictures / "bars")
+            # How long each is drawn is how far each is.
+            filled = await page.run(
+                "[...document.querySelectorAll('job-progress')]"
+                ".map((bar) => parseFloat(bar.shadowRoot.querySelector('[part=fill]').style.backgroundSize))"
+            )
+            assert filled == [0, 0, 0, 50, 100, 50, 50]
+            colours = await painted(page)
+            assert colours[:3] == [(None, None)] * 3
+            assert all(left and not right for left, right in (colours[3], *colours[5:])), colours
+            assert len({left for left, _ in colours[3:]}) == 4, "each end, and none, has a colour of its own"
+        await page.wait("document.querySelectorAll('[data-live=false]').length === 7")
+        await shoot_bars(page, pictures / "bars-not-live")
+        assert all(left and not right for left, right in (await painted(page))[5:6]), "as far as before"
+
+
+async def painted(page: Page) -> list[tuple[str | None, str | None]]:
+    """The colours of each bar at a quarter and at three quarters of its length, None where it is only ground."""
+    image = base64.b64encode(await page.screenshot()).decode()
+    found: list[list[str | None]] = await page.run(
+        f"""(async () => {{
+            const image = await createImageBitmap(await (await fetch("data:image/png;base64,{image}")).blob());
+            const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
+            canvas.drawImage(image, 0, 0);
+            return [...document.querySelectorAll("job-progress")].map((bar) => {{
+                const part = bar.shadowRoot.querySelector("[part=bar]");
+                const {{ left, top, width, height }} = part.getBoundingClientRect();
+                return [0.25, 0.75].map((share) => {{
+                    const [r, g, b] = canvas.getImageData(left + width * share, top + height / 2, 1, 1).data;
+                    return Math.max(r, g, b) - Math.min(r, g, b) < 10 ? null : `${{r}} ${{g}} ${{b}}`;
+                }});
+            }});
+        }})()"""
+    )
+    return [(left, right) for left, right in found]
+
+
+async def shoot_bars(page: Page, picture: Path) -> None:
+    """Light and dark."""
+    for scheme in ("light", "dark"):
+        await page.look(width=360, height=360, scheme=scheme)
+        await page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        picture.with_name(f"{picture.name}-{scheme}.png").write_bytes(await page.screenshot())
+        assert await page.run("document.documentElement.scrollWidth") <= 360
 
 
 async def test_two_hundred_bars_leave_the_page_free(new_page: NewPage, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ const STYLE = `
 :host([hidden]) { display: none }
 [part=bar] { height: .5em; border-radius: .25em; overflow: hidden; background: color-mix(in srgb, currentColor 15%, transparent) }
 [part=label] { contain: strict; height: 1.5em; line-height: 1.5; text-align: end }
-[part=fill] { height: 100%; background: linear-gradient(var(--job-progress-color, #2457c5) 0 0) 0 / 0 no-repeat }
-:host([data-status=completed]) [part=fill] { background: #1a7f45 }
-:host([data-status=failed]) [part=fill] { background: #b3261e }
+[part=fill] { --fill: var(--job-progress-color, #3b74e6); height: 100%; background: linear-gradient(var(--fill) 0 0) 0 / 0 no-repeat }
+:host([data-status=completed]) [part=fill] { --fill: #1a7f45 }
+:host([data-status=failed]) [part=fill] { --fill: #cf3a30 }
+:host([data-status=cancelled]) [part=fill] { --fill: #6b7480 }
 :host([data-live=false]) { opacity: .6 }
-:host([data-live=false]) [part=fill] { background-image: repeating-linear-gradient(-45deg, #fff6 0 .5em, #fff0 .5em 1em) }
+:host([data-live=false]) [part=fill] { background-image: repeating-linear-gradient(-45deg, #fff8 0 .5em, #fff0 .5em 1em), linear-gradient(var(--fill) 0 0) }
 `;
 
 const clients = new Map(); // by url
