@@ -118,6 +118,7 @@ def read_hash(queue: str, job: str, data: Mapping[str, str], place: str, seq: in
     started = _count(data.get("ats", data.get("attemptsMade", data.get("atm"))))
     seen = Sighting(job=job, queue=queue, at_ms=_time_of(data, status), seq=seq or None, status=status)
     _take_report(seen, read_json(data.get("progress")))
+    seen.begun_ms = _ms(data.get("processedOn"))
     if "ats" in data:
         seen.attempt = max(1, started + 1 if status == QUEUED else started)
     else:

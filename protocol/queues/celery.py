@@ -62,6 +62,8 @@ _RETRIED: Final = frozenset(("RETRY", "task-retried"))
 _ANNOUNCED: Final = frozenset(("task-sent", "task-received"))
 # Of one argument list, as text; longer ones are not looked into.
 _MAX_REPR: Final = 16 * 1024
+# Numbers as arguments of exceptions.
+_MAX_SHOWN: Final = 10**30
 # Tasks whose attempts are counted; the longest unheard go first.
 MAX_COUNTED: Final = 100_000
 
@@ -243,7 +245,7 @@ def _exception_text(report: object) -> str | None:
         return None
     message = report.get("exc_message")
     if isinstance(message, list):
-        message = " ".join(str(part) for part in message[:8] if isinstance(part, str | int | float))
+        message = " ".join(word for part in message[:8] if (word := _word(part)) is not None)
     return reason(message)
 
 
@@ -255,8 +257,14 @@ def _call(value: object) -> tuple[str, str | None] | None:
     if not bracket or not rest.endswith(")") or not name.replace(".", "").replace("_", "").isalnum():
         return None
     argument = _literal(f"({rest[:-1]},)" if rest != ")" else "()")
-    first = argument[0] if isinstance(argument, tuple) and argument else None
-    return name, str(first) if isinstance(first, str | int | float) else None
+    return name, _word(argument[0]) if isinstance(argument, tuple) and argument else None
+
+
+def _word(value: object) -> str | None:
+    """A text, or a number as one; None for what is neither, or a number that is too long to be read."""
+    if isinstance(value, int) and abs(value) >= _MAX_SHOWN:
+        return None
+    return str(value) if isinstance(value, str | int | float) else None
 
 
 def _from_repr(value: object) -> str | None:

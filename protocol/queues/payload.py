@@ -50,7 +50,7 @@ def number(value: object) -> float | None:
 def percent_of(report: object) -> float | None:
     """How far a report says the job is, 0 to 100: a bare number, or an object with one. None if it does not say."""
     found = number(report)
-    if found is None and isinstance(report, Mapping):
+    if found is None and isinstance(report, dict):
         for name in PERCENT_NAMES:
             found = number(report.get(name))
             if found is not None:
@@ -76,7 +76,7 @@ def text(value: object) -> str | None:
 
 def message_of(report: object) -> str | None:
     """What a report says to people."""
-    if isinstance(report, Mapping):
+    if isinstance(report, dict):
         for name in MESSAGE_NAMES:
             found = text(report.get(name))
             if found is not None:
@@ -86,7 +86,7 @@ def message_of(report: object) -> str | None:
 
 def stage_of(report: object) -> str | None:
     """Which stage a report names."""
-    return text(report.get(STAGE_NAME)) if isinstance(report, Mapping) else None
+    return text(report.get(STAGE_NAME)) if isinstance(report, dict) else None
 
 
 def reason(value: object) -> str | None:

@@ -76,6 +76,7 @@ def read_job(
     seen = Sighting(job=job, at_ms=at_ms, status=status)
     if isinstance(meta, Mapping):
         seen.progress, seen.message, seen.stage = percent_of(meta), message_of(meta), stage_of(meta)
+    seen.begun_ms = iso_ms(_text(data.get("started_at")))
     seen.lap = _us(data.get("enqueued_at"))
     seen.worker = text(_text(data.get("worker_name")))
     told_of: dict[str, Any] = {"meta": meta}

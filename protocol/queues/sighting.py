@@ -45,6 +45,7 @@ class Sighting(msgspec.Struct, kw_only=True, gc=False):
         result: encoded, only if results are wanted.
         owner: the id of its owner.
         run_at_ms: when it is to begin.
+        begun_ms: when a worker began with it, where something that comes after that says so.
         attempt: which attempt this is about, where the queue counts them: what is about an earlier one is late.
         again: if nothing is known of the job: this is not its first attempt.
         seq: the number of the event, in a source that numbers them.
@@ -65,6 +66,7 @@ class Sighting(msgspec.Struct, kw_only=True, gc=False):
     result: Raw | None = None
     owner: str | None = None
     run_at_ms: int | None = None
+    begun_ms: int | None = None
     attempt: int | None = None
     again: bool = False
     seq: int | None = None
@@ -171,6 +173,23 @@ def settle(known: Known | None, seen: Sighting, source: str) -> Fields | None:
     return fields
 
 
+def skipped(known: Known | None, seen: Sighting) -> Sighting | None:
+    """The step that nobody saw, if there is one: a job that waited and has ended was worked on in between."""
+    if known is None or known.status != QUEUED or (seen.seq is not None and seen.seq <= known.seq):
+        return None
+    if seen.status != COMPLETED and (seen.status != FAILED or seen.begun_ms is None):
+        return None  # it may have failed of what it waited for
+    return Sighting(
+        job=seen.job,
+        queue=seen.queue,
+        at_ms=seen.at_ms if seen.begun_ms is None else seen.begun_ms,
+        status=PROCESSING,
+        attempt=seen.attempt,
+        lap=seen.lap,
+        worker=seen.worker,
+    )
+
+
 def adopts(known: Known | None, seen: Sighting, source: str) -> bool:
     """Whether a job that seemed to have no owner turns out to have one.
 
@@ -180,7 +199,6 @@ def adopts(known: Known | None, seen: Sighting, source: str) -> bool:
         known is not None
         and seen.owner is not None
         and known.owner == reserved_owner(source)
-        and known.status not in ENDED
         and (seen.seq is None or seen.seq > known.seq)
     )
 
@@ -188,7 +206,9 @@ def adopts(known: Known | None, seen: Sighting, source: str) -> bool:
 def inherit(known: Known, seen: Sighting) -> Sighting:
     """The sighting with all that was known before it, for the first update of the record that takes the place."""
     heir = msgspec.structs.replace(seen)
-    heir.status = seen.status or known.status
+    # What ended before anybody knew whose it was stays as it is.
+    heir.status = known.status if known.status in ENDED else seen.status or known.status
+    heir.error = known.error if known.status in ENDED else seen.error
     heir.attempt = max(seen.attempt or 1, known.attempt)
     heir.progress = known.progress if seen.progress is None else seen.progress
     heir.stage = seen.stage or known.stage

@@ -98,12 +98,12 @@ class BullMq(Source):
 
     async def _repair(self, client: Client, queue: str) -> None:
         """Take from the hashes what the stream does not tell any more."""
-        key = stream_key(prefix_of(self.config), queue)
-        (newest,) = await ask(client, [("XREVRANGE", key, "+", "-", "COUNT", 1)])
-        last = newest[0][0] if newest else b"0-0"
-        sightings = await look(client, self.taker, self.config, queue, seq_of(last.decode()))
-        # What happened meanwhile is in some hashes already, and will be read from the stream: not twice.
-        (later,) = await ask(client, [("XRANGE", key, b"(" + last, "+", "COUNT", _MEANWHILE)])
+        key, place = stream_key(prefix_of(self.config), queue), self._queues[queue]
+        sightings = await look(client, self.taker, self.config, queue, seq_of(place))
+        # What will be read from the stream is in some hashes already: not twice, and not without the steps before it.
+        (later,) = await ask(client, [("XRANGE", key, f"({place}", "+", "COUNT", _MEANWHILE)])
+        if later is not None and len(later) == _MEANWHILE:
+            return  # first what there is to be read
         moving = {texts(values or []).get("jobId") for _, values in later or ()}
         await self.taker.take([seen for seen in sightings if seen.job not in moving])
         self._behind.pop(queue, None)

@@ -6,6 +6,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import Final
 
+import msgspec
 import trio
 
 from protocol.queues.celery import EVENT_MARK, RESULT_PREFIX, USER, Attempts, Told, read_events, read_result
@@ -21,8 +22,17 @@ _MAX_SCANNED: Final = 20_000
 _AT_ONCE: Final = 200
 # Workers whose signs of life are noted; the longest unheard go first.
 _MAX_WORKERS: Final = 10_000
+# Of those the ones that are in the mark.
+_MAX_ATTENDED: Final = 200
 # A clock that is ahead of ours must not hide what was missed.
 _CLOCKS_MS: Final = 60_000
+
+
+class Mark(msgspec.Struct, gc=False):
+    """How far a session came: everything that was said up to a time, and who had signs of life to send then."""
+
+    at_ms: int
+    workers: list[str] = []
 
 
 class Celery(Source):
@@ -61,7 +71,7 @@ class Celery(Source):
                 if trio.current_time() >= next_repair:
                     next_repair = trio.current_time() + _REPAIR_S
                     await self._repair(client)
-                await self.save_mark(str(at_ms))
+                await self.save_mark(msgspec.json.encode(Mark(at_ms, self._attended())).decode())
                 await self._look_for_the_dead()
 
     def _hear(self, channel: str, payload: bytes, at_ms: int) -> list[Told]:
@@ -102,11 +112,13 @@ class Celery(Source):
 
     async def _catch_up(self, client: Client) -> None:
         """What was said while nobody listened."""
-        mark = await self.load_mark()
+        mark = _read_mark(await self.load_mark())
         await self._repair(client)
-        if mark is None or not mark.isdigit():
+        if mark is None:
             return  # what ended before anybody was interested
-        since_ms = int(mark) - _CLOCKS_MS
+        for worker in mark.workers:
+            self._beats.setdefault(worker, trio.current_time())
+        since_ms = mark.at_ms - _CLOCKS_MS
         tasks = [key[len(self._results) :] for key in await scan(client, f"{escaped(self._results)}*", _MAX_SCANNED)]
         fresh = [task for task in tasks if not self.taker.is_known("", task)]
         await self._read(client, fresh, since_ms)
@@ -130,6 +142,11 @@ class Celery(Source):
                     told.append(one)
             await self._take(told)
 
+    def _attended(self) -> list[str]:
+        """Workers that are at work and have sent signs of life: whoever goes on has to notice if there are no more."""
+        working = {one.worker for one in self.taker.open.values() if one.processing and one.worker is not None}
+        return sorted(working & self._beats.keys())[:_MAX_ATTENDED]
+
     async def _look_for_the_dead(self) -> None:
         """Tasks of workers that have sent signs of life, and do not any more."""
         limit = self.config.stalled_after
@@ -141,3 +158,10 @@ class Celery(Source):
             await self.taker.report_silent(silent, limit)
             for worker in dead:
                 del self._beats[worker]
+
+
+def _read_mark(mark: str | None) -> Mark | None:
+    try:
+        return msgspec.json.decode(mark, type=Mark) if mark else None
+    except msgspec.DecodeError:
+        return None

@@ -21,6 +21,7 @@ from server.logs import log_event
 
 _FIELDS: Final = (
     "status", "created_at", "enqueued_at", "ended_at", "meta", "worker_name", "origin", "last_heartbeat", "exc_info",
+    "started_at",
 )  # fmt: skip
 _FRESH_FIELDS: Final = (*_FIELDS, "data")
 # Where a queue's jobs are listed, besides in ``rq:queue:<name>``: each is a sorted set ``rq:<registry>:<name>``.
@@ -30,6 +31,8 @@ _MAX_LISTED: Final = 1000
 # Of those that have ended the newest; the notices tell of the others.
 _MAX_ENDED: Final = 200
 _AT_ONCE: Final = 200
+# Bytes of a job's pickles that take a millisecond to read.
+_LARGE: Final = 4096
 _WAIT_S: Final = 0.5
 _REPAIR_S: Final = 10.0
 
@@ -116,6 +119,8 @@ class Rq(Source):
                 seen = self._see(job, new, data, end, now_ms)
                 if seen is not None:
                     sightings.append(seen)
+                if len(data.get("data", b"")) + len(data.get("meta", b"")) > _LARGE:
+                    await trio.lowlevel.checkpoint()  # reading it took long
             await self.taker.take(sightings)
 
     async def _ends(self, client: Client, jobs: list[str], hashes: list[dict[str, bytes]]) -> list[dict[str, bytes]]:

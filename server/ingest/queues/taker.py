@@ -16,9 +16,9 @@ from msgspec import UNSET, Raw
 
 from protocol.errors import ApiError
 from protocol.job import record_of
-from protocol.queues.sighting import Known, Sighting, adopts, inherit, job_id, known_of, moved, settle
+from protocol.queues.sighting import Known, Sighting, adopts, inherit, job_id, known_of, moved, settle, skipped
 from protocol.update import ENDED, PROCESSING, STALLED, Job
-from server.brokers.base import Accepted, Delete, Operation, Publish
+from server.brokers.base import Accepted, Broker, Delete, Operation, Publish
 from server.ingest.intake import AT_ONCE, Complaints, Counters
 from server.node import Node
 
@@ -119,18 +119,20 @@ class Taker:
                 operations.append(Delete(name))
                 names.append("")
                 seen, known = inherit(known, seen), None
-            fields = settle(known, seen, self._source)
-            if fields is None:
-                self.counters.duplicates += 1
-                continue
-            ahead[name] = moved(known, fields, self._source)
-            operations.append(Publish(name, fields, "may", SUB))
-            names.append(name)
+            step = skipped(known, seen)
+            for one in (seen,) if step is None else (step, seen):
+                fields = settle(known, one, self._source)
+                if fields is None:
+                    self.counters.duplicates += 1
+                    continue
+                if one is step:
+                    fields.seq = UNSET  # its number is that of what comes next
+                known = ahead[name] = moved(known, fields, self._source)
+                operations.append(Publish(name, fields, "may", SUB))
+                names.append(name)
         if not operations:
             return True
-        # Past the spool: what a queue keeps is not to be moved to a local disk.
-        broker = self._node.broker if self._node.shared is None else self._node.shared
-        submission = broker.submit(operations)
+        submission = self._broker.submit(operations)
         try:
             await submission.wait_kept()
         except ApiError as error:
@@ -149,8 +151,8 @@ class Taker:
                     self.counters.duplicates += 1
                 else:
                     self.counters.accepted += 1
-        for name in ahead:
-            self._update(name)
+        for name, known in ahead.items():
+            self._update(name, known.worker)
         return True
 
     async def report_silent(self, silent: Sequence[str], stalled_after: float) -> None:
@@ -169,15 +171,21 @@ class Taker:
                 fields.seq = UNSET
                 operations.append(Publish(name, fields, "never", SUB))
         if operations:
-            submission = self._node.broker.submit(operations)
+            # As above: what is only believed now must not be published later.
+            submission = self._broker.submit(operations)
             try:
                 await submission.wait_kept()
             except ApiError as error:
                 self._complaints.add("queue_postponed", error.message)
         for name in silent:
-            self._update(name)
+            self._update(name, None)
 
-    def _update(self, name: str) -> None:
+    @property
+    def _broker(self) -> Broker:
+        """Past the spool: what a queue keeps is not to be moved to a local disk."""
+        return self._node.broker if self._node.shared is None else self._node.shared
+
+    def _update(self, name: str, worker: str | None) -> None:
         job = self._node.jobs.get(name)
         found = self.open.pop(name, None)
         if job is None:
@@ -190,10 +198,7 @@ class Taker:
             return
         found.processing = status == PROCESSING
         found.silent_since = 0.0
-        if found.processing and found.worker is None:
-            found.worker = record_of(job).worker_id
-        elif not found.processing:
-            found.worker = None
+        found.worker = worker if found.processing else None
         self.open[name] = found
 
     def _look(self, job: Job) -> None:

@@ -187,6 +187,9 @@ def test_instances_are_nothing_and_run_nothing() -> None:
         b"I" + b"9" * 5000 + b"\n.",
         b"\x80\x04](K\x01e]q\x07(K\x01eh\x07.",
         b"(K\x01K\x02s.",
+        b"\x80\x04(" + b"N" * 100_000 + b"l.",
+        b"\x80\x04" + b"(" * 40_000 + b"t" * 40_000 + b".",
+        b"\x80\x04\x8b\xff\xff\xff\x7f.",
     ],
 )
 def test_pickles_that_are_refused(data: bytes) -> None:

@@ -198,7 +198,7 @@ async def test_celery_results_that_came_while_nobody_listened(
         await until_up(one.node)
         oracle.publish(started["channel"], started["data"])
         await until(one.node, task, "processing")
-        await one.node.broker.save_mark("queue:src", "1000000000000")
+        await one.node.broker.save_mark("queue:src", '{"at_ms":1000000000000}')
     for message in messages:
         if message["channel"].startswith("celery-task-meta-"):
             oracle.set(message["channel"], message["data"])
@@ -233,6 +233,53 @@ async def test_rq_told_by_notices_and_polled(redis: RedisServer, oracle: redis_p
         assert (ok["userId"], ok["kind"], ok["progress"]) == ("user_789", "jobs.encode", 100)
         assert failed["message"] == failed["error"]
         assert failed["userId"] == "queue:src"
+
+
+# What ``docs/queues.md`` says that a user of the queue's Redis needs, with the keys of each queue.
+ALLOWED = ("+@read", "+@connection", "+info", "+subscribe", "+psubscribe", "&*")
+
+
+async def test_rq_is_polled_where_notices_may_not_be_asked_for(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    oracle.config_set("notify-keyspace-events", "Kgh")  # they are there, but nobody says so
+    oracle.execute_command("ACL", "SETUSER", "shown", "on", ">pass", "~rq:*", *ALLOWED)
+    url = f"redis://shown:pass@127.0.0.1:{redis.port}/0"
+    common = {"created_at": "2026-01-01T00:00:00.000001Z", "origin": "video", "meta": '{"user_id": "alice"}'}
+    async with server(store={"url": "memory:"}, **{"queues.src": {"kind": "rq", "url": url, "poll": 0.02}}) as one:
+        await until_up(one.node)
+        oracle.hset("rq:job:a", mapping={**common, "status": "queued"})
+        oracle.sadd("rq:queues", "rq:queue:video")
+        oracle.rpush("rq:queue:video", "a")
+        await until(one.node, "a", "queued")
+        oracle.hset("rq:job:a", mapping={"status": "started", "meta": '{"user_id": "alice", "progress": 40}'})
+        oracle.zadd("rq:wip:video", {"a:1": 1})
+        oracle.delete("rq:queue:video")
+        assert (await until(one.node, "a", "processing"))["progress"] == 40
+        oracle.hset("rq:job:a", "status", "finished")
+        oracle.delete("rq:wip:video")
+        assert (await until(one.node, "a", "completed"))["userId"] == "alice"
+        assert steps(one.node, "a") == ["queued", "processing", "completed"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("bullmq", "~bull:*"), ("bull4", "~bull:*"), ("celery", "~celery-task-meta-*")]
+)
+async def test_a_user_who_may_only_read_is_enough(
+    kind: str, keys: str, redis: RedisServer, oracle: redis_py.Redis
+) -> None:
+    oracle.execute_command("ACL", "SETUSER", "shown", "on", ">pass", "resetkeys", keys, "+config|get", *ALLOWED)
+    oracle.execute_command("ACL", "LOG", "RESET")
+    put_hashes(oracle)
+    oracle.set("bull:video:id", 3)
+    url = f"redis://shown:pass@127.0.0.1:{redis.port}/0"
+    async with server(store={"url": "memory:"}, **{"queues.src": {"kind": kind, "url": url}}) as one:
+        await until_up(one.node)
+        if kind == "celery":
+            oracle.publish("celery-task-meta-a", '{"task_id":"a","status":"SUCCESS","result":null}')
+            await until(one.node, "a", "completed")
+        else:
+            await until(one.node, "video:job_123", "completed")
+    log = oracle.execute_command("ACL", "LOG")
+    assert [entry for entry in log if b"shown" in entry] == []
 
 
 @pytest.mark.slow
