@@ -86,6 +86,10 @@ test: setup-dev system $(VENV)/load/.done $(VENV)/examples/.done $(VENV)/react/.
 test-fast: setup-dev  ## the tests that take under a minute
 	$(BIN)/pytest -q $(PARALLEL) -m 'not slow' $(PYTEST_ARGS)
 
+.PHONY: queues-long
+queues-long: setup-dev system  ## real queues under every trouble there is a test for, all kinds by all troubles (ten minutes)
+	QUEUES=all $(BIN)/pytest -q -s --durations=0 tests/integration/test_queues.py $(PYTEST_ARGS)
+
 bench: bench-self bench-peers  ## measure speed: by itself, then beside others (half an hour of a quiet machine; see perf/README.md)
 
 bench-self: setup  ## beside this machine's bare limit (needs gcc; a quarter of an hour)

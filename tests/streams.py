@@ -277,13 +277,14 @@ async def connect(where: Address, receive_buffer: int | None = None) -> AsyncIte
     sock = trio.socket.socket()
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    with trio.fail_after(PATIENCE_S):
-        await sock.connect(("127.0.0.1", where.port))
-    stream = trio.SocketStream(sock)
-    try:
-        yield Http(where.secured(stream))
-    finally:
-        await trio.aclose_forcefully(stream)
+    with sock:
+        with trio.fail_after(PATIENCE_S):
+            await sock.connect(("127.0.0.1", where.port))
+        stream = where.secured(trio.SocketStream(sock))
+        try:
+            yield Http(stream)
+        finally:
+            await trio.aclose_forcefully(stream)
 
 
 def reset_connection(http: Http) -> None:

@@ -1,16 +1,18 @@
-"""Real BullMQ, Bull, Celery and RQ on a real Redis: what their workers do ends right here, for its owner alone."""
+"""Real workers of BullMQ, Bull, Celery and RQ: every job ends right here, for its owner alone, whatever else ends.
+
+``make test`` runs the cases of ``SHORT``, ``make queues-long`` all there are.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
+import re
 import signal
-import subprocess
-import sys
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,68 +20,52 @@ from typing import Any
 import pytest
 import trio
 
-from tests.queueing import until_up
-from tests.redis_servers import RedisServer, running_server
-from tests.support import ADMIN, AUTH, Address, bearer, server, spawned
+from server.ingest.queues.source import Source
+from tests.fleet import TRANSPORTS
+from tests.integration.queue_runs import (
+    SECRETS,
+    Load,
+    Start,
+    Watcher,
+    bull_load,
+    celery_load,
+    expected,
+    keep_up,
+    processes,
+    rq_load,
+    steps,
+)
+from tests.redis_servers import RedisServer, eventually, running_server
+from tests.support import ADMIN, AUTH, Address, server, spawned
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).parent / "queues"
-LONG_S = 40.0
-COUNTS = {"ok": 20, "bad": 12, "flaky": 14, "removed": 4, "die": 2}
-TOTAL = sum(COUNTS.values())
+LONG_S = 60.0  # reached only by what would never end
+HANDOVER_S = 5.0
+LOADS: dict[str, Callable[[RedisServer, Start], Load]] = {
+    "bullmq": partial(bull_load, library="bullmq"),
+    "bullmq5": partial(bull_load, library="bullmq5"),
+    "bull": partial(bull_load, library="bull"),
+    "celery": partial(celery_load, events=False),
+    "celery-E": partial(celery_load, events=True),
+    "rq": partial(rq_load, two=False),
+    "rq2": partial(rq_load, two=True),
+}
+TROUBLES = ("none", "server restarted", "node killed", "Redis restarted")
+SHORT = [
+    ("bullmq", "node killed"), ("bullmq5", "server restarted"), ("bullmq", "Redis restarted"), ("bull", "none"),
+    ("celery-E", "none"), ("celery", "server restarted"), ("rq", "none"), ("rq2", "node killed"),
+]  # fmt: skip
+CASES = [(kind, trouble) for kind in LOADS for trouble in TROUBLES] if os.environ.get("QUEUES") == "all" else SHORT
 
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """As people run it who would not lose what it has."""
     directory = tmp_path / "redis"
     directory.mkdir()
-    with running_server(directory, "--notify-keyspace-events", "Kgh") as running:
+    with running_server(directory, "--notify-keyspace-events", "Kgh", "--appendonly", "yes") as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def modules() -> Path:
-    """Where BullMQ and Bull are, installed as the lock file says."""
-    place = Path(sys.prefix) / "queues"
-    place.mkdir(exist_ok=True)
-    lock = (HERE / "package-lock.json").read_bytes()
-    done = place / "installed-lock.json"
-    with (place / "busy").open("w") as busy:
-        fcntl.flock(busy, fcntl.LOCK_EX)  # tests run side by side
-        if done.is_file() and done.read_bytes() == lock:
-            return place / "node_modules"
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(HERE / name, place)
-        # Not `npm ci`: it wants native variants for all systems in the lock file, of what is not even installed.
-        command = ["npm", "install", "--no-save", "--omit=optional", "--silent", "--no-audit", "--ignore-scripts"]
-        subprocess.run(command, cwd=place, check=True, timeout=300)
-        done.write_bytes(lock)
-    return place / "node_modules"
-
-
-@contextmanager
-def processes(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start processes; they end with the block, and with this one. What they say is in ``workers.log``."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(*command: str, **environment: str) -> subprocess.Popen[bytes]:
-        with (tmp_path / "workers.log").open("ab") as log:
-            process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],
-                env=os.environ | {"PYTHONPATH": str(HERE)} | environment,
-                cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        started.append(process)
-        return process
-
-    try:
-        yield start
-    finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 async def records(at: Address) -> dict[str, dict[str, Any]]:
@@ -89,222 +75,210 @@ async def records(at: Address) -> dict[str, dict[str, Any]]:
     return {job["jobId"]: job for job in answer.json["jobs"]}
 
 
-async def all_processing(at: Address, names: list[str]) -> bool:
-    """Whether all of these are being worked on."""
-    found = await records(at)
-    return all(found.get(name, {}).get("status") == "processing" for name in names)
+async def until_some_ended(where: list[Address], count: int) -> None:
+    """Wait until so many jobs have ended."""
+    with trio.fail_after(LONG_S):
+        while sum("endedAt" in job for job in (await records(where[0])).values()) < count:  # noqa: ASYNC110
+            await trio.sleep(0.05)
 
 
-async def until_all_ended(at: Address, count: int) -> dict[str, dict[str, Any]]:
-    """Wait until there are so many jobs, and all of them have ended."""
+async def until_ended(where: list[Address], load: Load, names: dict[str, tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """Wait until all jobs have ended that end at all, as one server has them."""
+    left: dict[str, Any] = {"all": "of them"}
     found: dict[str, dict[str, Any]] = {}
     with trio.move_on_after(LONG_S):
-        while True:
-            found = await records(at)
-            if len(found) >= count and all("endedAt" in job for job in found.values()):
-                break
+        while left:
             await trio.sleep(0.1)
-    ended = {name: job["status"] for name, job in found.items() if "endedAt" not in job}
-    assert (len(found), ended) == (count, {})
+            try:
+                found = await records(where[0])
+            except OSError:
+                continue
+            left = {name: does for name, (does, _) in names.items() if "endedAt" not in found.get(name, {})}
+            if left and all(does in load.forgotten for does in left.values()):
+                await trio.sleep(3)
+                left = {name: does for name, does in left.items() if load.truth(name, does) is not None}
+    assert not left, [(name, does, found.get(name), load.truth(name, does)) for name, does in left.items()][:20]
     return found
 
 
-async def check_rights(at: Address, found: dict[str, dict[str, Any]]) -> None:
-    """Each user sees its own jobs, and nothing that jobs carry is in them."""
-    text = json.dumps(found)
-    for secret in ("private.mov", "not for everybody", "Traceback", ".py", ".cjs"):
-        assert secret not in text
-    for user in {job["userId"] for job in found.values() if not job["userId"].startswith("queue:")}:
-        answer = await at.ask("GET", "/api/v2/jobs?limit=1000", headers=bearer(user))
-        mine = {job["jobId"] for job in answer.json["jobs"]}
-        assert mine == {name for name, job in found.items() if job["userId"] == user}
+def logs(directory: Path) -> str:
+    """What the servers have logged."""
+    return "".join(log.read_text() for log in directory.glob("*/server.log"))
 
 
-async def steps_of(at: Address, job_id: str) -> list[str]:
-    """The statuses that a job went through."""
-    answer = await at.ask("GET", f"/api/v2/jobs/{job_id}/history", headers=ADMIN)
-    found: list[str] = []
-    for update in answer.json["updates"]:
-        if not found or found[-1] != update["status"]:
-            found.append(update["status"])
-    return found
+class Trouble:
+    """Servers that take a load in, and what befalls them."""
 
+    def __init__(self, kind: str, redis: RedisServer, directory: Path, tables: dict[str, Any]) -> None:
+        self.kind = kind
+        self.nodes: list[Address] = []
+        self.handover_s: float | None = None
+        self._redis = redis
+        self._directory = directory
+        self._tables = tables | {"auth": AUTH}
 
-def check(job: dict[str, Any], does: str) -> None:
-    """Whether it ended as it should."""
-    expected = {
-        "ok": ("completed", 1), "bad": ("failed", 1), "flaky": ("completed", 2), "removed": ("cancelled", 1),
-    }  # fmt: skip
-    if does in expected:
-        status, attempt = expected[does]
-        assert job["status"] == status, job
-        assert job["attempt"] >= attempt, job  # more where a machine was too slow to keep a lock
-    if does == "ok":
-        assert (job["progress"], job["message"]) == (100, "half of it"), job
-    if does == "bad":
-        assert job["error"].endswith("bad went wrong"), job
+    @asynccontextmanager
+    async def servers(self) -> AsyncIterator[Callable[[], Any]]:
+        """Run them. Gives what brings the trouble about."""
+        async with {
+            "none": self._calm, "server restarted": self._restarted, "node killed": self._killed,
+            "Redis restarted": self._redis_restarted,
+        }[self.kind]() as cause:  # fmt: skip
+            yield cause
 
+    def _spawned(self, name: str, **tables: Any) -> Any:
+        directory = self._directory / name
+        directory.mkdir(exist_ok=True)
+        return spawned(directory, **self._tables, **tables)
 
-@asynccontextmanager
-async def restarted(tmp_path: Path, tables: dict[str, Any], when: Callable[[], object]) -> AsyncIterator[list[Any]]:
-    """A server that is killed once some jobs are there, and started again. Gives what runs at the end."""
-    directory = tmp_path / "server"
-    directory.mkdir()
-    async with spawned(directory, **tables) as first:
-        when()
-        with trio.fail_after(LONG_S):
-            while sum("endedAt" in job for job in (await records(first)).values()) < 10:  # noqa: ASYNC110
-                await trio.sleep(0.01)
-        first.signal(signal.SIGKILL)
-        await first.exit_status()
-    await trio.sleep(0.3)  # jobs go on meanwhile
-    async with spawned(directory, **tables) as second:
-        yield [second]
+    @asynccontextmanager
+    async def _calm(self) -> AsyncIterator[Callable[[], Any]]:
+        async with self._spawned("one") as one:
+            self.nodes.append(one)
+            await ready(one)
 
+            async def nothing() -> None:
+                await trio.lowlevel.checkpoint()
 
-@pytest.mark.parametrize(("kind", "killed"), [("bullmq", False), ("bullmq", True), ("bull4", False)])
-async def test_bullmq_and_bull(redis: RedisServer, modules: Path, tmp_path: Path, kind: str, killed: bool) -> None:
-    tables: dict[str, Any] = {"auth": AUTH, "queues.v": {"kind": kind, "url": redis.url}}
-    with processes(tmp_path) as start:
-        script = ("node", str(HERE / "jobs.cjs"), kind, str(redis.port))
-        work = partial(start, *script, NODE_PATH=str(modules))
+            yield nothing
 
-        def begin() -> None:
-            start(*script, "add", json.dumps(COUNTS), NODE_PATH=str(modules))
-            work("video")
+    @asynccontextmanager
+    async def _restarted(self) -> AsyncIterator[Callable[[], Any]]:
+        async with self._spawned("one") as first, trio.open_nursery() as nursery:
+            self.nodes.append(first)
+            await ready(first)
 
-        async with trio.open_nursery() as nursery:
-            # Workers that were killed come again, as supervisors see to it; those then keep out of harm's way.
-            async def supervise() -> None:
-                worker = work("fragile")
-                while True:
-                    await trio.sleep(0.2)
-                    if worker.poll() is not None:
-                        worker = start(*script, "fragile", NODE_PATH=str(modules), STEADY="1")
+            async def again() -> None:
+                async with self._spawned("one") as second:
+                    self.nodes[:] = [second]
+                    await trio.sleep_forever()
 
-            if killed:
-                async with restarted(tmp_path, tables, begin) as (at,):
-                    nursery.start_soon(supervise)
-                    found = await until_all_ended(at, TOTAL)
-                    await check_rights(at, found)
-            else:
-                async with server(store={"url": "memory:"}, **tables) as one:
-                    await until_up(one.node)
-                    begin()
-                    nursery.start_soon(supervise)
-                    found = await until_all_ended(one, TOTAL)
-                    await check_rights(one, found)
-                    assert await steps_of(one, "video:ok-0") == ["queued", "processing", "completed"]
-                    assert await steps_of(one, "video:flaky-0") == [
-                        "queued", "processing", "queued", "processing", "completed",
-                    ]  # fmt: skip
+            async def restart() -> None:
+                first.signal(signal.SIGKILL)
+                await first.exit_status()
+                await trio.sleep(0.5)  # jobs go on meanwhile
+                nursery.start_soon(again)
+                await eventually(lambda: self.nodes[0] is not first, within=LONG_S)
+                await ready(self.nodes[0])
+
+            yield restart
             nursery.cancel_scope.cancel()
-    for name, job in found.items():
-        does, _, number = name.partition(":")[2].partition("-")
-        if not (killed and job["userId"] == "queue:v"):
-            assert job["userId"] == f"user_{int(number) % 3}", job
-        if does == "die":
-            # The first one has killed its worker, and another one has worked it off; how often its lock ran out on the
-            # way depends on how slow this machine is.
-            assert job["status"] == "completed", job
-            assert job["attempt"] >= (2 if number == "0" else 1), job
-        else:
-            check(job, does)
+
+    @asynccontextmanager
+    async def _killed(self) -> AsyncIterator[Callable[[], Any]]:
+        store = {"url": f"{self._redis.url}/7"}
+        async with self._spawned("one", store=store) as victim:
+            await ready(victim)
+            async with server(**self._tables, store=store) as other:
+                assert other.node.queues is not None
+                source: Source = other.node.queues.sources["q"]
+                await eventually(lambda: source.standby, within=LONG_S)
+                self.nodes += [other, victim]
+
+                async def kill() -> None:
+                    assert source.taker.counters.accepted == 0
+                    victim.signal(signal.SIGKILL)
+                    killed = time.monotonic()
+                    await eventually(lambda: source.taker.counters.accepted, within=LONG_S)
+                    self.handover_s = time.monotonic() - killed
+                    await victim.exit_status()
+                    self.nodes[:] = [other]
+
+                yield kill
+
+    @asynccontextmanager
+    async def _redis_restarted(self) -> AsyncIterator[Callable[[], Any]]:
+        async with self._spawned("one", store={"url": f"{self._redis.url}/7"}) as one:
+            self.nodes.append(one)
+            await ready(one)
+
+            async def restart() -> None:
+                self._redis.kill()
+                await trio.sleep(0.5)
+                await trio.to_thread.run_sync(self._redis.start)
+                await ready(one)
+
+            yield restart
 
 
-@pytest.mark.parametrize("events", [True, False])
-async def test_celery(redis: RedisServer, tmp_path: Path, events: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CELERY_REDIS", redis.url)
-    monkeypatch.syspath_prepend(str(HERE))
-    sys.modules.pop("celery_tasks", None)
-    import celery_tasks
+async def ready(at: Address) -> None:
+    """Wait until the queue is taken in there."""
+    with trio.fail_after(LONG_S):
+        while (await at.get("/ready")).json.get("queues", {}).get("q", {}).get("state") != "up":  # noqa: ASYNC110
+            await trio.sleep(0.02)
 
-    tables: dict[str, Any] = {"auth": AUTH, "queues.c": {"kind": "celery", "url": f"{redis.url}/1"}}
-    command = (sys.executable, "-m", "celery", "-A", "celery_tasks", "worker", "-c", "4", "-l", "warning")
-    names: dict[str, tuple[str, str]] = {}
 
-    def send() -> None:
-        for does in ("ok", "bad", "flaky", "die", "slow"):
-            for number in range({**COUNTS, "slow": 2}[does]):
-                user = f"user_{number % 3}"
-                sent = getattr(celery_tasks, does).delay("private.mov", user_id=user)
-                names[sent.id] = (does, user)
-
+@pytest.mark.parametrize(("kind", "trouble"), CASES)
+async def test_real_workers(kind: str, trouble: str, redis: RedisServer, tmp_path: Path) -> None:
     with processes(tmp_path) as start:
-        async with server(store={"url": "memory:"}, **tables) as one:
-            await until_up(one.node)
-            start(*command, *(["-E"] if events else []), "--without-mingle", "--without-gossip", CELERY_REDIS=redis.url)
-            await trio.to_thread.run_sync(send)
-            slow = [name for name, (does, _) in names.items() if does == "slow"]
-            with trio.fail_after(LONG_S):
-                while not await all_processing(one, slow):  # noqa: ASYNC110
-                    await trio.sleep(0.1)
-            for name in slow:
-                revoke = partial(celery_tasks.app.control.revoke, name, terminate=True)
-                await trio.to_thread.run_sync(revoke)
-            found = await until_all_ended(one, len(names))
-            await check_rights(one, found)
-            ok = next(name for name, (does, _) in names.items() if does == "ok")
-            flaky = next(name for name, (does, _) in names.items() if does == "flaky")
-            first = ["queued"] if events else []
-            assert await steps_of(one, ok) == [*first, "processing", "completed"]
-            assert await steps_of(one, flaky) == [*first, "processing", "queued", "processing", "completed"]
-    celery_tasks.app.close()
-    for name, (does, user) in names.items():
+        load = LOADS[kind](redis, start)
+        befalls = Trouble(trouble, redis, tmp_path, load.tables)
+        async with befalls.servers() as cause, trio.open_nursery() as nursery:
+            readers = [
+                Watcher(transport, befalls.nodes, f"user_{number}", at=number)
+                for number, transport in enumerate(TRANSPORTS)
+            ]
+            for reader in readers:
+                nursery.start_soon(reader.run)
+                await reader.started.wait()
+            nursery.start_soon(keep_up, load)
+            names = await trio.to_thread.run_sync(load.send)
+            await until_some_ended(befalls.nodes, len(names) // 5)
+            await cause()
+            found = await until_ended(befalls.nodes, load, names)
+            assert found.keys() == names.keys()
+            newest = {name: job["version"] for name, job in found.items()}
+            for reader in readers:
+                mine = {name: version for name, version in newest.items() if found[name]["userId"] == reader.user}
+                await eventually(partial(reader.has, mine), within=LONG_S)
+            nursery.cancel_scope.cancel()
+    shown = json.dumps([found, [reader.seen for reader in readers]]) + logs(tmp_path)
+    assert not [secret for secret in SECRETS if secret in shown]
+    check(load, names, found, readers, trouble)
+    if befalls.handover_s is not None:
+        print("handed over after", befalls.handover_s)
+        assert befalls.handover_s < HANDOVER_S
+
+
+def check(
+    load: Load,
+    names: dict[str, tuple[str, str]],
+    found: dict[str, dict[str, Any]],
+    readers: list[Watcher],
+    trouble: str,
+) -> None:
+    """Every record ended as the queue says, and its owner alone saw every step of it in order."""
+    nameless = {name for name in names if names[name][0] in load.nameless and found[name]["userId"] == "queue:q"}
+    names = {name: (does, "queue:q" if name in nameless else user) for name, (does, user) in names.items()}
+    paths: dict[str, Counter[str]] = {}
+    wrong: dict[str, Any] = {}
+    for reader in readers:
+        reader.check_order()
+        assert reader.seen.keys() == {name for name, (_, user) in names.items() if user == reader.user}, reader.user
+        for name, messages in reader.seen.items():
+            does = names[name][0]
+            path = steps(messages)
+            paths.setdefault(does, Counter())[path] += 1
+            pattern = expected(load, does, calm=trouble == "none", stores_lost=trouble == "Redis restarted")
+            truth = load.truth(name, does)
+            if does in load.forgotten and truth is None:
+                pattern = "Q"
+            if not re.fullmatch(pattern, path) or truth not in (None, found[name]["status"]):
+                wrong[name] = (does, pattern, path, truth, found[name])
+    print(trouble, {does: dict(counts) for does, counts in paths.items()})
+    assert not wrong, (len(wrong), list(wrong.items())[:5])
+    assert {name: job["userId"] for name, job in found.items()} == {name: user for name, (_, user) in names.items()}
+    if trouble == "Redis restarted":
+        return
+    for name, (does, _) in names.items():
         job = found[name]
-        assert (job["userId"], job["kind"]) == (user, f"celery_tasks.{does}"), job
-        check(job, does)
-        if does == "slow":
-            assert job["status"] == "cancelled"
-        if does == "die":
-            assert (job["status"], job["error"].partition(":")[0]) == ("failed", "WorkerLostError")
-
-
-@pytest.mark.parametrize("notices", [True, False])
-async def test_rq(redis: RedisServer, tmp_path: Path, notices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rq import Queue, Retry
-
-    monkeypatch.syspath_prepend(str(HERE))
-    import rq_jobs
-
-    tables: dict[str, Any] = {"auth": AUTH, "queues.r": {"kind": "rq", "url": redis.url, "poll": 0.1}}
-    names: dict[str, tuple[str, str]] = {}
-    with redis.oracle() as oracle, processes(tmp_path) as start:
-        if not notices:
-            oracle.config_set("notify-keyspace-events", "")
-        queue = Queue("video", connection=oracle)
-
-        def send() -> None:
-            for does, count in {**COUNTS, "ok": 28, "flaky": 6}.items():
-                for number in range(count):
-                    user = f"user_{number % 3}"
-                    job = queue.enqueue(
-                        getattr(rq_jobs, "ok" if does == "removed" else does), "private.mov",
-                        meta={"user_id": user}, retry=Retry(max=1) if does == "flaky" else None,
-                    )  # fmt: skip
-                    names[job.id] = (does, user)
-                    if does == "removed":
-                        job.cancel()
-
-        async with server(store={"url": "memory:"}, **tables) as one:
-            await until_up(one.node)
-            await trio.to_thread.run_sync(send)
-            for _ in range(2):
-                start(
-                    str(Path(sys.executable).with_name("rq")), "worker", "video", "--url", redis.url, "--quiet",
-                )  # fmt: skip
-            found = await until_all_ended(one, len(names))
-            await check_rights(one, found)
-            if notices:
-                flaky = next(name for name, (does, _) in names.items() if does == "flaky")
-                assert await steps_of(one, flaky) == ["queued", "processing", "queued", "processing", "completed"]
-    for name, (does, user) in names.items():
-        assert (found[name]["userId"], found[name]["kind"]) == (user, f"rq_jobs.{'ok' if does == 'removed' else does}")
-        if does == "flaky" and not notices:
-            # Where it is only looked at, a first attempt may be over before anybody looked.
-            assert found[name]["status"] == "completed"
-        else:
-            check(found[name], does)
-        if does == "die":
-            assert found[name]["status"] == "failed"
-            assert "terminated" in found[name]["error"]
+        if does == "ok":
+            assert job["progress"] == 100, job
+        if does == "bad":
+            assert job["error"].endswith("bad went wrong"), job
+        if does == "flaky" and (load.exact or trouble == "none"):
+            assert job["attempt"] == 2, job
+    if trouble == "none":
+        # What can only be looked at is looked at in time nearly always.
+        usual = paths["ok"]
+        assert usual["QPC" if load.announced else "PC"] > 0.8 * usual.total(), usual
