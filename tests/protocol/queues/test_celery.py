@@ -153,12 +153,25 @@ def test_late_events_of_an_attempt_that_is_over_change_nothing() -> None:
     done, attempts = Replay("celery"), Attempts()
     for message in messages:
         if message["channel"].startswith("celery-task-meta-"):
-            hear(done, attempts, message)
+            hear(done, attempts, message, user="kwargs.nobody")
     before = list(done.rows)
     for message in messages:
         if not message["channel"].startswith("celery-task-meta-"):
-            hear(done, attempts, message)
+            hear(done, attempts, message, user="kwargs.nobody")
     assert done.rows == before
+
+
+def test_an_owner_who_is_named_after_the_end_is_given_the_job_as_it_ended() -> None:
+    """Results are told at once, events a moment later: a task that was revoked at once ends before it is announced."""
+    messages = CELERY["with_events_flag_E"]
+    done, attempts = Replay("celery"), Attempts()
+    for results in (True, False):
+        for message in messages:
+            if message["channel"].startswith("celery-task-meta-") is results:
+                hear(done, attempts, message)
+    known = done.known(ENCODE)
+    assert known is not None
+    assert (known.owner, known.status, known.progress, known.attempt) == ("user_789", "completed", 100, 1)
 
 
 def test_a_task_that_was_delivered_again_after_its_worker_was_lost() -> None:
