@@ -234,18 +234,23 @@ def test_every_key_of_the_configuration_is_documented() -> None:
 
 
 async def test_sample_configurations_are_accepted(tmp_path: Path) -> None:
-    key = trustme.CA().cert_pem  # any certificate has a public key
-    key.write_to_path(str(tmp_path / "public.pem"))
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "public.pem"))  # any certificate has a public key
+    certificate = authority.issue_cert("status.example.com")
+    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "fullchain.pem"))
+    certificate.private_key_pem.write_to_path(str(tmp_path / "privkey.pem"))
     samples = [
         text
         for document in ("docs/configuration.md", "docs/operations.md")
         for _, info, text in fences(document)
         if info == "toml"
     ]
-    assert len(samples) == 4  # none is overlooked
+    assert len(samples) == 6  # none is overlooked
     for sample in samples:
         file = tmp_path / "sample.toml"
         text = sample.replace("/etc/statuswire/", f"{tmp_path}/").replace('"RS256"', '"ES256"')
+        if "[auth]" not in text:  # a part of a file, which says elsewhere who is who
+            text += '\n[auth]\nhook_url = "http://127.0.0.1:8000/who"\n'
         await trio.Path(file).write_text(text)
         await trio.run_process(
             [str(STATUSWIRE), "check-config", "--config", str(file)],
