@@ -19,7 +19,7 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: examples example-vanilla example-react example-fastapi example-django example-nginx example-celery example-bullmq example-rq help setup setup-dev system run test test-fast bench web sizes lint types format clean
+.PHONY: examples example-vanilla example-react example-fastapi example-django example-nginx example-celery example-bullmq example-rq help conformance setup setup-dev system run test test-fast bench web sizes lint types format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s $$'\t' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -138,6 +138,10 @@ web: $(WEB)/.done  ## make what browsers are given in server/web/ from server/we
 sizes: web  ## the same, and what it weighs
 	@for file in $$(cd server/web && ls client.* share.js react.js job-progress.js 2>/dev/null); do \
 		printf '%-16s %6d bytes, %5d gzipped\n' $$file $$(wc -c < server/web/$$file) $$(gzip -9nc server/web/$$file | wc -c); done
+
+conformance: setup-dev system  ## Autobahn whole, HTTP beside nginx, real clients (15 minutes); writes docs/conformance.md
+	CONFORMANCE=$(VENV)/conformance.json $(BIN)/pytest -q tests/conformance
+	$(BIN)/python -m tests.conformance.report $(VENV)/conformance.json
 
 lint: setup-dev  ## style
 	$(BIN)/ruff check .

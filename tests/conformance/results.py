@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 
@@ -30,4 +31,5 @@ class Results:
 
     def saved(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"parts": self.parts, "seconds": self.seconds}
+        date = datetime.now(UTC).date().isoformat()
+        return {"date": date, "parts": self.parts, "seconds": self.seconds}

@@ -263,6 +263,13 @@ async def test_http1_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, res
         group = name.partition(":")[0]
         verdicts.setdefault(group, Counter())["more lenient, on purpose" if case.lenient else verdict] += 1
     assert not wrong, "\n".join(str(each)[:600] for each in wrong)
+    suite = f"HTTP/1.1 corpus, beside {nginx_version()}"
     for group, count in verdicts.items():
-        results.add("HTTP/1.1 corpus", group, dict(count))
-    results.took("HTTP/1.1 corpus", time.monotonic() - began)
+        results.add(suite, group, dict(count))
+    results.took(suite, time.monotonic() - began)
+
+
+def nginx_version() -> str:
+    assert NGINX
+    said = subprocess.run([NGINX, "-v"], capture_output=True, text=True, check=True).stderr
+    return said.split()[-1].replace("/", " ")
