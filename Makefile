@@ -90,6 +90,11 @@ test-fast: setup-dev  ## the tests that take under a minute
 queues-long: setup-dev system  ## real queues under every trouble there is a test for, all kinds by all troubles (ten minutes)
 	QUEUES=all $(BIN)/pytest -q -s --durations=0 tests/integration/test_queues.py $(PYTEST_ARGS)
 
+.PHONY: hostility
+hostility: setup-dev system  ## every attack for ten seconds (HOSTILITY_SECONDS=), and a table of what readers felt
+	HOSTILITY_SECONDS=$${HOSTILITY_SECONDS:-10} HOSTILITY_REPORT=hostility.md $(BIN)/pytest -q tests/hostility
+	@cat hostility.md
+
 bench: bench-self bench-peers  ## measure speed: by itself, then beside others (half an hour of a quiet machine; see perf/README.md)
 
 bench-self: setup  ## beside this machine's bare limit (needs gcc; a quarter of an hour)
@@ -200,6 +205,7 @@ system:  ## install what the tests need from the system
 	nginx=$$(PATH="$$PATH:/usr/sbin" command -v nginx || ls $(VENV)/nginx/usr/sbin/nginx 2>/dev/null); \
 	command -v node >/dev/null || missing+=(nodejs); \
 	command -v npm >/dev/null || missing+=(npm); \
+	test -n "$$(ls /usr/lib/*/faketime/libfaketime.so.1 2>/dev/null)" || missing+=(faketime); \
 	redis=$$(command -v redis-server redis-sentinel | wc -l); \
 	if test "$$redis" != 2; then command -v redis-check-rdb >/dev/null || missing+=(redis-tools); fi; \
 	if test "$${#missing[@]}" != 0 -o -z "$$browser" -o -z "$$nginx"; then $(APT_GET) update; fi; \

@@ -167,6 +167,7 @@ class Limits(Struct, frozen=True, kw_only=True):
         upload_timeout: seconds for all of a body that is read before it is answered.
         idle_timeout: seconds that an HTTP connection is kept without a request.
         send_timeout: seconds in which a peer that takes nothing of what it is sent is given up.
+        poll_timeout: seconds that a poll waits, whatever it asks for.
         auth_timeout: seconds until a WebSocket client without a token must have sent ``auth``.
     """
 
@@ -194,6 +195,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     idle_timeout: Seconds = 75.0
     # Below the two minutes after which a silent connection is called stale (RFC 9112 section 9.5 leaves it to us).
     send_timeout: Seconds = 60.0
+    # The most that can be asked for; less, where a proxy gives up sooner.
+    poll_timeout: Annotated[float, Meta(gt=0, le=60)] = 60.0
     auth_timeout: Seconds = 10.0
 
 

@@ -167,6 +167,7 @@ class Node:
         self.turned_away = 0
         self.handed_over: list[int] = []
         self.worker = worker or 0
+        self._heavy = trio.Lock()
         self._busy = 0
         self._quiet: trio.Event | None = None
         self.draining = False
@@ -274,6 +275,12 @@ class Node:
         self._busy -= 1
         if self._quiet is not None and not self._busy:
             self._quiet.set()
+
+    async def heavy_turn(self, seconds: float) -> None:
+        """Wait until somebody may have another turn whose last one took so long: however many there are, together they
+        leave half of the loop's time to everybody else."""
+        async with self._heavy:
+            await trio.sleep(seconds)
 
     # Going away
 

@@ -92,6 +92,10 @@ class Poller:
         self._set.register(fd, select.EPOLLIN)
         self._ready.append(fd)
 
+    def unbroken(self, peer: Peer) -> bool:
+        """Whether a turn of it is under way that has not waited yet."""
+        return peer is self._running
+
     def interrupt(self, peer: Peer) -> bool:
         """Whether a turn of it is under way. If that waits, it is cancelled."""
         if peer is self._running:

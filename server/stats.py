@@ -91,6 +91,7 @@ def summary(one: Sample) -> dict[str, Any]:
             "cpuSeconds": round(_number(one, "process_cpu_seconds_total"), 3),
             "memoryBytes": _one(one, "process_resident_memory_bytes"),
             "openFiles": _one(one, "process_open_fds"),
+            "tasks": _one(one, "statuswire_tasks"),
             "loopLagMs": round(1000 * _number(one, "statuswire_loop_lag_seconds"), 3),
         },
     }

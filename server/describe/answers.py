@@ -250,6 +250,7 @@ class ProcessStats(Struct, rename="camel"):
     cpu_seconds: float
     memory_bytes: int
     open_files: int
+    tasks: int
     loop_lag_ms: float
 
 

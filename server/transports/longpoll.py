@@ -76,7 +76,7 @@ async def poll(exchange: Exchange) -> Response:
     watch = parse_watch(request.query, ALL_TYPES)
     hearing = _hearing(exchange, watch)
     names = channels_for(identity, watch, all_jobs=wants_all(request.query))
-    timeout = parse_timeout(request.query)
+    timeout = min(parse_timeout(request.query), node.config.limits.poll_timeout)
     client_id = parse_client_id(request.query)
     cursor = request.query.get("last_seen")
     client: Client | None = None

@@ -97,6 +97,10 @@ CORKED_ANSWERS: Final = 64
 GOODBYE_S: Final = 5.0
 # Read at most this much before others have a turn: some 10 µs a frame, of six bytes at worst, is 30 ms.
 TURN_BYTES: Final = 16384
+# Whose last turn took this long is read in smaller portions and let in more slowly (``Node.heavy_turn``).
+HEAVY_TURN_S: Final = 0.002
+HEAVY_TURN_BYTES: Final = 2048
+HEAVY_PAUSE_S: Final = 0.05
 _NONE: Final[frozenset[int]] = frozenset()
 # Why a session ended, where its close code says so; the others are about broken frames.
 _ENDS: Final = {
@@ -157,6 +161,7 @@ class Session(LiveReader):
         "_farewell",
         "_framing",
         "_from_inbox",
+        "_heavy_s",
         "_held",
         "_incoming",
         "_joined",
@@ -184,6 +189,7 @@ class Session(LiveReader):
         self._early = early
         self._auth_timer: Timer | None = None
         self._farewell: bytes | None = None
+        self._heavy_s = -1.0  # seconds of the last turn if it was a heavy one; nothing is known of it yet
         self._held = 0  # bytes of a message that is not whole yet
         self._mistakes = 0
         self._too_fast = 0
@@ -286,9 +292,13 @@ class Session(LiveReader):
 
     async def serve(self) -> bool:
         """Answer what the client says."""
+        slowed = self._heavy_s > 0.0
+        if slowed:
+            await self.node.heavy_turn(min(self._heavy_s, HEAVY_PAUSE_S))
+        size = HEAVY_TURN_BYTES if self._heavy_s else TURN_BYTES
         data, self._early = self._early, b""
         if not data:
-            data = self.sock.recv(TURN_BYTES)
+            data = self.sock.recv(size)
             if not data:
                 self.finish("closed")
                 return False
@@ -298,17 +308,21 @@ class Session(LiveReader):
             failure = None
         except WebSocketError as error:
             events, failure = error.events, error
+        spent_s = trio.current_time() - self.heard_at
         if len(events) > 1:
             self.corked = True  # the answers to publishes, which are short, go out together
         await self._take_events(events)
         self.uncork()
+        if slowed or self.node.poller.unbroken(self):  # else it has waited, and others have had the time
+            spent_s = trio.current_time() - self.heard_at
+        self._heavy_s = spent_s if spent_s > HEAVY_TURN_S else 0.0
         if failure is not None:
             self.close_with(failure.code, failure.reason)
             return False
         if self._incoming.unfinished != self._held:
             self._account(self._incoming.unfinished)
         # One client must not keep the loop to itself by never letting its socket run dry.
-        return len(data) == TURN_BYTES
+        return len(data) == size
 
     def waits(self) -> None:
         """See ``Peer``."""

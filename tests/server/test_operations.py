@@ -105,6 +105,7 @@ async def test_every_field_of_a_fresh_server() -> None:
         assert process["cpuSeconds"] > 0
         assert process["memoryBytes"] > 10_000_000
         assert process["openFiles"] > 3
+        assert process["tasks"] > 3
         assert process["loopLagMs"] >= 0
 
 
