@@ -41,6 +41,9 @@ class Reader:
         texts: their messages.
         resets: how often it was told that its cursor does not hold.
         connections: how many it took.
+        proxied: there is a proxy in between.
+        sent_away: when a server ended a connection of its own accord (``trio.current_time``), and for how long it asked
+            to stay away.
         started: set once it has its first snapshot.
     """
 
@@ -54,6 +57,8 @@ class Reader:
     texts: Counter[str] = field(default_factory=Counter)
     resets: int = 0
     connections: int = 0
+    proxied: bool = False
+    sent_away: list[tuple[float, float]] = field(default_factory=list)
     started: trio.Event = field(default_factory=trio.Event)
 
     async def run(self) -> None:
@@ -103,6 +108,8 @@ class Reader:
                         self._begun(message["id"], reset=True)
             except Closed as closed:
                 delay = re.search(r"(\d+) ms", closed.reason)
+                if delay:
+                    self.sent_away.append((trio.current_time(), int(delay[1]) / 1000))
                 raise ComeAgainError(int(delay[1]) / 1000 if delay else 0.05) from None
 
     async def _event_stream(self, where: Address) -> None:
@@ -115,7 +122,7 @@ class Reader:
             if status != 200:
                 raise ComeAgainError(0.1)
             self.connections += 1
-            stream = Stream(http, status, answer)
+            stream = Stream(http, status, answer, proxied=self.proxied)
             retry_ms = 50
             while True:
                 try:
@@ -124,6 +131,7 @@ class Reader:
                     raise ComeAgainError(retry_ms / 1000) from None
                 if event.type == "error":
                     retry_ms = event.retry or retry_ms
+                    self.sent_away.append((trio.current_time(), retry_ms / 1000))
                 elif "jobId" in event.data:
                     assert event.id is not None
                     self._take(event.data, event.id)

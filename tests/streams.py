@@ -314,9 +314,14 @@ class SseEvent(NamedTuple):
 
 
 class Stream:
-    """One event stream, read strictly: unnamed one-line events, LF only, each whole in its chunk."""
+    """One event stream, read strictly: unnamed one-line events, LF only, each whole in its chunk.
 
-    def __init__(self, http: Http, status: int, headers: dict[str, str]) -> None:
+    Args:
+        proxied: a proxy in between cuts chunks of its own, so an event may end in another one than it began in.
+    """
+
+    def __init__(self, http: Http, status: int, headers: dict[str, str], *, proxied: bool = False) -> None:
+        self._begun: bytes | None = b"" if proxied else None
         self.http = http
         self.status = status
         self.headers = headers
@@ -337,7 +342,13 @@ class Stream:
                 if not self._size:
                     raise Ended
                 self._size = None
-                events = parse_events(chunk[:-2])
+                text = chunk[:-2]
+                if self._begun is not None:
+                    whole, end, self._begun = (self._begun + text).rpartition(b"\n\n")
+                    if not end:
+                        continue
+                    text = whole + end
+                events = parse_events(text)
                 self.chunk_sizes.append(len(events))
                 self._events += events
         event = self._events.pop(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,19 +29,19 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 class Fleet:
     """Servers in processes of their own, each of which comes back on the port that it had."""
 
-    def __init__(self, directory: Path, url: str, count: int, drain: float) -> None:
+    def __init__(self, directory: Path, url: str, count: int, **settings: object) -> None:
         self.nodes: list[Spawned] = []
         try:
-            self._start_all(directory, url, count, drain)
+            self._start_all(directory, url, count, settings)
         except BaseException:
             self.stop()
             raise
 
-    def _start_all(self, directory: Path, url: str, count: int, drain: float) -> None:
+    def _start_all(self, directory: Path, url: str, count: int, settings: dict[str, object]) -> None:
         for number, port in enumerate(free_ports(count)):
             home = directory / f"node-{number}"
             home.mkdir()
-            write_config(home, {"server": {"port": port, "drain": drain}, "store": {"url": url}, "auth": AUTH})
+            write_config(home, {"server": {"port": port} | settings, "store": {"url": url}, "auth": AUTH})
             process, line = start(home)
             self.nodes.append(Spawned(port, process=process, start_line=line, log_file=home / "server.log"))
 
@@ -64,9 +65,11 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(directory: Path, url: str, count: int = 2, drain: float = 1.0) -> AsyncIterator[Fleet]:
-    """So many servers."""
-    running = await trio.to_thread.run_sync(Fleet, directory, url, count, drain)
+async def fleet(
+    directory: Path, url: str, count: int = 2, drain: float = 1.0, **settings: object
+) -> AsyncIterator[Fleet]:
+    """So many servers, with these keys in their ``[server]``."""
+    running = await trio.to_thread.run_sync(partial(Fleet, directory, url, count, drain=drain, **settings))
     try:
         yield running
     finally:

@@ -19,6 +19,7 @@ import trio
 
 from server import listener
 from server.app import StartError, drain
+from tests.streams import event_stream, handshake_bytes, websocket
 from tests.support import (
     AUTH,
     SECRET,
@@ -283,6 +284,36 @@ async def test_sighup_rereads_keys_and_limits(tmp_path: Path) -> None:
         await reload(at, "needs a restart")
         assert (await at.get(JOBS, new)).status == 200, "what cannot be used changes nothing"
         assert (await at.get(JOBS)).status == 401
+
+
+async def test_sighup_changes_origins_and_ends_nobodys_stream(tmp_path: Path) -> None:
+    page = {"Origin": "https://app.example.com"}
+    upgrade = handshake_bytes("/ws/jobs", bearer("alice") | page)
+    async with (
+        spawned(tmp_path, auth=AUTH) as at,
+        websocket(at, headers=bearer("alice")) as ws,
+        event_stream(at, headers=bearer("alice")) as stream,
+    ):
+        assert (await ws.receive())["type"] == "connected"
+        assert (await ws.ask("subscribe"))["type"] == "subscribed"
+        await stream.until("snapshot")
+        refused, allowed = at.connect(), at.connect()
+        async with refused as http:
+            await http.send(upgrade)
+            assert (await http.answer()).status == 403
+        assert "access-control-allow-origin" not in (await at.get(JOBS, bearer("alice") | page)).headers
+
+        write_config(tmp_path, {"auth": AUTH, "cors": {"origins": [page["Origin"]]}})
+        await reload(at, "reloaded")
+        async with allowed as http:
+            await http.send(upgrade)
+            assert (await http.head())[0] == 101
+        assert (await at.get(JOBS, bearer("alice") | page)).headers["access-control-allow-origin"] == page["Origin"]
+
+        created = await at.post(JOBS, {"jobId": "job_1", "userId": "alice"}, WORKER)
+        assert created.status == 201
+        assert (await ws.receive())["jobId"] == "job_1", "it is the same connection as before"
+        assert (await stream.event()).data["jobId"] == "job_1"
 
 
 async def reload(at: Spawned, words: str) -> None:
