@@ -212,7 +212,7 @@ class Client:
         if self._thread is not None:
             self._news.notify_all()
             return
-        thread = threading.Thread(target=self._run, name="statuswire", daemon=True)
+        thread = threading.Thread(target=self._run, name=process.THREAD, daemon=True)
         if not self._begin(thread):
             return
         try:

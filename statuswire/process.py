@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import threading
 from types import ModuleType
-from typing import Protocol
+from typing import Final, Protocol
 from weakref import WeakSet
 
 
@@ -19,6 +20,9 @@ class Forkable(Protocol):
     def after_fork_in_parent(self) -> None: ...
     def after_fork_in_child(self) -> None: ...
 
+
+# The name of the threads that send.
+THREAD: Final = "statuswire"
 
 _clients: WeakSet[Forkable] = WeakSet()
 _forking: list[Forkable] = []
@@ -33,8 +37,14 @@ def import_httpx() -> ModuleType:
     with opening:
         import httpx
 
+        logging.getLogger("httpx").addFilter(_is_the_workers)
         "".encode("idna")  # socket would import it with the first connection, and remember it as unknown in the child
     return httpx
+
+
+def _is_the_workers(record: logging.LogRecord) -> bool:
+    """httpx logs each request as INFO: several a second of ours would bury what the worker has to say."""
+    return record.threadName != THREAD
 
 
 def register(client: Forkable) -> None:

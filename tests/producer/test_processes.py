@@ -114,6 +114,20 @@ async def test_an_ending_process_sends_what_it_has(tmp_path: Path) -> None:
     assert journals(tmp_path) == []
 
 
+async def test_requests_of_its_own_are_not_in_a_workers_log(tmp_path: Path) -> None:
+    async with server() as at:
+        script = """
+import logging, httpx
+logging.basicConfig(level=logging.INFO)
+job('a', user='u').complete()
+assert flush()
+httpx.get(os.environ['STATUSWIRE_URL'] + '/health')
+"""
+        said = await run(script, at.url, tmp_path)
+        assert said.count("HTTP Request") == 1
+        assert "/health" in said
+
+
 async def test_an_ending_process_does_not_wait_for_a_server_that_is_away(tmp_path: Path) -> None:
     started = trio.current_time()
     await run("job('b', user='u').complete()", NOWHERE, tmp_path)

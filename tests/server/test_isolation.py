@@ -267,6 +267,7 @@ NOT_PROBED = {
 STREAMS = (
     f"{JOBS}/stream?jobIds={{job}}",
     f"{JOBS}/stream?jobIds={{ended}}",
+    f"{JOBS}/stream?jobIds={{ended}}&last_seen=CURSOR",  # 204 to its owner
     f"{JOBS}/stream?jobIds={{job}},{{ended}}&last_seen=CURSOR",
     f"{JOBS}/stream?jobIds={{job}}&types=job_deleted,job_failed",
     f"{TASKS}/{{task}}",
