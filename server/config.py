@@ -360,7 +360,8 @@ class Queue(Struct, frozen=True, kw_only=True):
 
     Attributes:
         kind: whose software it is.
-        url: where it keeps its state: ``redis://``, ``rediss://`` or ``redis+sentinel://``; Celery's result backend.
+        url: where it keeps its state: as the store's, ``redis+cluster://`` only for BullMQ and Bull; Celery's result
+            backend.
         events_url: where Celery's workers send events, if that is another Redis; "" for the same.
         queues: names of queues; empty for all that are found there. Celery does not say which queue a task is in.
         prefix: in front of BullMQ's and Bull's keys, or Celery's ``global_keyprefix``.

@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Struct, inspect
 
 from server import config_rules as rules
+from server.brokers.redis_url import parse_redis_url
 from server.config import (
     Auth,
     Callback,
@@ -406,6 +407,14 @@ def _check_queues(queues: Mapping[str, Queue]) -> None:
             raise ConfigError(f"queues.{name}.url is empty: where does it keep its jobs?")
         if queue.kind == "celery" and queue.queues:
             raise ConfigError(f"queues.{name}.queues: Celery does not say which queue a task is in; leave it out")
+        if any(parse_redis_url(url).topology == "cluster" for url in (queue.url, queue.events_url) if url):
+            if queue.kind not in ("bullmq", "bull4"):
+                raise ConfigError(f"queues.{name}.url: {queue.kind} does not keep its jobs in a Redis Cluster")
+            if not re.search(r"\{[^}]+\}", queue.prefix):
+                raise ConfigError(
+                    f"queues.{name}.prefix: in a Redis Cluster all keys of a queue have a hash tag; give the prefix "
+                    'that its workers have, such as "{bull}"'
+                )
         if queue.events_url and queue.kind != "celery":
             raise ConfigError(f"queues.{name}.events_url is for Celery; {queue.kind} has one Redis only")
 

@@ -146,11 +146,9 @@ def _queue_url(url: str) -> str:
     if not url:
         return ""
     try:
-        parsed = parse_redis_url(url)
+        parse_redis_url(url)
     except RedisStartError as error:
         raise ValueError(str(error)) from None
-    if parsed.topology == "cluster":
-        raise ValueError("queues in a Redis Cluster cannot be taken in; expected redis:// or redis+sentinel://")
     return url
 
 

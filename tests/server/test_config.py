@@ -228,7 +228,11 @@ def test_tables_by_name(tmp_path: Path) -> None:
         ),
         (
             "[queues.video]\nkind = 'rq'\nurl = 'redis+cluster://x'",
-            'queues.video.url = "redis+cluster://x" (FILE): queues in a Redis Cluster',
+            "queues.video.url: rq does not keep its jobs in a Redis Cluster",
+        ),
+        (
+            "[queues.video]\nkind = 'bullmq'\nurl = 'redis+cluster://x'",
+            "queues.video.prefix: in a Redis Cluster all keys of a queue have a hash tag",
         ),
         ("[queues.video]\nkind = 'rq'\nurl = ''", "queues.video.url is empty"),
         (

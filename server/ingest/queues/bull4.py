@@ -61,7 +61,7 @@ class Bull4(Source):
         if self.config.queues:
             return list(self.config.queues)
         prefix = prefix_of(self.config)
-        keys = await scan(client, f"{escaped(prefix)}:*:id", MAX_QUEUES)
+        keys = await scan(client, f"{escaped(prefix)}:*:id", MAX_QUEUES, prefix)
         return [key[len(prefix) + 1 : -len(":id")] for key in keys][:MAX_QUEUES]
 
     async def _repair(self, client: Client, queues: list[str] | dict[str, None]) -> None:

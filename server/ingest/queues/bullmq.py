@@ -10,7 +10,7 @@ import trio
 from protocol.queues.bullmq import read_event, seq_of, stream_key
 from server.brokers.redis_client import Client
 from server.ingest.queues.bull import Watch, describe, look, prefix_of
-from server.ingest.queues.source import Source, ask, scan, texts
+from server.ingest.queues.source import Source, ask, escaped, scan, texts
 
 _COUNT: Final = 500
 # Below what a silent connection is given.
@@ -58,7 +58,7 @@ class BullMq(Source):
         if self.config.queues:
             return list(self.config.queues)
         prefix = prefix_of(self.config)
-        keys = await scan(client, f"{prefix}:*:meta", MAX_QUEUES)
+        keys = await scan(client, f"{escaped(prefix)}:*:meta", MAX_QUEUES, prefix)
         return [key[len(prefix) + 1 : -len(":meta")] for key in keys][:MAX_QUEUES]
 
     async def _begin(self, client: Client, queue: str, place: str | None) -> None:

@@ -256,12 +256,12 @@ async def ask(client: Client, commands: Sequence[Sequence[Argument]]) -> list[An
     return answers
 
 
-async def scan(client: Client, pattern: str, limit: int) -> list[str]:
-    """Keys that match, at most about so many."""
+async def scan(client: Client, pattern: str, limit: int, key: str | None = None) -> list[str]:
+    """Keys that match, at most about so many; in a cluster those that are where ``key`` is."""
     found: dict[str, None] = {}
     cursor = b"0"
     while True:
-        cursor, keys = await client.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+        cursor, keys = await client.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, key=key)
         found.update(dict.fromkeys(key.decode("utf-8", "replace") for key in keys))
         if cursor == b"0" or len(found) >= limit:
             return list(found)
