@@ -95,6 +95,10 @@ hostility: setup-dev system  ## every attack for ten seconds (HOSTILITY_SECONDS=
 	HOSTILITY_SECONDS=$${HOSTILITY_SECONDS:-10} HOSTILITY_REPORT=hostility.md $(BIN)/pytest -q tests/hostility
 	@cat hostility.md
 
+.PHONY: test-offline
+test-offline: setup-dev system  ## pages without a network for a whole minute, of all kinds (three minutes)
+	OFFLINE_S=60 $(BIN)/pytest -q tests/web/test_failures.py -k 'offline or without_a_word'
+
 bench: bench-self bench-peers  ## measure speed: by itself, then beside others (half an hour of a quiet machine; see perf/README.md)
 
 bench-self: setup  ## beside this machine's bare limit (needs gcc; a quarter of an hour)

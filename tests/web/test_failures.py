@@ -19,7 +19,7 @@ from tests.web.pages import NewPage, busy, publish, start, start_all, until_all,
 
 pytestmark = pytest.mark.slow
 
-# How long the network is away. `OFFLINE_S=60` for the whole minute, in which waits grow as long as they get.
+# How long the network is away. `make test-offline` for the whole minute, in which waits grow as long as they get.
 OFFLINE_S = float(os.environ.get("OFFLINE_S", "2"))
 CONDITION = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
 ENDED = "seen.at(-1)?.status === 'completed'"
