@@ -111,7 +111,7 @@ class Node:
             max_bytes=config.history.max_bytes,
         )
         self.counters = Counters()
-        self.hub = Hub(self.history, self.counters, self._audience)
+        self.hub = Hub(self.history, self.counters, self._audience, self.poller.wanted)
         self.broker: Broker
         self.shared: RedisBroker | None = None
         self.cluster: Cluster | None = None

@@ -92,6 +92,10 @@ class Poller:
         self._set.register(fd, select.EPOLLIN)
         self._ready.append(fd)
 
+    def wanted(self) -> bool:
+        """Whether somebody has a turn to come: what may be asked before others are let run."""
+        return bool(self._ready or self._set.poll(0, 1))
+
     def unbroken(self, peer: Peer) -> bool:
         """Whether a turn of it is under way that has not waited yet."""
         return peer is self._running

@@ -493,3 +493,42 @@ async def test_one_broken_reader_of_a_broadcast_harms_no_other_and_a_large_one_l
     assert readers[3].ended
     assert all(reader.sent == [b"e:1 "] for reader in readers if reader is not readers[3])
     assert bench.form.encoded == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "always_s", "between"),
+    [(False, 3600.0, False), (True, 3600.0, True), (False, -1.0, True)],
+    ids=["nobody waits", "a socket has something", "for a long time"],
+)
+async def test_others_run_in_between_when_somebody_waits(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    impatient: None,
+    wanted: bool,
+    always_s: float,
+    between: bool,
+) -> None:
+    monkeypatch.setattr(hub_module, "YIELD_ALWAYS_S", always_s)
+    bench, passes, seen = Bench(nursery), 0, set()
+    bench.hub._wanted = lambda: wanted
+
+    class Noting(Recorder):
+        def sock_send(self, data: bytes, /) -> int:
+            seen.add(passes)
+            return super().sock_send(data)
+
+    readers = [Noting(bench.form) for _ in range(20)]
+    for reader in readers:
+        bench.hub.attach(reader, [("j/a", Want(ANY, bench.form))])  # type: ignore[arg-type]
+
+    async with trio.open_nursery() as others:
+
+        async def other() -> None:
+            nonlocal passes
+            while not all(reader.sent for reader in readers):
+                passes += 1
+                await trio.lowlevel.checkpoint()
+
+        others.start_soon(other)
+        bench.next()
+    assert (len(seen) > 1) is between
