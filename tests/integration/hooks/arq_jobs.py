@@ -11,6 +11,7 @@ import behaviours
 from arq import Retry, create_pool, func
 from arq.connections import RedisSettings
 
+from statuswire import flush
 from statuswire.hooks.arq import report, reporting
 
 SETTINGS = RedisSettings.from_dsn(os.environ["QUEUE_URL"])
@@ -84,7 +85,7 @@ async def send() -> None:
         owner = {} if queue is None else {"user_id": "alice"}
         job = await redis.enqueue_job(name, secret="not for everybody", _queue_name=queue, **owner)
         assert job is not None
-        print(name if queue is None else "die-alice", job.job_id, flush=True)
+        print(name if queue is None else "die-alice", job.job_id)
     for job in early:  # before any worker is there
         with suppress(TimeoutError):
             await job.abort(timeout=0)
@@ -100,3 +101,4 @@ if __name__ == "__main__":
     import sys
 
     asyncio.run(abort(sys.argv[2]) if sys.argv[1] == "abort" else send())
+    assert flush(30)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import behaviours
@@ -11,7 +10,7 @@ import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import SkipMessage
 
-from statuswire import JobCancelled
+from statuswire import JobCancelled, flush
 from statuswire.hooks.dramatiq import StatusMiddleware
 
 # A worker that is not heard of for a second has its messages given to others.
@@ -73,4 +72,4 @@ if __name__ == "__main__":
             print(f"{actor.actor_name}-{user}", message.message_id)
     print("die-alice", die.send(user_id="alice", secret="not for everybody").message_id)
     print("nobodys", nobodys.send(secret="not for everybody").message_id)
-    sys.stdout.flush()
+    assert flush(30)

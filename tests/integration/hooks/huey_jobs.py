@@ -7,6 +7,7 @@ import os
 import behaviours
 from huey import RedisHuey
 
+from statuswire import flush
 from statuswire.hooks.huey import report
 
 huey = RedisHuey("tests", url=os.environ["QUEUE_URL"])
@@ -60,7 +61,8 @@ def send() -> None:
         late.revoke()
         print(f"revoked-{user}", late.id)
     print("nobodys", nobodys(secret="not for everybody").id)
-    print("die-alice", die(user_id="alice", secret="not for everybody").id, flush=True)
+    print("die-alice", die(user_id="alice", secret="not for everybody").id)
+    assert flush(30)
 
 
 if __name__ == "__main__":

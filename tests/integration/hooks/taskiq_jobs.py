@@ -9,6 +9,7 @@ import behaviours
 from taskiq import SimpleRetryMiddleware
 from taskiq_redis import ListQueueBroker
 
+from statuswire import flush
 from statuswire.hooks import progress
 from statuswire.hooks.taskiq import StatusMiddleware
 
@@ -67,7 +68,7 @@ async def send() -> None:
     await broker.shutdown()
     broker.queue_name = "fragile"
     await broker.startup()
-    print("die-alice", (await die.kiq(user_id="alice", secret="not for everybody")).task_id, flush=True)
+    print("die-alice", (await die.kiq(user_id="alice", secret="not for everybody")).task_id)
     await broker.shutdown()
 
 
@@ -76,3 +77,4 @@ if __name__ == "__main__":
     import taskiq_jobs
 
     asyncio.run(taskiq_jobs.send())
+    assert flush(30)
