@@ -75,7 +75,7 @@ examples:  ## list the examples: applications and queues with live jobs, each by
 	@echo 'make example-bullmq     the jobs of BullMQ'
 	@echo 'make example-rq         the jobs of RQ'
 
-test: setup-dev system $(VENV)/load/.done $(VENV)/examples/.done $(VENV)/react/.done  ## run every test and measure coverage
+test: setup-dev system $(VENV)/load/.done $(VENV)/fuzz/.done $(VENV)/examples/.done $(VENV)/react/.done  ## run every test and measure coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
@@ -89,6 +89,15 @@ test-fast: setup-dev  ## the tests that take under a minute
 .PHONY: queues-long
 queues-long: setup-dev system  ## real queues under every trouble there is a test for, all kinds by all troubles (ten minutes)
 	QUEUES=all $(BIN)/pytest -q -s --durations=0 tests/integration/test_queues.py $(PYTEST_ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/fuzz/.done  ## fuzz each parser, and whole conversations, for a minute (FUZZ_SECONDS=, FUZZ_TARGETS="http …")
+	$(VENV)/fuzz/bin/python -m tests.fuzz.run $(FUZZ_TARGETS) --seconds $${FUZZ_SECONDS:-60} --keep $(VENV)/fuzz/found
+
+$(VENV)/fuzz/.done: pyproject.toml | $(BIN)/python
+	test -x $(VENV)/fuzz/bin/python || $(BIN)/python -m venv $(VENV)/fuzz
+	$(VENV)/fuzz/bin/pip install --quiet --editable '.[fuzz]'
+	@touch $@
 
 .PHONY: hostility
 hostility: setup-dev system  ## every attack for ten seconds (HOSTILITY_SECONDS=), and a table of what readers felt

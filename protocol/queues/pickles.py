@@ -2,7 +2,7 @@
 
 Numbers, texts, bytes, lists, tuples and dicts are read; of everything else, an instance of a class above all, it is
 only noted that it stood there, as None. What ``pickletools`` says of the opcodes is enough for that. A container cannot
-be referred to twice, so what comes out is a tree, no larger than what came in.
+be referred to twice, so what comes out is a tree; texts can, up to ``MAX_READ`` bytes in all.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def read_pickle(data: bytes) -> Any:
 def _run(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    repeated = 0
     argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
@@ -86,6 +87,10 @@ def _run(data: bytes) -> Any:
             value = memo[int(argument)]
             if isinstance(value, dict | list | tuple) and value:
                 raise PickleRefusedError("a container is referred to twice")
+            if isinstance(value, str | bytes | bytearray):  # two bytes that stand for many, each time
+                repeated += len(value)
+                if repeated > MAX_READ:
+                    raise PickleRefusedError("it unfolds to more than is looked into")
             stack.append(value if not isinstance(value, dict | list) else None)
         elif name == "MARK":
             stack.append(_MARK)
