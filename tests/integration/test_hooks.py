@@ -22,7 +22,7 @@ from tests.support import ADMIN, AUTH, ROOT, InProcess, bearer, server, token
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent / "hooks"
-LONG_S = 40.0
+LONG_S = 90.0
 ARQ = "arq>=0.26"
 Start = Callable[..., subprocess.Popen[bytes]]
 

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import trio
 
-from tests.support import PATIENCE_S, ROOT, InProcess, server, until
+from tests.redis_servers import eventually
+from tests.support import ROOT, InProcess, server
 
 pytestmark = pytest.mark.slow
+
+LONG_S = 90.0  # processes are started, of Python with much to import
 
 SCRIPT = """
 import asyncio, os, signal, sys, threading, time
@@ -130,7 +133,7 @@ async def jobs(at: InProcess) -> dict[str, dict[str, Any]]:
 async def test_runs_of_jobs(tmp_path: Path, what: str) -> None:
     async with server() as at:
         with running(at, tmp_path, what) as process:
-            await until(lambda: process.poll() is not None)
+            await eventually(lambda: process.poll() is not None, within=LONG_S)
             assert process.returncode == 0
         found = await jobs(at)
         for user in ("alice", "bob"):
@@ -154,9 +157,11 @@ async def test_a_scheduler_that_is_killed(tmp_path: Path) -> None:
         with running(at, tmp_path, "killed") as process:
             assert process.stdout is not None
             assert await trio.to_thread.run_sync(process.stdout.readline) == b"hangs\n"
-            await until(lambda: any(job.latest.status == "processing" for job in at.node.jobs._all_from(None)))
+            await eventually(
+                lambda: any(job.latest.status == "processing" for job in at.node.jobs._all_from(None)), within=LONG_S
+            )
             process.send_signal(signal.SIGKILL)
-        with trio.fail_after(PATIENCE_S):
+        with trio.fail_after(LONG_S):
             seen: list[str] = []
             while "failed" not in seen:
                 status = (await jobs(at))["hang"]["status"]
