@@ -18,6 +18,11 @@ USER: Final = "data.userId"
 # Fields of a job's hash that say whose it is and what kind it is.
 DESCRIBES: Final = ("name", "data")
 
+# Fields of it that say how far the job is. What else there is, data, options, traces, may be of any size.
+TELLS: Final = (
+    "timestamp", "delay", "processedOn", "finishedOn", "progress", "failedReason", "ats", "atm", "attemptsMade",
+)  # fmt: skip
+
 # What an event makes of a job; those that are not here say nothing about one (drained, paused, duplicated…).
 EVENTS: Final[dict[str, str | None]] = {
     "added": QUEUED,

@@ -47,6 +47,8 @@ class Load:
         sampled: that only what is can be read, so that what was over by then is missed.
         nameless: jobs that do this may end without a word of whose they are.
         forgotten: jobs that do this may be left waiting by the queue itself.
+        deaf: that its workers have to be started anew when their Redis was.
+        running: the workers, once they are kept up.
     """
 
     tables: dict[str, Any]
@@ -58,6 +60,8 @@ class Load:
     sampled: bool = False
     nameless: frozenset[str] = frozenset()
     forgotten: frozenset[str] = frozenset()
+    deaf: bool = False
+    running: list[Process] = field(default_factory=list)
 
 
 # Bull and BullMQ
@@ -157,6 +161,7 @@ def celery_load(redis: RedisServer, start: Start, *, events: bool) -> Load:
         partial(_send, f"celery_tasks.send({CELERY!r})", CELERY_REDIS=redis.url),
         [partial(work, "celery"), partial(work, "fragile")],
         truth, exact=False, announced=events, nameless=frozenset() if events else frozenset(("removed",)),
+        deaf=True,
     )  # fmt: skip
 
 
@@ -241,13 +246,13 @@ def processes(tmp_path: Path) -> Iterator[Start]:
 async def keep_up(load: Load) -> None:
     """Workers that end come again, as supervisors see to it."""
     times = [0] * len(load.workers)
-    running = [work(0) for work in load.workers]
+    load.running = [work(0) for work in load.workers]
     while True:
         await trio.sleep(0.2)
-        for number, process in enumerate(running):
+        for number, process in enumerate(load.running):
             if process.poll() is not None:
                 times[number] += 1
-                running[number] = load.workers[number](times[number])
+                load.running[number] = load.workers[number](times[number])
 
 
 # What is seen

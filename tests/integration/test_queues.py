@@ -95,8 +95,12 @@ async def until_ended(where: list[Address], load: Load, names: dict[str, tuple[s
                 continue
             left = {name: does for name, (does, _) in names.items() if "endedAt" not in found.get(name, {})}
             if left and all(does in load.forgotten for does in left.values()):
-                await trio.sleep(3)
-                left = {name: does for name, does in left.items() if load.truth(name, does) is not None}
+                before = len(left), sum(job["version"] for job in found.values())
+                await trio.sleep(6)
+                found = await records(where[0])
+                left = {name: does for name, does in left.items() if "endedAt" not in found.get(name, {})}
+                if before == (len(left), sum(job["version"] for job in found.values())):
+                    left = {name: does for name, does in left.items() if load.truth(name, does) is not None}
     assert not left, [(name, does, found.get(name), load.truth(name, does)) for name, does in left.items()][:20]
     return found
 
@@ -225,8 +229,15 @@ async def test_real_workers(kind: str, trouble: str, redis: RedisServer, tmp_pat
             names = await trio.to_thread.run_sync(load.send)
             await until_some_ended(befalls.nodes, len(names) // 5)
             await cause()
+            if trouble == "Redis restarted":
+                # What a worker had in hand may be forgotten by the queue, or kept for an hour.
+                load.forgotten = frozenset(does for does, _ in names.values())
+                for worker in load.running if load.deaf else ():
+                    os.killpg(worker.pid, signal.SIGKILL)
             found = await until_ended(befalls.nodes, load, names)
-            assert found.keys() == names.keys()
+            assert found.keys() <= names.keys()
+            assert all(load.truth(name, names[name][0]) is None for name in names.keys() - found.keys())
+            names = {name: names[name] for name in found}
             newest = {name: job["version"] for name, job in found.items()}
             for reader in readers:
                 mine = {name: version for name, version in newest.items() if found[name]["userId"] == reader.user}
@@ -262,7 +273,7 @@ def check(
             pattern = expected(load, does, calm=trouble == "none", stores_lost=trouble == "Redis restarted")
             truth = load.truth(name, does)
             if does in load.forgotten and truth is None:
-                pattern = "Q"
+                pattern = "[QPSF]*"
             if not re.fullmatch(pattern, path) or truth not in (None, found[name]["status"]):
                 wrong[name] = (does, pattern, path, truth, found[name])
     print(trouble, {does: dict(counts) for does, counts in paths.items()})

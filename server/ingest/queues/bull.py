@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import trio
 
 from protocol.queues import bullmq
+from protocol.queues.payload import MAX_READ
 from protocol.queues.sighting import Sighting, job_id
 from protocol.update import CANCELLED, ENDED, FAILED, QUEUED
 from server.brokers.redis_client import Client
 from server.config import Queue
-from server.ingest.queues.source import ask, texts
+from server.ingest.queues.source import ask
 from server.ingest.queues.taker import Taker
 
 # Of each place; more are waiting than anyone looks at, and older ends are no news.
 MAX_LISTED: Final = 1000
 _AT_ONCE: Final = 100
+# Bytes of what jobs carry that are read at a time.
+_HELD: Final = 8 * 1024 * 1024
+_TOLD: Final = (*bullmq.TELLS, "returnvalue")
+_LARGE: Final = frozenset(("data", "returnvalue", "progress", "failedReason"))
 _LISTS: Final = frozenset(("active", "wait", "paused"))
 _FROM_THE_END: Final = frozenset(("completed", "failed"))
 
@@ -41,15 +47,41 @@ async def describe(client: Client, taker: Taker, config: Queue, sightings: list[
     if not fresh:
         return
     prefix, user = prefix_of(config), user_of(config)
-    answers = await ask(
-        client, [("HMGET", bullmq.job_key(prefix, queue, job), *bullmq.DESCRIBES) for queue, job in fresh]
-    )
-    for found, values in zip(fresh.values(), answers, strict=True):
-        if values is None or values[0] is None:
-            continue
-        data = texts([b"name", values[0], b"data", values[1]])
-        for seen in found:
+    seen_of = list(fresh.values())
+
+    def take(number: int, data: dict[str, str]) -> None:
+        for seen in seen_of[number] if "name" in data else ():
             bullmq.describe(seen, data, user)
+
+    await _read_hashes(client, [(bullmq.job_key(prefix, queue, job), bullmq.DESCRIBES) for queue, job in fresh], take)
+
+
+async def _read_hashes(
+    client: Client, wanted: Sequence[tuple[str, Sequence[str]]], take: Callable[[int, dict[str, str]], object]
+) -> None:
+    """Read fields of hashes; ``take`` is given the number of each, and what it has; "" for what is too large.
+
+    What jobs carry may be of any size, and of many jobs at once it would not fit into memory.
+    """
+    asked: list[tuple[str | int, ...]] = [
+        ("HSTRLEN", key, name) for key, names in wanted for name in names if name in _LARGE
+    ]
+    lengths = iter(await ask(client, asked))
+    part: list[tuple[int, tuple[str, ...], dict[str, str]]] = []
+    held = 0
+    for number, (key, names) in enumerate(wanted):
+        long = {name: next(lengths) or 0 for name in names if name in _LARGE}
+        too_long = {name: "" for name, length in long.items() if length > MAX_READ}
+        part.append((number, ("HMGET", key, *(name for name in names if name not in too_long)), too_long))
+        held += sum(length for name, length in long.items() if name not in too_long)
+        if held > _HELD or len(part) >= _AT_ONCE or number == len(wanted) - 1:
+            answers = await ask(client, [command for _, command, _ in part])
+            for (which, command, data), values in zip(part, answers, strict=True):
+                pairs = zip(command[2:], values or (), strict=False)
+                take(which, data | {name: str(value, "utf-8", "replace") for name, value in pairs if value is not None})
+            part.clear()
+            held = 0
+            await trio.lowlevel.checkpoint()
 
 
 async def count(client: Client, config: Queue, sightings: list[Sighting]) -> None:
@@ -108,26 +140,31 @@ async def look(client: Client, taker: Taker, config: Queue, queue: str, seq: int
 async def _read(
     client: Client, taker: Taker, config: Queue, queue: str, jobs: list[str], places: dict[str, str], seq: int
 ) -> list[Sighting]:
-    prefix, found = prefix_of(config), []
-    for start in range(0, len(jobs), _AT_ONCE):
-        part = jobs[start : start + _AT_ONCE]
-        answers: list[Any] = await ask(client, [("HGETALL", bullmq.job_key(prefix, queue, job)) for job in part])
-        for job, values in zip(part, answers, strict=True):
-            data = texts(values or [])
-            if not data:
-                continue
-            # It may have ended since it was listed.
-            place = places[job]
-            if "finishedOn" in data and bullmq.PLACES[place] not in ENDED:
-                place = "completed" if "returnvalue" in data else "failed"
-            seen = bullmq.read_hash(queue, job, data, place, seq, results=config.results)
+    prefix = prefix_of(config)
+    found: list[Sighting] = []
+    wanted = [
+        (bullmq.job_key(prefix, queue, job), _TOLD if taker.is_known(queue, job) else (*_TOLD, *bullmq.DESCRIBES))
+        for job in jobs
+    ]
+
+    def take(number: int, data: dict[str, str]) -> None:
+        job = jobs[number]
+        if not data:
+            return
+        # It may have ended since it was listed.
+        place = places[job]
+        if "finishedOn" in data and bullmq.PLACES[place] not in ENDED:
+            place = "completed" if "returnvalue" in data else "failed"
+        seen = bullmq.read_hash(queue, job, data, place, seq, results=config.results)
+        if "name" in data:
             bullmq.describe(seen, data, user_of(config))
-            # Bull does not count an attempt whose worker has died.
-            known = taker.known(job_id(queue, job))
-            if known is not None and seen.attempt is not None:
-                seen.attempt = max(seen.attempt, known.attempt)
-            found.append(seen)
-        await trio.lowlevel.checkpoint()
+        # Bull does not count an attempt whose worker has died.
+        known = taker.known(job_id(queue, job))
+        if known is not None and seen.attempt is not None:
+            seen.attempt = max(seen.attempt, known.attempt)
+        found.append(seen)
+
+    await _read_hashes(client, wanted, take)
     return found
 
 

@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from protocol.queues.celery import EVENT_MARK, RESULT_PREFIX, USER, Attempts, Told, read_events, read_result
+from protocol.queues.payload import MAX_READ
 from protocol.queues.sighting import job_id
 from protocol.update import ENDED
 from server.brokers.redis_client import Client, parse_redis_url
@@ -131,10 +132,10 @@ class Celery(Source):
         now_ms = round(time.time() * 1000)
         for start in range(0, len(tasks), _AT_ONCE):
             part = tasks[start : start + _AT_ONCE]
-            answers = await ask(client, [("GET", self._results + task) for task in part])
+            answers = await ask(client, [("GETRANGE", self._results + task, 0, MAX_READ) for task in part])
             told: list[Told] = []
             for data in answers:
-                one = None if data is None else read_result(data, now_ms, self._user, results=self.config.results)
+                one = None if not data else read_result(data, now_ms, self._user, results=self.config.results)
                 # A state that is kept is no new one: that it was to be tried again, say, has been counted.
                 if one is None or one.seen.at_ms < since_ms or one.word == "RETRY":
                     continue

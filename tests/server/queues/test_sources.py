@@ -126,6 +126,23 @@ async def test_what_the_stream_has_lost_is_in_the_hashes(
         assert (await until(one.node, "video:job_123", "completed"))["userId"] == "user_1"
 
 
+async def test_what_jobs_carry_is_not_read_if_it_is_too_large(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    large = json.dumps({"userId": "user_789", "file": "x" * 2_000_000})
+    oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
+    for job, place in (("1", None), ("2", "failed"), ("3", "completed")):
+        fields = {"name": "transcode", "data": large, "stacktrace": large, "returnvalue": large, "timestamp": "1"}
+        oracle.hset(f"bull:video:{job}", mapping={**fields, "processedOn": "2", "finishedOn": "3", "ats": "1"})
+        if place:
+            oracle.zadd(f"bull:video:{place}", {job: 1})
+    put_stream(oracle, "bull:video:events", STREAM[:6])
+    before = oracle.info("stats")["total_net_output_bytes"]
+    async with server(store={"url": "memory:"}, **table(redis, "bullmq", results=True)) as one:
+        ends = {"video:1": "completed", "video:2": "failed", "video:3": "completed"}
+        await eventually(lambda: all(status(one.node, name) == end for name, end in ends.items()), within=LONG_S)
+        assert {shown(one.node, name)["userId"] for name in ends} == {"queue:src"}
+    assert oracle.info("stats")["total_net_output_bytes"] - before < 200_000
+
+
 @pytest.mark.slow
 async def test_a_job_whose_worker_has_died_is_stalled_and_then_failed(
     redis: RedisServer, oracle: redis_py.Redis
