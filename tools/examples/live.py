@@ -40,11 +40,14 @@ def main() -> int:
         finally:
             # Workers first, and Redis last: they would complain.
             for process in reversed(processes):
-                process.terminate()
-                try:
-                    process.wait(5)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+                # Workers of Celery and RQ take the first as a wish to end their job, the second as an order.
+                for end in (process.terminate, process.terminate, process.kill):
+                    end()
+                    try:
+                        process.wait(5)
+                        break
+                    except subprocess.TimeoutExpired:
+                        continue
     return 0
 
 
