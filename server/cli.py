@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _publish_options(command("publish", "publish", "publish one update of a job and print the answer"))
     # It is a worker: of the package for workers, in no part of the server.
     _run_options(command("run", "statuswire.running", "run a command as a job: its exit status is how the job ends"))
+    _health_options(command("health", "health", "ask a server whether it is well; the exit status says it"))
     _watch_options(command("watch", "watch", "follow jobs live, until the named ones have ended"))
     return parser
 
@@ -185,6 +186,15 @@ def _watch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print every event as it came, one JSON object per line")
     parser.add_argument("--exit", action="store_true", help="with --all or --user: leave when no job is running")
     _client_options(parser)
+
+
+def _health_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ready", action="store_true", help="whether it should get traffic, not only whether it lives")
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("STATUSWIRE_URL") or DEFAULT_URL,
+        help=f"the server, with its base path (STATUSWIRE_URL, else {DEFAULT_URL})",
+    )
 
 
 def _config_option(parser: argparse.ArgumentParser) -> None:

@@ -20,13 +20,14 @@ MAX_ASKED_DELAY = 300.0
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-def open_client(url: str, token: str | None, *, read_timeout: float) -> httpx.Client:
+def open_client(url: str, token: str | None, *, read_timeout: float, trusting: bool = False) -> httpx.Client:
     """A client whose relative paths are below ``url``, which may have a base path.
 
     Args:
         url: ``http://host:port/base``.
         token: access token, or None.
         read_timeout: seconds without a byte after which an answer counts as lost.
+        trusting: this machine's own certificates need not be for that name, nor of a known authority.
 
     Raises:
         CommandError: not an HTTP URL, or a token that no header can hold.
@@ -53,8 +54,14 @@ def open_client(url: str, token: str | None, *, read_timeout: float) -> httpx.Cl
         # A proxy of the environment cannot reach our own loopback. What certificates it trusts counts there, too
         # (SSL_CERT_FILE, SSL_CERT_DIR).
         trust_env=not is_loopback(host),
-        verify=httpx.create_ssl_context() if parts.scheme == "https" else True,
+        verify=_trust(parts.scheme, own=trusting and is_loopback(host)),
     )
+
+
+def _trust(scheme: str, *, own: bool) -> ssl.SSLContext | bool:
+    if scheme != "https":
+        return True
+    return False if own else httpx.create_ssl_context()
 
 
 def timeouts(read: float) -> httpx.Timeout:
