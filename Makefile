@@ -221,11 +221,17 @@ system:  ## install what the tests need from the system
 	test -n "$$(ls /usr/lib/*/faketime/libfaketime.so.1 2>/dev/null)" || missing+=(faketime); \
 	redis=$$(command -v redis-server redis-sentinel | wc -l); \
 	if test "$$redis" != 2; then command -v redis-check-rdb >/dev/null || missing+=(redis-tools); fi; \
-	if test "$${#missing[@]}" != 0 -o -z "$$browser" -o -z "$$nginx"; then $(APT_GET) update; fi; \
+	haproxy=$$(PATH="$$PATH:/usr/sbin" command -v haproxy || ls $(VENV)/haproxy/usr/sbin/haproxy 2>/dev/null); \
+	if test "$${#missing[@]}" != 0 -o -z "$$browser" -o -z "$$nginx" -o -z "$$haproxy"; then $(APT_GET) update; fi; \
 	if test "$${#missing[@]}" != 0; then $(INSTALL) "$${missing[@]}" || exit; fi; \
 	if test "$$redis" != 2; then \
 		for name in redis-server redis-sentinel; do ln -sf "$$(command -v redis-check-rdb)" $(BIN)/$$name || exit; done; fi; \
 	if test -z "$$browser"; then $(INSTALL) chromium || $(INSTALL) chromium-browser || exit; fi; \
 	if test -z "$$nginx"; then \
-		mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && apt-get -qq -o APT::Sandbox::User=root download nginx && dpkg -x nginx_*.deb . || exit; fi
+		mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && apt-get -qq -o APT::Sandbox::User=root download nginx && dpkg -x nginx_*.deb . || exit; cd - >/dev/null; fi; \
+	if test -z "$$haproxy"; then \
+		needs=$$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances haproxy | \
+			grep -E '^lib(lua|opentracing|pcre2|crypt1|systemd)' | sort -u); \
+		mkdir -p $(VENV)/haproxy && cd $(VENV)/haproxy && apt-get -qq -o APT::Sandbox::User=root download haproxy $$needs && \
+		for package in *.deb; do dpkg -x $$package . || exit; done; cd - >/dev/null; fi
 	@$(MAKE) --silent $(WEB)/.done $(AUTOBAHN)/wstest

@@ -215,7 +215,7 @@ class Publisher:
             answer = await self.nodes[self.at % len(self.nodes)].post("/api/v2/updates", lines, headers)
         except _UNREACHABLE:
             return False
-        if answer.status == 503:
+        if answer.status in (502, 503, 504):  # a proxy, too, may find nobody
             return False
         assert answer.status == 200, answer
         return bool(answer.json["accepted"] + answer.json["duplicates"] == len(lines))

@@ -515,6 +515,8 @@ async def test_commands_trust_the_authority_they_are_given(issued: Certificates)
         refused = await trio.to_thread.run_sync(publish)
         assert refused.returncode == 1
         assert "CERTIFICATE_VERIFY_FAILED" in refused.stderr
+        asked = await trio.to_thread.run_sync(lambda: run(issued.cert.parent, "health", "--url", at.url))
+        assert (asked.returncode, asked.stdout) == (0, '{"status":"ok"}\n'), "of its own machine it trusts everybody"
         trusted = {"SSL_CERT_FILE": str(issued.authority)}
         published = await trio.to_thread.run_sync(lambda: publish(**trusted))
         assert published.returncode == 0, published.stderr
