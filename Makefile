@@ -86,6 +86,13 @@ test: setup-dev system $(VENV)/load/.done $(VENV)/fuzz/.done $(VENV)/examples/.d
 test-fast: setup-dev  ## the tests that take under a minute
 	$(BIN)/pytest -q $(PARALLEL) -m 'not slow' $(PYTEST_ARGS)
 
+.PHONY: test-long
+test-long: drain-long queues-long test-offline hostility fuzz conformance soak  ## all that has a long form, in it (an hour and a half)
+
+.PHONY: drain-long
+drain-long: setup-dev system  ## a server is stopped behind nginx while a thousand read 5,000 updates/s (half a minute)
+	STATUSWIRE_TEST_READERS=1000 $(BIN)/pytest -q tests/integration/test_drain_under_load.py $(PYTEST_ARGS)
+
 .PHONY: queues-long
 queues-long: setup-dev system  ## real queues under every trouble there is a test for, all kinds by all troubles (ten minutes)
 	QUEUES=all $(BIN)/pytest -q -s --durations=0 tests/integration/test_queues.py $(PYTEST_ARGS)

@@ -1,5 +1,5 @@
 """One of two servers behind nginx is stopped while everybody reads: nobody misses an update, and they do not come back
-all at once. ``STATUSWIRE_TEST_READERS=1000`` is the long form (make test-long)."""
+all at once. ``STATUSWIRE_TEST_READERS=1000`` is the long form (make drain-long)."""
 
 from __future__ import annotations
 
