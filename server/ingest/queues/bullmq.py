@@ -15,6 +15,8 @@ from server.ingest.queues.source import Source, ask, escaped, scan, texts
 _COUNT: Final = 500
 # Below what a silent connection is given.
 _BLOCK_MS: Final = 500
+# Under load events are read so often and not more: together they cost half of what they do one by one.
+_GATHER_S: Final = 0.02
 _DISCOVER_S: Final = 2.0
 MAX_QUEUES: Final = 1000
 # Events while hashes are read.
@@ -45,6 +47,7 @@ class BullMq(Source):
                 self.well()
                 await trio.sleep(_BLOCK_MS / 1000)
                 continue
+            began = trio.current_time()
             caught_up = await self._read(client)
             if caught_up:
                 for queue in list(self._behind):
@@ -52,6 +55,8 @@ class BullMq(Source):
                 self.well()
                 await watch.look(client)
             await self.save_mark(msgspec.json.encode(self._queues).decode())
+            if caught_up:
+                await trio.sleep_until(began + _GATHER_S)
 
     async def _find(self, client: Client) -> list[str]:
         """The queues there are, or those that are wanted."""
