@@ -15,7 +15,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from perf import connect, fanout, features, ingest, nodes, publish, publish_ways, sweep
+from perf import connect, crowd, fanout, features, ingest, nodes, publish, publish_ways, sweep
 from perf.load import LoadError, build
 from perf.measure import LOAD_CORE, PATIENCE, Row, Start, bare, server
 
@@ -30,6 +30,7 @@ def parts(start: Start, quick: bool, program: str | None) -> dict[str, Callable[
         "publish-ways": partial(publish_ways.run, start, program, quick=quick),
         **{f"connect-{transport}": partial(connect.run, start, transport, quick=quick) for transport in TRANSPORTS},
         "ingest": partial(ingest.run, program, quick=quick),
+        "crowd": partial(crowd.run, partial(server, program=program), quick=quick),
         "nodes": partial(nodes.run, program, quick=quick),
         **{f"sweep-{transport}": partial(sweep.run, start, transport, quick=quick) for transport in TRANSPORTS},
         "features": partial(features.run, program, quick=quick),
@@ -126,7 +127,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         default="",
-        help="comma list of fanout, publish, connect, ingest, nodes, sweep, features; -ws or -sse narrows",
+        help="comma list of fanout, publish, connect, ingest, crowd, nodes, sweep, features; -ws or -sse narrows",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's numbers there")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a promise was missed")
@@ -150,10 +151,12 @@ def main() -> int:
     rows: list[Row] = []
     failed = []
     for name, run in parts(start, options.quick, options.program).items():
-        if options.null and name in ("publish-ways", "ingest", "nodes", "features"):
+        if options.null and name in ("publish-ways", "ingest", "crowd", "nodes", "features"):
             continue  # no bare loop stands beside the servers there
         if wanted and not any(name.startswith(prefix) for prefix in wanted):
             continue
+        if name == "crowd" and not wanted and not options.quick:
+            continue  # it takes minutes, and more descriptors than most may have
         print(f"{name} …", file=sys.stderr, flush=True)
         try:
             rows += run()
