@@ -133,9 +133,12 @@ class Poller:
         """Serve what is ready, until a turn has to wait; return when that turn is over."""
         peers, ready, poll = self.peers, self._ready, self._set.poll
         yield_at = perf_counter() + YIELD_AFTER_S
+        ask = not ready  # what the last leader has left comes first: asked now, it would be reported twice
         while True:
-            for fd, _ in poll(0, MAX_EVENTS):
-                ready.append(fd)
+            if ask:
+                for fd, _ in poll(0, MAX_EVENTS):
+                    ready.append(fd)
+            ask = True
             if not ready:
                 await trio.lowlevel.wait_readable(self._set.fileno())
                 yield_at = perf_counter() + YIELD_AFTER_S

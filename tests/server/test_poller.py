@@ -145,6 +145,25 @@ async def test_many_wait_at_once_and_their_tasks_are_kept_within_bounds(
     await until(lambda: all(peer.seen == b"aa" for peer in peers))
 
 
+async def test_what_was_reported_once_is_not_asked_for_again_by_the_next_leader(poller: Poller) -> None:
+    gate = trio.Event()
+
+    async def wait(data: bytes) -> bool:
+        if data:
+            await gate.wait()
+        return False
+
+    peers = [added(poller, wait) for _ in range(10)]
+    await wait_all_tasks_blocked()
+    for peer in peers:
+        peer.far.send(b"a")
+    await until(lambda: len(poller._waiting) == 10)
+    await wait_all_tasks_blocked()
+    assert not poller._masked, "each was served once, and has nothing more to read"
+    gate.set()
+    await until(lambda: not poller._waiting)
+
+
 async def test_a_turn_that_is_wanted_at_once_comes_also_after_waiting(poller: Poller) -> None:
     async def thrice(data: bytes) -> bool:
         if peer.turns < 2:
