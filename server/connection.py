@@ -270,8 +270,7 @@ class Connection(Peer):
         if left > 0:
             self._look_in(left)
         elif self.http.begun:
-            self.node.poller.peers.pop(self.sock.fileno(), None)
-            self.node.poller.tasks.start_soon(self._time_out)
+            self.node.poller.release(self.sock.fileno(), self._time_out)
         else:
             self.abandon()
 

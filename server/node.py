@@ -308,7 +308,7 @@ class Node:
 
     async def wait_quiet(self) -> None:
         """Wait until no request is being answered and no stream is live."""
-        if self._busy:
+        while self._busy:  # a request that ends may go on as a stream
             self._quiet = trio.Event()
             await self._quiet.wait()
 

@@ -6,17 +6,18 @@ the leader runs itself, without any switch. A turn that has to wait keeps its ta
 deadlines, and another task becomes leader: so a turn may await anything, and who never waits pays nothing for it.
 
 The set is level-triggered: what a turn leaves unread comes again. A socket is taken out of it only if it is readable
-while its turn waits.
+while its turn waits. All turns are begun by the leader: between two of them nothing is under way.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import select
 import types
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ class Peer(ABC):
         """
 
     def waits(self) -> None:  # noqa: B027  # most have nothing to do then
-        """A turn has to wait: what it has held back must not wait with it."""
+        """A turn has to wait: what it has held back must not wait with it. Must not raise."""
 
     @abstractmethod
     def abandon(self) -> None:
@@ -68,15 +69,19 @@ class Poller:
     def __init__(self) -> None:
         self.peers: dict[int, Peer] = {}
         self._set = select.epoll()
-        self._ready: deque[int] = deque()
+        # A dict for its order: who wants another turn and has more to read has one, or it would gain one each round.
+        self._ready: dict[int, None] = {}
         self._running: Peer | None = None
         self._waiting: dict[Peer, trio.CancelScope] = {}
         self._masked: set[int] = set()
         self._parked: list[trio.lowlevel.Task] = []
+        self._bell: int | None = None
 
     def start(self, nursery: trio.Nursery) -> None:
         """Serve in this nursery, until it is cancelled; ``close`` then."""
         self.tasks = nursery
+        # Always readable: put into the set, it wakes the leader.
+        self._bell = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         nursery.start_soon(self._work)
 
     def close(self) -> None:
@@ -85,12 +90,28 @@ class Poller:
             _, peer = self.peers.popitem()
             peer.abandon()
         self._set.close()
+        if self._bell is not None:
+            os.close(self._bell)
+            self._bell = None
 
     def add(self, fd: int, peer: Peer) -> None:
-        """Serve a socket from now on. Added by a turn that has not waited, it has one next, whatever is there."""
-        self.peers[fd] = peer
+        """Serve a socket from now on. Added by a turn that has not waited, it has one next, whatever is there.
+
+        Raises:
+            OSError: the kernel has no room for it.
+        """
         self._set.register(fd, select.EPOLLIN)
-        self._ready.append(fd)
+        self.peers[fd] = peer
+        self._ready[fd] = None
+
+    def release(self, fd: int, farewell: Callable[[], Awaitable[object]]) -> None:
+        """Serve a socket no more that has no turn under way; what is left to be done with it has a task of its own.
+
+        If the server is being stopped, nothing happens: its peer will be abandoned.
+        """
+        if not self.tasks.cancel_scope.cancel_called:
+            del self.peers[fd]
+            self.tasks.start_soon(farewell)
 
     def wanted(self) -> bool:
         """Whether somebody has a turn to come: what may be asked before others are let run."""
@@ -133,18 +154,18 @@ class Poller:
         """Serve what is ready, until a turn has to wait; return when that turn is over."""
         peers, ready, poll = self.peers, self._ready, self._set.poll
         yield_at = perf_counter() + YIELD_AFTER_S
-        ask = not ready  # what the last leader has left comes first: asked now, it would be reported twice
+        ask = not ready  # what the last leader has left comes first
         while True:
             if ask:
                 for fd, _ in poll(0, MAX_EVENTS):
-                    ready.append(fd)
+                    ready[fd] = None
             ask = True
             if not ready:
                 await trio.lowlevel.wait_readable(self._set.fileno())
                 yield_at = perf_counter() + YIELD_AFTER_S
                 continue
-            for _ in range(len(ready)):
-                fd = ready.popleft()
+            for fd in list(ready):
+                del ready[fd]
                 peer = peers.get(fd)
                 if peer is None or peer in self._waiting:
                     self._mask(fd, peer)
@@ -156,7 +177,7 @@ class Poller:
                 except StopIteration as end:
                     self._running = None
                     if end.value:
-                        ready.append(fd)
+                        ready[fd] = None
                 except Exception as error:
                     self._running = None
                     self._failed(fd, peer, error)
@@ -173,28 +194,28 @@ class Poller:
     ) -> None:
         """See a turn through that has to wait; somebody else leads meanwhile."""
         self._waiting[peer] = scope
-        peer.waits()
         if self._parked:
             trio.lowlevel.reschedule(self._parked.pop())
         else:
             self.tasks.start_soon(self._work)
+        peer.waits()
+        again = False
         try:
             again = await _rest(turn, trap)
-            # The leader may be asleep, so what is wanted at once is done here.
-            while again and fd in self.peers:
-                del self._waiting[peer]
-                peer = self.peers[fd]
-                self._waiting[peer] = scope
-                await trio.lowlevel.checkpoint()
-                again = await peer.turn()
         except Exception as error:
             self._failed(fd, peer, error)
         finally:
             del self._waiting[peer]
-            if fd in self._masked:
-                self._masked.discard(fd)
-                if fd in self.peers:
-                    self._set.register(fd, select.EPOLLIN)
+            self._unmask(fd)
+        if again and fd in self.peers:
+            self._ready[fd] = None
+            self._wake_leader()
+
+    def _wake_leader(self) -> None:
+        """Have it look at what is ready, though it may be asleep; it takes the bell out again, as nobody's."""
+        assert self._bell is not None
+        with suppress(FileExistsError):
+            self._set.register(self._bell, select.EPOLLIN)
 
     def _mask(self, fd: int, peer: Peer | None) -> None:
         """It is nobody's to read now, and would be reported for ever."""
@@ -204,6 +225,16 @@ class Poller:
             return  # it is closed, or was masked before
         if peer is not None:
             self._masked.add(fd)
+
+    def _unmask(self, fd: int) -> None:
+        if fd in self._masked:
+            self._masked.discard(fd)
+            peer = self.peers.get(fd)
+            if peer is not None:
+                try:
+                    self._set.register(fd, select.EPOLLIN)
+                except OSError as error:  # the kernel has no room for it any more
+                    self._failed(fd, peer, error)
 
     def _failed(self, fd: int, peer: Peer, error: Exception) -> None:
         """A turn should not have raised; nobody but its peer shall suffer."""

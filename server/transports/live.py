@@ -167,8 +167,7 @@ class LiveReader(PushReader, Peer):
         """See that it is closed: by the turn that is under way, or now."""
         poller, fd = self.node.poller, self.sock.fileno()
         if poller.peers.get(fd) is self and not poller.interrupt(self):
-            del poller.peers[fd]
-            poller.tasks.start_soon(self._part)
+            poller.release(fd, self._part)
 
     async def _part(self) -> None:
         """The end. Cleans up first, synchronously; what is awaited after that is bounded."""

@@ -326,7 +326,10 @@ class Session(LiveReader):
 
     def waits(self) -> None:
         """See ``Peer``."""
-        self.uncork()
+        try:
+            self.uncork()
+        except Exception as error:
+            self._failed(error)
 
     def _account(self, size: int) -> None:
         try:

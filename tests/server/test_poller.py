@@ -256,3 +256,77 @@ async def test_closing_abandons_everybody() -> None:
     poller.close()
     assert all(peer.abandoned for peer in peers)
     assert not poller.peers
+
+
+async def test_who_wants_more_and_has_more_to_read_has_no_more_turns_than_others(poller: Poller) -> None:
+    async def read_slowly(data: bytes) -> bool:
+        return True
+
+    peers = [added(poller, read_slowly) for _ in range(2)]
+    greedy, other = peers
+    greedy.far.send(b"a" * 100_000)
+    await until(lambda: len(greedy.seen) > 50_000)
+    for peer in peers:
+        del poller.peers[peer.sock.fileno()]
+    assert greedy.turns < 2 * other.turns
+
+
+async def test_who_is_ended_between_two_turns_of_which_the_first_waited_is_not_held_by_the_poller(
+    poller: Poller,
+) -> None:
+    """Either there is no turn under way, and so nothing to interrupt, or there is one that sees to the end."""
+    ended: list[bool] = []
+
+    async def wait(data: bytes) -> bool:
+        if data:
+            await trio.lowlevel.checkpoint()
+        if ended:
+            outcome.append("seen")
+        return bool(data)
+
+    async def end() -> None:
+        while not ended:
+            if peer.seen and not in_turn:
+                ended.append(poller.interrupt(peer))
+            await trio.lowlevel.checkpoint()
+
+    class Watched(Echo):
+        async def turn(self) -> bool:
+            in_turn.append(True)
+            try:
+                return await super().turn()
+            finally:
+                in_turn.clear()
+
+    outcome: list[str] = []
+    in_turn: list[bool] = []
+    peer = Watched(wait)
+    poller.add(peer.sock.fileno(), peer)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(end)
+        peer.far.send(b"a")
+    await wait_all_tasks_blocked()
+    assert ended == [False] or outcome == ["seen"]
+
+
+async def test_every_turn_that_waits_says_so_before(poller: Poller) -> None:
+    class Corked(Echo):
+        waited = 0
+
+        def waits(self) -> None:
+            self.waited += 1
+
+    async def wait(data: bytes) -> bool:
+        unbroken.append(poller.unbroken(peer))
+        await trio.lowlevel.checkpoint()
+        unbroken.append(poller.unbroken(peer))
+        return peer.turns < 3
+
+    unbroken: list[bool] = []
+    peer = Corked(wait)
+    poller.add(peer.sock.fileno(), peer)
+    peer.far.send(b"a")
+    await until(lambda: peer.turns == 3)
+    await wait_all_tasks_blocked()
+    assert peer.waited == 3
+    assert unbroken == [True, False] * 3
