@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from protocol import fields, http1, notice, request
-from server import config_load, inbox, listener
+from protocol import fields, http1, notice, proxy, request
+from server import config_load, inbox, listener, tls
 from server.config_rules import toml
 from server.routes import jobs
 from server.transports import websocket
@@ -13,6 +13,10 @@ from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
 FIXED = {
+    "TLS handshake, received": tls.HANDSHAKE_BYTES,
+    "TLS records without content": tls.EMPTY_BYTES,
+    "PROXY header, version 1": proxy.MAX_LINE,
+    "PROXY header, version 2, behind its head": proxy.MAX_REST,
     "request line": http1.MAX_REQUEST_LINE,
     "header section": http1.MAX_HEADER_SECTION,
     "query parameters": request.MAX_PARAMETERS,
