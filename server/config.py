@@ -365,6 +365,7 @@ class Queue(Struct, frozen=True, kw_only=True):
         events_url: where Celery's workers send events, if that is another Redis; "" for the same.
         queues: names of queues; empty for all that are found there. Celery does not say which queue a task is in.
         prefix: in front of BullMQ's and Bull's keys, or Celery's ``global_keyprefix``.
+        id_prefix: in front of the ids of its jobs here, for queues of the same names in several Redis.
         user: path to the id of a job's owner, see ``docs/queues.md``; "" for the usual place.
         results: whether what jobs return goes into their records.
         stalled_after: seconds without a sign of life from a worker after which its jobs are shown as stalled, and
@@ -377,6 +378,7 @@ class Queue(Struct, frozen=True, kw_only=True):
     events_url: str = ""
     queues: tuple[str, ...] = ()
     prefix: str = ""
+    id_prefix: str = ""
     user: str = ""
     # Reports are written to be seen; what a job returns may be anybody's guess.
     results: bool = False

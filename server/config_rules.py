@@ -158,6 +158,12 @@ def _path(text: str) -> str:
     return text
 
 
+def _id_prefix(text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,32}", text):
+        raise ValueError('expected at most 32 of A-Z a-z 0-9 _ . : @ -, such as "staging:"')
+    return text
+
+
 def _http_url(text: str) -> str:
     if not text:
         return ""
@@ -217,6 +223,7 @@ RULES: dict[str, Callable[[Any], object]] = {
     "queues.url": _queue_url,
     "queues.events_url": _queue_url,
     "queues.user": _path,
+    "queues.id_prefix": _id_prefix,
     "webhooks.event": _event,
     "webhooks.target_id": _pointer_or_id,
     "webhooks.data": _pointer,

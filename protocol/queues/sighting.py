@@ -20,7 +20,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from protocol.fields import Fields, is_id
-from protocol.job import record_of
+from protocol.job import Record, record_of
 from protocol.queues.payload import reserved_owner, text
 from protocol.update import COMPLETED, ENDED, FAILED, PROCESSING, QUEUED, STALLED, STATUSES, Job, format_time
 
@@ -100,9 +100,9 @@ class Known(msgspec.Struct, kw_only=True, gc=False):
         return self.status == FAILED and self.error == LOST
 
 
-def known_of(job: Job) -> Known:
-    """What a job's state says."""
-    record = record_of(job)
+def known_of(job: Job, record: Record | None = None) -> Known:
+    """What a job's state says; ``record`` is its record, if that was read already."""
+    record = record or record_of(job)
     return Known(
         owner=record.user_id,
         status=record.status,
@@ -118,28 +118,34 @@ def known_of(job: Job) -> Known:
     )
 
 
-def job_id(queue: str, job: str) -> str:
+def job_id(queue: str, job: str, prefix: str = "") -> str:
     """The id of a job's record: its own, behind the queue's name where each queue counts for itself.
 
-    What an id may not have is replaced, and then a digest keeps it apart from others.
+    What an id may not have is replaced, and then a digest keeps it apart from others. In front of all stands the
+    prefix, which keeps sources apart that have the same ids.
     """
-    name = f"{queue}:{job}" if queue else job
+    name = _name(queue, job, prefix)
     if is_id(name):
         return name
     digest = blake2b(name.encode("utf-8", "replace"), digest_size=8).hexdigest()
     return f"{_UNFIT.sub('-', name)[:100]}.{digest}"
 
 
-def settle(known: Known | None, seen: Sighting, source: str) -> Fields | None:
+def _name(queue: str, job: str, prefix: str) -> str:
+    return f"{prefix}{queue}:{job}" if queue else f"{prefix}{job}"
+
+
+def settle(known: Known | None, seen: Sighting, source: str, prefix: str = "") -> Fields | None:
     """The update that a sighting comes to, or None if there is nothing new in it.
 
     Args:
         known: what is known of the job; None if it has no record.
         seen: what its queue says.
         source: the name of the source: it owns what has no owner.
+        prefix: of the ids of its jobs.
     """
     if known is None:
-        return None if seen.removed else _first(seen, source)
+        return None if seen.removed else _first(seen, source, prefix)
     seq = _seq(known, seen)
     if seq is None:
         return None
@@ -241,7 +247,7 @@ def moved(known: Known | None, fields: Fields, source: str) -> Known:
     return after
 
 
-def _first(seen: Sighting, source: str) -> Fields:
+def _first(seen: Sighting, source: str, prefix: str) -> Fields:
     fields = _told(seen)
     fields.user_id = seen.owner or reserved_owner(source)
     fields.status = _status(seen.status or PROCESSING)
@@ -255,7 +261,7 @@ def _first(seen: Sighting, source: str) -> Fields:
     metadata = {"source": source}
     if seen.queue:
         metadata["queue"] = seen.queue
-    if not is_id(f"{seen.queue}:{seen.job}" if seen.queue else seen.job):
+    if not is_id(_name(seen.queue, seen.job, prefix)):
         metadata["jobId"] = text(seen.job) or ""
     if seen.run_at_ms is not None:
         metadata["runAt"] = format_time(seen.run_at_ms)

@@ -10,7 +10,7 @@ import trio
 
 from protocol.queues import bullmq
 from protocol.queues.payload import MAX_READ
-from protocol.queues.sighting import Sighting, job_id
+from protocol.queues.sighting import Sighting
 from protocol.update import CANCELLED, ENDED, FAILED, QUEUED
 from server.brokers.redis_client import Client
 from server.config import Queue
@@ -159,7 +159,7 @@ async def _read(
         if "name" in data:
             bullmq.describe(seen, data, user_of(config))
         # Bull does not count an attempt whose worker has died.
-        known = taker.known(job_id(queue, job))
+        known = taker.known(queue, job)
         if known is not None and seen.attempt is not None:
             seen.attempt = max(seen.attempt, known.attempt)
         found.append(seen)
@@ -182,7 +182,7 @@ async def _vanished(
     for job, there in zip(jobs, answers, strict=True):
         if there:
             continue
-        one = taker.open.get(job_id(queue, job))
+        one = taker.open.get(taker.name(queue, job))
         seen = Sighting(job=job, queue=queue, at_ms=seq >> 20 if seq else now_ms, seq=seq or None, removed=True)
         if seq or (one is not None and one.processing):
             seen.status, seen.error = FAILED, "its end was missed"

@@ -11,7 +11,6 @@ import trio
 
 from protocol.queues.celery import EVENT_MARK, RESULT_PREFIX, USER, Attempts, Told, read_events, read_result
 from protocol.queues.payload import MAX_READ
-from protocol.queues.sighting import job_id
 from protocol.update import ENDED
 from server.brokers.redis_client import Client, parse_redis_url
 from server.ingest.queues.source import Heard, Source, ask, escaped, scan
@@ -103,7 +102,7 @@ class Celery(Source):
     async def _take_together(self, told: dict[str, Told]) -> None:
         sightings = []
         for task, one in told.items():
-            seen = self._attempts.place(self.taker.known(job_id("", task)), one)
+            seen = self._attempts.place(self.taker.known("", task), one)
             if seen is not None:
                 sightings.append(seen)
         await self.taker.take(sightings)

@@ -12,7 +12,7 @@ import trio
 
 from protocol.queues.payload import iso_ms
 from protocol.queues.rq import JOB_PREFIX, QUEUES, RESULT_PREFIX, USER, read_job
-from protocol.queues.sighting import Sighting, job_id
+from protocol.queues.sighting import Sighting
 from protocol.resp import RedisError
 from protocol.update import CANCELLED, COMPLETED
 from server.brokers.redis_client import Client, parse_redis_url
@@ -149,7 +149,7 @@ class Rq(Source):
                 return None
             user = self.config.user or USER
             return read_job(job, data, end, now_ms, user, fresh=fresh, results=self.config.results)
-        one = self.taker.open.get(job_id("", job))
+        one = self.taker.open.get(self.taker.name("", job))
         if one is None:
             return None
         # Gone: with result_ttl = 0 a job leaves no trace when it succeeds; one that waited was taken away.

@@ -23,7 +23,7 @@ from server.brokers.redis_lease import Lease
 from server.brokers.redis_listener import PatternListener
 from server.config import Queue
 from server.ids import new_id
-from server.ingest.queues.taker import Taker
+from server.ingest.queues.taker import Taker, TurnLostError
 from server.logs import log_event
 from server.node import Node
 
@@ -63,7 +63,7 @@ class Source(ABC):
     def __init__(self, node: Node, name: str, config: Queue) -> None:
         self.name = name
         self.config = config
-        self.taker = Taker(node, name)
+        self.taker = Taker(node, name, config.id_prefix, self._is_turn)
         self.trouble: str | None = "not connected yet"
         self.standby = False
         self.sessions = 0
@@ -94,7 +94,7 @@ class Source(ABC):
                 with trio.CancelScope() as self._scope:
                     try:
                         await self._one_session()
-                    except* (RedisStartError, RedisClientError, RedisError, GapError, ApiError) as group:
+                    except* (RedisStartError, RedisClientError, RedisError, GapError, ApiError, TurnLostError) as group:
                         self._say(str(_first(group)))
                     except* Exception:
                         _LOG.exception("a queue's session failed")
@@ -131,14 +131,17 @@ class Source(ABC):
             log_event(_LOG, logging.INFO, "queue_up", source=self.name)
 
     def _say(self, reason: str) -> None:
-        if self.trouble is None or self.sessions == 0:
+        if reason != self.trouble:
             log_event(_LOG, logging.WARNING, "queue_away", source=self.name, reason=reason)
         self.trouble = reason
 
     # Turns
 
+    def _is_turn(self) -> bool:
+        return self._lease is None or self._lease.held
+
     async def _wait_turn(self) -> None:
-        while self._lease is not None and not self._lease.held:
+        while not self._is_turn():
             self.standby = True
             self._turn = trio.Event()
             await self._turn.wait()
@@ -204,7 +207,7 @@ class Heard:
                 yield
                 nursery.cancel_scope.cancel()
         if late.cancelled_caught:
-            raise RedisStartError(f"Redis at {self._listener.url} does not take subscriptions")
+            raise RedisStartError(f"Redis at {self._listener.url} takes no subscriptions: may its user PSUBSCRIBE?")
 
     async def take(self, seconds: float) -> list[tuple[str, bytes]]:
         """What was heard, channel and message; nothing after so many seconds. Raises GapError."""

@@ -7,18 +7,18 @@ on another node, goes on from the same place.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import msgspec
 import trio
 from msgspec import UNSET, Raw
 
 from protocol.errors import ApiError
-from protocol.job import record_of
+from protocol.job import Record, record_of
 from protocol.queues.sighting import Known, Sighting, adopts, inherit, job_id, known_of, moved, settle, skipped
 from protocol.update import ENDED, PROCESSING, STALLED, Job
-from server.brokers.base import Accepted, Broker, Delete, Operation, Publish
+from server.brokers.base import Accepted, Broker, Delete, Operation, Publish, Submission
 from server.ingest.intake import AT_ONCE, Complaints, Counters
 from server.node import Node
 
@@ -27,6 +27,11 @@ SUB: Final = "(queue)"
 # Jobs of one source that have not ended; beyond, the longest unheard are not looked after any more.
 MAX_OPEN: Final = 100_000
 _AGAIN_S: Final = 0.25
+
+
+class TurnLostError(Exception):
+    """Another node takes the source in by now: what was heard here is the past."""
+
 
 _decode = msgspec.json.Decoder().decode
 
@@ -54,36 +59,47 @@ class Taker:
     Args:
         node: whose broker takes the updates.
         source: the source's name.
+        prefix: of the ids of its jobs here.
+        is_turn: whether it is certainly this node that takes the source in.
 
     Attributes:
         open: jobs that have not ended, by their ids here.
         counters: what came of it on this node.
     """
 
-    def __init__(self, node: Node, source: str) -> None:
+    def __init__(self, node: Node, source: str, prefix: str, is_turn: Callable[[], bool]) -> None:
         self.counters = Counters()
         self.open: dict[str, Open] = {}
         self._node = node
         self._source = source
+        self._prefix = prefix
+        self._is_turn = is_turn
         self._complaints = Complaints(source)
 
-    def known(self, name: str) -> Known | None:
-        """What is known of a job, by its id here."""
+    def name(self, queue: str, job: str) -> str:
+        """The id of a job of the queue here."""
+        return job_id(queue, job, self._prefix)
+
+    def known(self, queue: str, job: str) -> Known | None:
+        """What is known of a job of the queue."""
+        return self._known(self.name(queue, job))
+
+    def _known(self, name: str) -> Known | None:
         job = self._node.jobs.get(name)
         return None if job is None else known_of(job)
 
     def is_known(self, queue: str, job: str) -> bool:
         """Whether a job of the queue has a record."""
-        return self._node.jobs.get(job_id(queue, job)) is not None
+        return self._node.jobs.get(self.name(queue, job)) is not None
 
     def has_ended(self, queue: str, job: str) -> bool:
         """Whether it has one that says that it is over."""
-        found = self._node.jobs.get(job_id(queue, job))
+        found = self._node.jobs.get(self.name(queue, job))
         return found is not None and found.latest.ended
 
     def is_silent(self, queue: str, job: str) -> bool:
         """Whether its worker is believed dead: that the queue still has it as being worked on is no sign of life."""
-        known = self.known(job_id(queue, job))
+        known = self.known(queue, job)
         return known is not None and (known.status == STALLED or known.lost)
 
     async def begin(self) -> None:
@@ -97,7 +113,11 @@ class Taker:
                 await trio.lowlevel.checkpoint()
 
     async def take(self, sightings: Sequence[Sighting]) -> None:
-        """Publish what is new in them, and wait until it is kept. While the store is away, it waits for it."""
+        """Publish what is new in them, and wait until it is kept. While the store is away, it waits for it.
+
+        Raises:
+            TurnLostError: it is another node's turn.
+        """
         for start in range(0, len(sightings), AT_ONCE):
             part = sightings[start : start + AT_ONCE]
             self.counters.received += len(part)
@@ -110,21 +130,37 @@ class Taker:
         """False if it has to be done again: what was accepted then is found to be old."""
         await self._node.hub.wait_room()
         ahead: dict[str, Known] = {}
+        queue_of: dict[str, str] = {}
+        new: set[str] = set()
         operations: list[Operation] = []
         names: list[str] = []
         for seen in sightings:
-            name = job_id(seen.queue, seen.job)
-            known = ahead.get(name) or self.known(name)
+            name = self.name(seen.queue, seen.job)
+            known = ahead.get(name)
+            job = self._node.jobs.get(name) if known is None else None
+            record = None if job is None else record_of(job)
+            # Two queues may give out the same id, to jobs of different people.
+            if queue_of.get(name, seen.queue) != seen.queue or (record and not self._is_ours(record, seen.queue)):
+                self.counters.rejected += 1
+                self._complaints.add("queue_refused", "another queue's job has this id", job=name)
+                continue
+            queue_of[name] = seen.queue
+            if job is not None:
+                known = known_of(job, record)
             if known is not None and adopts(known, seen, self._source):
                 operations.append(Delete(name))
                 names.append("")
                 seen, known = inherit(known, seen), None
             step = skipped(known, seen)
             for one in (seen,) if step is None else (step, seen):
-                fields = settle(known, one, self._source)
+                fields = settle(known, one, self._source, self._prefix)
                 if fields is None:
                     self.counters.duplicates += 1
                     continue
+                if known is None:
+                    new.add(name)
+                elif name in new and fields.user_id is UNSET:
+                    fields.user_id = known.owner  # its id may turn out to be taken, and by somebody else's job
                 if one is step:
                     fields.seq = UNSET  # its number is that of what comes next
                 known = ahead[name] = moved(known, fields, self._source)
@@ -132,7 +168,7 @@ class Taker:
                 names.append(name)
         if not operations:
             return True
-        submission = self._broker.submit(operations)
+        submission = self._submit(operations)
         try:
             await submission.wait_kept()
         except ApiError as error:
@@ -160,7 +196,7 @@ class Taker:
         now_ms = round(time.time() * 1000)
         operations: list[Operation] = []
         for name in silent:
-            known = self.known(name)
+            known = self._known(name)
             if known is None or known.status != PROCESSING:
                 continue
             told = Sighting(job=name, at_ms=now_ms, status=STALLED, error="its worker is gone")
@@ -172,7 +208,7 @@ class Taker:
                 operations.append(Publish(name, fields, "never", SUB))
         if operations:
             # As above: what is only believed now must not be published later.
-            submission = self._broker.submit(operations)
+            submission = self._submit(operations)
             try:
                 await submission.wait_kept()
             except ApiError as error:
@@ -180,10 +216,24 @@ class Taker:
         for name in silent:
             self._update(name, None)
 
-    @property
-    def _broker(self) -> Broker:
+    def _submit(self, operations: Sequence[Operation]) -> Submission:
         """Past the spool: what a queue keeps is not to be moved to a local disk."""
-        return self._node.broker if self._node.shared is None else self._node.shared
+        # A node that was frozen wakes with what was said in the meantime, and others have gone on from there.
+        if not self._is_turn():
+            raise TurnLostError("it is another server's turn")
+        broker: Broker = self._node.broker if self._node.shared is None else self._node.shared
+        return broker.submit(operations)
+
+    def _is_ours(self, record: Record, queue: str) -> bool:
+        """Whether a job is that queue's.
+
+        What workers have put into ``metadata`` themselves, or a source that there is no more, is no reason to doubt.
+        """
+        metadata = _metadata(record)
+        source = metadata.get("source", self._source)
+        if source == self._source:
+            return bool(metadata.get("queue", queue) == queue)
+        return source not in self._node.config.queues
 
     def _update(self, name: str, worker: str | None) -> None:
         job = self._node.jobs.get(name)
@@ -203,11 +253,17 @@ class Taker:
 
     def _look(self, job: Job) -> None:
         record = record_of(job)
-        metadata = _decode(record.metadata) if isinstance(record.metadata, Raw) else {}
-        if not isinstance(metadata, dict) or metadata.get("source") != self._source:
+        metadata = _metadata(record)
+        if metadata.get("source") != self._source:
             return
-        name, queue = record.job_id, metadata.get("queue", "")
-        own = metadata.get("jobId", name[len(queue) + 1 :] if queue else name)
+        name, queue = record.job_id, str(metadata.get("queue", ""))
+        own = str(metadata.get("jobId", name[len(self._prefix) + (len(queue) + 1 if queue else 0) :]))
         self.open[name] = Open(queue, own, record.status == PROCESSING, record.worker_id)
         if len(self.open) > MAX_OPEN:
             del self.open[next(iter(self.open))]
+
+
+def _metadata(record: Record) -> dict[str, Any]:
+    """What a record has of it; nothing if it is of another form than here."""
+    metadata = _decode(record.metadata) if isinstance(record.metadata, Raw) else None
+    return metadata if isinstance(metadata, dict) else {}
