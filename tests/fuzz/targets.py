@@ -19,7 +19,7 @@ from wsproto.events import CloseConnection, TextMessage
 from wsproto.extensions import PerMessageDeflate
 
 from protocol import http1, messages
-from protocol.errors import ApiError
+from protocol.errors import ApiError, CloseCode
 from protocol.fields import Fields, decode_fields
 from protocol.frames import close_frame, deflated_text_frame, ping_frame, text_frame
 from protocol.position import Position, Since, parse_cursor
@@ -162,7 +162,10 @@ def _frames(way: list[bytes], deflate: DeflateParameters | None, limit: int) -> 
         assert reader.unfinished <= limit
         if failure is not None:
             close_frame(failure.code, failure.reason)
-            story.append(int(failure.code))
+            # What zlib had unfolded before it met a mistake in the same bytes, it does not say: whether such a message
+            # was too long first, or wrong first, depends on how it is cut.
+            either = deflate is not None and failure.code in (CloseCode.INVALID_PAYLOAD, CloseCode.TOO_BIG)
+            story.append("too long, or wrong" if either else int(failure.code))
             break
     return story
 
