@@ -136,6 +136,7 @@ def decode_fields(data: bytes | bytearray | memoryview | Raw | Mapping[str, obje
             )
         fields = _decoder.decode(text)
     except msgspec.ValidationError as error:
+        check_json(data)
         raise _explain(error) from None
     except RecursionError:
         raise malformed_json(f"nested deeper than {MAX_DEPTH} levels") from None
@@ -175,8 +176,20 @@ def decode_checked(
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
+        check_json(data)
         raise _explain(error, known, inside) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise malformed_json(str(error)) from None
+
+
+def check_json(data: bytes | bytearray | memoryview | Raw | Mapping[str, object]) -> None:
+    """Raise ApiError 400 for a text that is no JSON: its fields are read while it is, so a wrong one in front of the
+    place where it breaks is found first."""
+    if isinstance(data, Mapping):
+        return
+    try:
+        msgspec.json.decode(data, type=Raw)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise malformed_json(str(error)) from None
 
 

@@ -137,21 +137,26 @@ def decode_ack(text: bytes) -> Ack:
 
 def _decode(decoder: msgspec.json.Decoder[_Message], text: str | bytes) -> _Message:
     try:
-        return decoder.decode(text)
-    except msgspec.ValidationError as error:
-        complaint = str(error)
-        match = _PATH.search(complaint)
-        field = match[1] if match and match[1] else None
-        if field is None and (unknown := re.search(r"unknown field `([^`]*)`", complaint)):
-            field = unknown[1]
-        if field is None and "missing required field" in complaint:
-            field = complaint.split("`")[1]
-        message = _PATH.sub("", complaint)
-        raise ApiError(422, "invalid_field", f"{field}: {message}" if field else message, field=field) from None
+        try:
+            return decoder.decode(text)
+        except msgspec.ValidationError as error:
+            msgspec.json.decode(text, type=msgspec.Raw)  # broken further on, it is no JSON, whatever comes before
+            raise _explain(str(error)) from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise ApiError(400, "malformed_json", f"the message is not JSON: {error}") from None
     except RecursionError:
         raise ApiError(400, "malformed_json", "the message is nested too deeply") from None
+
+
+def _explain(complaint: str) -> ApiError:
+    match = _PATH.search(complaint)
+    field = match[1] if match and match[1] else None
+    if field is None and (unknown := re.search(r"unknown field `([^`]*)`", complaint)):
+        field = unknown[1]
+    if field is None and "missing required field" in complaint:
+        field = complaint.split("`")[1]
+    message = _PATH.sub("", complaint)
+    return ApiError(422, "invalid_field", f"{field}: {message}" if field else message, field=field)
 
 
 class _Ref(msgspec.Struct):

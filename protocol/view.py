@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, Raw
 
 from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
-from protocol.fields import FIELD_NAMES, MAX_UPDATE, Fields, decode_fields, is_id, malformed_json
+from protocol.fields import FIELD_NAMES, MAX_UPDATE, Fields, check_json, decode_fields, is_id, malformed_json
 from protocol.update import Job, Update
 
 # What a browser is shown of an error: enough for a sentence or two.
@@ -170,6 +170,7 @@ def read_update(view: View, target: Target, sets: Mapping[str, object], body: by
     try:
         given = msgspec.json.decode(body or (b"{}" if sets else b""), type=dict[str, Raw])
     except msgspec.ValidationError:
+        check_json(body)
         raise ApiError(422, "invalid_update", f"the {view.noun}'s update must be a JSON object") from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise malformed_json(str(error)) from None

@@ -9,7 +9,7 @@ import msgspec
 import trio
 
 from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
-from protocol.fields import MAX_UPDATE, is_id
+from protocol.fields import MAX_UPDATE, check_json, is_id
 from protocol.update import STATUS_UPDATE, STATUSES, TYPE_OF_STATUS, Job
 from protocol.watch import EVERYTHING, parse_fields, parse_filter, user_channel
 from protocol.wire import json_list, select_fields, update_message
@@ -96,6 +96,7 @@ async def publish_batch(exchange: Exchange) -> Response:
         try:
             items = msgspec.json.decode(body, type=list[msgspec.Raw])
         except msgspec.ValidationError:
+            check_json(body)
             raise ApiError(422, "invalid_field", "the batch must be a JSON array of updates") from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ApiError(400, "malformed_json", f"the batch is not JSON: {error}") from None

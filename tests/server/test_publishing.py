@@ -183,6 +183,9 @@ async def test_conflicts_change_nothing() -> None:
     [
         (b"{", 400, "malformed_json", None),
         (b"", 400, "malformed_json", None),
+        (b'{"procress":', 400, "malformed_json", None),
+        (b'{"status":"done",}', 400, "malformed_json", None),
+        (b'[{"status":', 400, "malformed_json", None),
         (b'{"message":"\xff"}', 400, "malformed_json", None),
         (b'{"metadata":' + b'{"a":' * 3000 + b"1" + b"}" * 3001, 400, "malformed_json", None),
         (b"[]", 422, "invalid_update", None),
@@ -437,13 +440,14 @@ async def test_an_empty_batch_is_fine() -> None:
     [
         (b"[{}", "application/json", 400, "malformed_json"),
         (b"[" * 5000, "application/json", 400, "malformed_json"),
+        (b'{"jobId":', "application/json", 400, "malformed_json"),
         (b'{"jobId":"a"}', "application/json", 422, "invalid_field"),
         (b"[]", "text/plain", 415, "unsupported_media_type"),
         (b" " * (routes.MAX_BATCH + 1), "application/json", 413, "payload_too_large"),
         (b"\n" * (routes.MAX_BATCH + 1), "application/x-ndjson", 413, "payload_too_large"),
         (b"[" + b"0," * routes.MAX_UPDATES + b"0]", "application/json", 413, "payload_too_large"),
     ],
-    ids=["cut", "deep", "object", "type", "large", "large-lines", "many"],
+    ids=["cut", "deep", "cut-object", "object", "type", "large", "large-lines", "many"],
 )
 async def test_a_batch_that_is_none(body: bytes, content_type: str, status: int, code: str) -> None:
     async with server() as at, at.connect() as http:
