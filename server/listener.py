@@ -31,7 +31,8 @@ ACCEPT_BATCH: Final = 32
 EXHAUSTED_PAUSE_S: Final = 0.1
 # Who comes over a limit is still told so, on this many sockets more; beyond, it is closed unheard.
 REFUSED_SOCKETS: Final = 256
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# ENOSPC is what epoll says when its user watches too much already.
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 
 
 class ListenError(Exception):
@@ -181,36 +182,49 @@ class Listener(Peer):
 
     async def turn(self) -> bool:
         """Accept some of those that wait."""
-        node, sock = self._node, self._sock
         for _ in range(ACCEPT_BATCH):
             try:
-                accepted, address = sock.accept()
+                accepted, address = self._sock.accept()
+                self._serve(accepted, UNIX if self._sock.family == socket.AF_UNIX else address[0])
             except BlockingIOError:
                 break
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    if not self._exhausted:  # said once, not ten times a second
-                        log_event(LOG, logging.WARNING, "accept_paused", reason=error.strerror)
-                    self._exhausted = True
-                    await trio.sleep(EXHAUSTED_PAUSE_S)
-                    break
-                continue  # this one was gone before it was accepted
+            except (OSError, MemoryError) as error:
+                if isinstance(error, OSError) and error.errno not in _EXHAUSTED:
+                    continue  # this one was gone before it was accepted
+                if not self._exhausted:  # said once, not ten times a second
+                    reason = error.strerror if isinstance(error, OSError) else "Out of memory"
+                    log_event(LOG, logging.WARNING, "accept_paused", reason=reason)
+                self._exhausted = True
+                await trio.sleep(EXHAUSTED_PAUSE_S)
+                break
             self._exhausted = False
-            peer = UNIX if sock.family == socket.AF_UNIX else address[0]
-            refusal, place = _admit(node, peer)
-            if refusal is not None:
-                if node.turned_away >= REFUSED_SOCKETS:
-                    accepted.close()
-                    node.counters.refused["unheard"] += 1
-                    continue
-                node.turned_away += 1
-                node.counters.refused[refusal.code] += 1
-            accepted.setblocking(False)
-            node.connections += 1
-            node.counters.sockets += 1
-            serve = Connection if node.plain else Opening
-            node.poller.add(accepted.fileno(), serve(node, accepted, peer, refusal, place))
         return False
+
+    def _serve(self, accepted: socket.socket, peer: str) -> None:
+        """Have it served, or told why not. Where that fails it is closed, and leaves nothing behind."""
+        node = self._node
+        refusal, place = _admit(node, peer)
+        if refusal is not None:
+            if node.turned_away >= REFUSED_SOCKETS:
+                accepted.close()
+                node.counters.refused["unheard"] += 1
+                return
+            node.turned_away += 1
+            node.counters.refused[refusal.code] += 1
+        node.connections += 1
+        node.counters.sockets += 1
+        served: Connection | Opening | None = None
+        try:
+            accepted.setblocking(False)
+            served = (Connection if node.plain else Opening)(node, accepted, peer, refusal, place)
+            node.poller.add(accepted.fileno(), served)
+        except (OSError, MemoryError):
+            if served is not None:
+                served.abandon()
+            else:
+                accepted.close()
+                node.forget_socket(place, turned_away=refusal is not None)
+            raise
 
     def abandon(self) -> None:
         """Accept no more; the socket is somebody else's to close."""

@@ -8,7 +8,7 @@ import re
 import resource
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import trio
 
 from server import listener
 from server.app import StartError, drain
+from server.poller import Peer
 from tests.streams import event_stream, handshake_bytes, websocket
 from tests.support import (
     AUTH,
@@ -427,6 +428,32 @@ async def test_a_pause_in_accepting_is_said_once(
             at.node.poller.add(scarce.fileno(), listener.Listener(at.node, scarce))
             assert (await Address(scarce.getsockname()[1]).get("/health")).status == 200
     assert (scarce.left, caplog.text.count("accept_paused")) == (0, 1)
+
+
+async def test_who_cannot_be_served_leaves_nothing_and_others_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel has no room for one more socket to wait for, or there is no memory: neither ends accepting."""
+    monkeypatch.setattr(listener, "EXHAUSTED_PAUSE_S", 0.01)
+    async with server(limits={"connections_per_address": 10}) as at, at.connect() as first:
+        assert (await first.request("GET", "/health")).status == 200
+        left: list[Exception] = [OSError(errno.ENOSPC, "No space left on device"), MemoryError()]
+
+        def add(fd: int, peer: Peer, really: Callable[[int, Peer], None] = at.node.poller.add) -> None:
+            if left:
+                raise left.pop()
+            really(fd, peer)
+
+        monkeypatch.setattr(at.node.poller, "add", add)
+        while left:
+            async with at.connect() as refused:
+                assert await gone(refused)
+        assert (await at.get("/health")).status == 200
+        assert (await first.request("GET", "/health")).status == 200
+        await until(lambda: at.node.connections == 1)
+        assert at.node.limits.entries == 1
+        assert caplog.text.count("accept_paused") == 1
+        assert "connection_failed" not in caplog.text
 
 
 async def test_over_max_connections_a_client_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
