@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final, Literal
@@ -16,6 +17,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from protocol.queues.payload import (
+    MAX_READ,
     iso_ms,
     message_of,
     owner_at,
@@ -60,6 +62,8 @@ EVENTS: Final = {
 }
 _RETRIED: Final = frozenset(("RETRY", "task-retried"))
 _ANNOUNCED: Final = frozenset(("task-sent", "task-received"))
+# How the JSON of a result begins. What a task returned comes next, and may be of any size.
+_HEAD: Final = re.compile(rb'\s*\{\s*"status"\s*:\s*"([^"\\]{1,100})"')
 # Of one argument list, as text; longer ones are not looked into.
 _MAX_REPR: Final = 16 * 1024
 # Numbers as arguments of exceptions.
@@ -91,7 +95,9 @@ class Beat(msgspec.Struct, gc=False):
     leaves: bool
 
 
-def read_result(data: bytes | str, at_ms: int, user: str = USER, *, results: bool = False) -> Told | None:
+def read_result(
+    data: bytes | str, at_ms: int, user: str = USER, *, results: bool = False, large: str = ""
+) -> Told | None:
     """What is published on ``celery-task-meta-<id>``, or kept under that key; None if it cannot be read.
 
     Args:
@@ -99,8 +105,13 @@ def read_result(data: bytes | str, at_ms: int, user: str = USER, *, results: boo
         at_ms: when it was heard.
         user: path to the owner's id in ``{"kwargs", "args", "result"}``.
         results: whether to take in what tasks return.
+        large: the task's id, for data of more than ``MAX_READ`` bytes: of that only the state is read.
     """
-    document = read_json(data)
+    if large and len(data) > MAX_READ and isinstance(data, bytes):
+        head = _HEAD.match(data)
+        document = {"task_id": large, "status": head[1].decode("utf-8", "replace")} if head else None
+    else:
+        document = read_json(data)
     if not isinstance(document, Mapping):
         return None
     task, state, report = document.get("task_id"), document.get("status"), document.get("result")

@@ -24,7 +24,7 @@ _AT_ONCE: Final = 200
 _MAX_WORKERS: Final = 10_000
 # Of those the ones that are in the mark.
 _MAX_ATTENDED: Final = 200
-# A clock that is ahead of ours must not hide what was missed.
+# A worker's clock that is behind ours must not hide what was missed.
 _CLOCKS_MS: Final = 60_000
 
 
@@ -76,7 +76,8 @@ class Celery(Source):
 
     def _hear(self, channel: str, payload: bytes, at_ms: int) -> list[Told]:
         if channel.startswith(self._results):
-            one = read_result(payload, at_ms, self._user, results=self.config.results)
+            task = channel[len(self._results) :]
+            one = read_result(payload, at_ms, self._user, results=self.config.results, large=task)
             return [] if one is None else [one]
         told: list[Told] = []
         for said in read_events(payload, at_ms, self._user) if EVENT_MARK in channel else ():
@@ -133,10 +134,12 @@ class Celery(Source):
             part = tasks[start : start + _AT_ONCE]
             answers = await ask(client, [("GETRANGE", self._results + task, 0, MAX_READ) for task in part])
             told: list[Told] = []
-            for data in answers:
-                one = None if not data else read_result(data, now_ms, self._user, results=self.config.results)
+            for task, data in zip(part, answers, strict=True):
+                one = read_result(data or b"", now_ms, self._user, results=self.config.results, large=task)
+                if one is None or (since_ms and (one.seen.at_ms < since_ms or len(data) > MAX_READ)):
+                    continue
                 # A state that is kept is no new one: that it was to be tried again, say, has been counted.
-                if one is None or one.seen.at_ms < since_ms or one.word == "RETRY":
+                if one.word == "RETRY":
                     continue
                 if one.seen.status in ENDED or not self.taker.is_silent("", one.seen.job):
                     told.append(one)

@@ -10,13 +10,13 @@ from typing import Any, Final
 
 import trio
 
-from protocol.queues.payload import iso_ms
 from protocol.queues.rq import JOB_PREFIX, QUEUES, RESULT_PREFIX, USER, read_job
 from protocol.queues.sighting import Sighting
 from protocol.resp import RedisError
 from protocol.update import CANCELLED, COMPLETED
 from server.brokers.redis_client import Client, parse_redis_url
 from server.ingest.queues.source import Heard, Source, ask
+from server.ingest.queues.taker import MAX_OPEN
 from server.logs import log_event
 
 _FIELDS: Final = (
@@ -46,6 +46,8 @@ class Rq(Source):
         """See ``Source``."""
         database = parse_redis_url(self.config.url).database
         channel = f"__keyspace@{database}__:{JOB_PREFIX}"
+        # The last sign of life of each job, and when it was first seen here: workers' clocks may be wrong.
+        self._beats: dict[str, tuple[bytes, float]] = {}
         async with AsyncExitStack() as stack:
             heard: Heard | None = None
             if await self._gives_notice(client):
@@ -145,8 +147,12 @@ class Rq(Source):
             wanted, origin = self.config.queues, data.get("origin", b"").decode("utf-8", "replace")
             if wanted and origin not in wanted:
                 return None
-            if data.get("status") == b"started" and self._is_old(data, now_ms) and self.taker.is_silent("", job):
-                return None
+            if data.get("status") == b"started":
+                known = job in self._beats
+                beats = self._hear_beat(job, data.get("last_heartbeat", b"")) == 0
+                # That a job is listed as worked on says nothing of a worker that is believed dead; a new sign does.
+                if not (known and beats) and self.taker.is_silent("", job):
+                    return None
             user = self.config.user or USER
             return read_job(job, data, end, now_ms, user, fresh=fresh, results=self.config.results)
         one = self.taker.open.get(self.taker.name("", job))
@@ -156,23 +162,28 @@ class Rq(Source):
         status = COMPLETED if one.processing else CANCELLED
         return Sighting(job=job, at_ms=now_ms, status=status, removed=True)
 
-    def _is_old(self, data: dict[str, bytes], now_ms: float) -> bool:
-        """Whether the worker's last sign of life is too long ago."""
-        last_ms = iso_ms(data.get("last_heartbeat", b"").decode("utf-8", "replace"))
-        return last_ms is not None and now_ms - last_ms > self.config.stalled_after * 1000
+    def _hear_beat(self, job: str, beat: bytes) -> float:
+        """For how many seconds this has been the worker's last sign of life; 0 if it is another than before."""
+        now = trio.current_time()
+        last, since = self._beats.pop(job, (None, now))
+        if beat != last:
+            since = now
+        self._beats[job] = beat, since
+        if len(self._beats) > MAX_OPEN:
+            del self._beats[next(iter(self._beats))]
+        return now - since
 
     async def _look_for_the_dead(self, client: Client) -> None:
         """Jobs whose workers do not say any more that they are at it."""
         limit = self.config.stalled_after
         names = [name for name, one in self.taker.open.items() if one.processing] if limit else []
-        now_ms = time.time() * 1000
         silent = []
         for start in range(0, len(names), _AT_ONCE):
             part = names[start : start + _AT_ONCE]
             jobs = [self.taker.open[name].job for name in part]
             answers = await ask(client, [("HGET", JOB_PREFIX + job, "last_heartbeat") for job in jobs])
             for name, value in zip(part, answers, strict=True):
-                if value and self._is_old({"last_heartbeat": value}, now_ms):
+                if value and self._hear_beat(self.taker.open[name].job, value) > limit:
                     silent.append(name)
         await self.taker.report_silent(silent, limit)
 

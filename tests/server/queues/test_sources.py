@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as redis_py
 
-from server.ingest.queues import bullmq
+from server.ingest.queues import bullmq, celery
 from tests.queueing import LONG_S, captured, put_stream, raw, shown, status, steps, until, until_up
 from tests.redis_servers import RedisServer, eventually, running_server
 from tests.support import ADMIN, AUTH, bearer, server
@@ -188,9 +189,9 @@ async def test_bull_four_from_its_channels_and_its_hashes(redis: RedisServer, or
 
 
 async def test_celery_from_results_and_events(redis: RedisServer, oracle: redis_py.Redis) -> None:
-    celery = captured("celery")
-    messages = celery["with_events_flag_E"]
-    tasks = [key.removeprefix("celery-task-meta-") for key in celery["result_keys"]]
+    capture = captured("celery")
+    messages = capture["with_events_flag_E"]
+    tasks = [key.removeprefix("celery-task-meta-") for key in capture["result_keys"]]
     async with server(auth=AUTH, store={"url": "memory:"}, **table(redis, "celery")) as one:
         await until_up(one.node)
         for message in messages:
@@ -305,7 +306,7 @@ async def test_an_rq_job_whose_worker_is_silent_and_one_that_vanishes(
 ) -> None:
     common = {"created_at": "2026-01-01T00:00:00.000001Z", "status": "started", "origin": "video"}
     oracle.hset("rq:job:a", mapping={**common, "last_heartbeat": "2026-01-01T00:00:00.000001Z"})
-    oracle.hset("rq:job:b", mapping={**common, "last_heartbeat": "2999-01-01T00:00:00.000001Z"})
+    oracle.hset("rq:job:b", mapping=common)
     oracle.hset("rq:job:c", mapping={**common, "origin": "other"})
     oracle.sadd("rq:queues", "rq:queue:video", "rq:queue:other")
     oracle.zadd("rq:wip:video", {"a:x": 1, "b:x": 1})
@@ -370,3 +371,49 @@ async def test_many_queues_are_found_as_they_come(
             put_stream(oracle, f"bull:q{number}:events", STREAM[:6])
         for number in range(5):
             await until(one.node, f"q{number}:1", "completed")
+
+
+async def test_celery_results_that_are_too_large_end_their_tasks_nevertheless(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(celery, "_REPAIR_S", 0.1)
+
+    def result(state: str, value: object) -> str:
+        return json.dumps({"status": state, "result": value, "traceback": None, "children": [], "task_id": "a"})
+
+    async with server(store={"url": "memory:"}, **table(redis, "celery", results=True)) as one:
+        await until_up(one.node)
+        for task in "ab":
+            oracle.publish(f"celery-task-meta-{task}", result("STARTED", {}).replace('"a"', f'"{task}"'))
+            await until(one.node, task, "processing")
+        oracle.publish("celery-task-meta-a", result("SUCCESS", "x" * 2_000_000))
+        assert "result" not in await until(one.node, "a", "completed")
+        # What nobody heard is found where it is kept.
+        oracle.set("celery-task-meta-b", result("FAILURE", {"exc_message": "x" * 2_000_000}))
+        assert (await until(one.node, "b", "failed"))["error"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_an_rq_worker_whose_clock_is_wrong(hours: int, redis: RedisServer, oracle: redis_py.Redis) -> None:
+    def beat() -> None:
+        now = (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
+        told = {"status": "started", "origin": "video", "created_at": now, "last_heartbeat": now}
+        oracle.hset("rq:job:a", mapping=told)
+
+    oracle.sadd("rq:queues", "rq:queue:video")
+    oracle.zadd("rq:wip:video", {"a:x": 1})
+    beat()
+    async with server(store={"url": "memory:"}, **table(redis, "rq", poll=0.02)) as one:
+        assert one.node.queues is not None
+        counters = one.node.queues.sources["src"].taker.counters
+        for looks in range(1, 10):
+            await eventually(lambda looks=looks: counters.received > looks, within=LONG_S)
+            beat()
+        assert steps(one.node, "a") == ["processing"]
+    async with server(store={"url": "memory:"}, **table(redis, "rq", poll=0.02, stalled_after=1.0)) as one:
+        assert (await until(one.node, "a", "stalled"))["attempt"] == 1
+        beat()  # it was only slow
+        again = await until(one.node, "a", "processing")
+        assert again["attempt"] in (1, 2), "it may have been given up by then"
+        assert (await until(one.node, "a", "failed"))["error"] == "lost"
