@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.autobahn import EVERYTHING, GROUPS, IN_A_HURRY, Verdict, counted, fuzz, version
+from tests.conformance.autobahn import EVERYTHING, GROUPS, IN_A_HURRY, Verdict, counted, fuzz, fuzz_parts, version
 from tests.conformance.results import Results
 from tests.support import spawned
 
@@ -26,7 +26,7 @@ async def test_autobahn(tmp_path: Path, results: Results) -> None:
     began = time.monotonic()
     async with spawned(tmp_path, debug={"echo": True}, store={"url": "memory:"}) as at:
         url = f"{at.ws_url}/ws/echo"
-        verdicts = await fuzz(url, EVERYTHING if results.long else IN_A_HURRY, tmp_path)
+        verdicts = await fuzz_parts(url, EVERYTHING if results.long else IN_A_HURRY, tmp_path)
         assert len(verdicts) == (517 if results.long else 267)
         # The suite gives a server one second to end a connection, which a machine may spend on others: asked once more.
         if doubtful := [verdict.case for verdict in verdicts if not is_right(verdict)][:10]:

@@ -234,18 +234,23 @@ async def test_workers_share_them(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_served(tmp_path: Path) -> None:
-    write_config(tmp_path, {"store": {"url": "memory:"}})
-
-    def complaint(sock: socket.socket) -> str:
+    refused: list[tuple[Service, str]] = []
+    for sock, complaint in (
+        (listening(socket.AF_INET, ("0.0.0.0", 0)), "loopback only"),
+        (socket.socket(socket.AF_INET), "no listening stream socket"),
+        (socket.socket(socket.AF_INET, socket.SOCK_DGRAM), "no listening stream socket"),
+    ):
+        directory = tmp_path / str(len(refused))
+        directory.mkdir()
+        write_config(directory, {"store": {"url": "memory:"}})
         with sock:
-            refused = Service(tmp_path, [sock], {})
-            assert refused.process.wait(PATIENCE_S) == 2
-            refused.kill()
-            return refused.log_file.read_text().splitlines()[-1]
-
-    assert "loopback only" in complaint(listening(socket.AF_INET, ("0.0.0.0", 0)))
-    assert "no listening stream socket" in complaint(socket.socket(socket.AF_INET))
-    assert "no listening stream socket" in complaint(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            refused.append((Service(directory, [sock], {}), complaint))
+    for server, complaint in refused:
+        try:
+            assert server.process.wait(PATIENCE_S) == 2
+            assert complaint in server.log_file.read_text().splitlines()[-1]
+        finally:
+            server.kill()
 
 
 def test_those_of_another_process_are_not_ours() -> None:
@@ -294,7 +299,7 @@ async def test_a_restart_refuses_and_resets_nobody(tmp_path: Path) -> None:
     with listening(socket.AF_INET, ("127.0.0.1", 0)) as tcp, listening(socket.AF_UNIX, path) as unix:
         callers: list[Caller] = []
         try:
-            for round_ in range(3):
+            for serving in ("before", "after"):
                 async with service(tmp_path, [tcp, unix]) as (server, _):
                     if not callers:
                         callers = [
@@ -303,7 +308,7 @@ async def test_a_restart_refuses_and_resets_nobody(tmp_path: Path) -> None:
                         ]
                     for caller in callers:
                         await caller.served(5)
-                    if round_ == 2:
+                    if serving == "after":
                         for caller in callers:
                             caller.over = True
                             await trio.to_thread.run_sync(caller.thread.join)
