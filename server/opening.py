@@ -79,7 +79,7 @@ class Opening(Peer):
         if self._tls is None:
             if data[:1].isalpha() and data[0] != HANDSHAKE_RECORD:
                 error = ApiError(400, "tls_required", "this port speaks TLS: use https or wss")
-                connection = self._begin()
+                connection = self._connection()
                 try:
                     await connection.refuse(error, logging.DEBUG)
                 finally:
@@ -97,6 +97,10 @@ class Opening(Peer):
             self._begin()
         return False
 
+    def _begin(self, early: bytes = b"") -> None:
+        """From here on it is HTTP."""
+        self._node.poller.peers[self._sock.fileno()] = self._connection(early)
+
     def _is_for(self, source: str) -> None:
         """The connection counts for the client that it is passed on for."""
         node = self._node
@@ -110,10 +114,9 @@ class Opening(Peer):
                 node.turned_away += 1
                 node.counters.refused[error.code] += 1
 
-    def _begin(self, early: bytes = b"") -> Connection:
-        """From here on it is HTTP."""
+    def _connection(self, early: bytes = b"") -> Connection:
+        """Who closes the socket from here on; it has no turns before ``_begin``."""
         connection = Connection(self._node, self._tls or self._sock, self._peer, self._refusal, self._place, early)
-        self._node.poller.peers[self._sock.fileno()] = connection
         self._closed = True
         self._timer.cancel()
         return connection

@@ -115,7 +115,7 @@ class Poller:
 
     def wanted(self) -> bool:
         """Whether somebody has a turn to come: what may be asked before others are let run."""
-        return bool(self._ready or self._set.poll(0, 1))
+        return bool(self._ready) or (not self._set.closed and bool(self._set.poll(0, 1)))
 
     def unbroken(self, peer: Peer) -> bool:
         """Whether a turn of it is under way that has not waited yet."""

@@ -10,6 +10,7 @@ What is owed to the peer, in the order in which it is sent: ``tail`` (the unsent
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -20,7 +21,8 @@ import trio
 from protocol.update import Update
 from protocol.watch import channels_of
 from protocol.wire import WireForm
-from server.hub import Hub, Reader
+from server.hub import LOG, Hub, Reader
+from server.logs import log_event
 from server.socketio import Socket
 from server.wheel import Timer, Wheel
 
@@ -357,7 +359,7 @@ class PushReader(Reader):
             self._start_drain()
 
     def _start_drain(self) -> None:
-        if not self._draining:
+        if not self._draining and not self._nursery.cancel_scope.cancel_called:  # else the server stops
             self._draining = True
             self._nursery.start_soon(self._drain)
 
@@ -372,7 +374,10 @@ class PushReader(Reader):
                 self.heard_at = trio.current_time()  # it reads, if slowly, and may not get to answer pings
                 if self._write_turn():
                     return
-        except (OSError, trio.ClosedResourceError):
+        except OSError:
+            self.finish("broken")
+        except Exception as error:  # beyond this task are all the other connections
+            log_event(LOG, logging.ERROR, "delivery_failed", exc_info=error)
             self.finish("broken")
         finally:
             self._draining = False

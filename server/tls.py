@@ -227,6 +227,8 @@ class TlsSocket:
         if self._empty > EMPTY_BYTES:
             raise ConnectionError("too many records without content")
         if self._outgoing.pending:  # the answer to a change of keys
+            if len(self._rest) > 2 * AHEAD_BYTES:
+                raise ConnectionError("the peer takes no answers to its changes of keys")
             self._rest = bytes(self._rest) + self._outgoing.read()
             with suppress(BlockingIOError):
                 self.push()

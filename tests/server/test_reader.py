@@ -459,3 +459,20 @@ async def test_a_peer_that_closes_in_the_middle_of_a_drain_ends_the_reader(bench
     await wait_all_tasks_blocked()
     assert bench.reader.ended == "broken"
     assert not bench.reader._draining
+
+
+async def test_a_queue_that_fails_while_it_drains_ends_its_reader_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing() -> Iterator[bytes]:
+        yield b"x" * 1_000_000
+        raise ValueError("oops")
+
+    bench.reader.post(failing())
+    assert bench.reader._draining
+    while not bench.reader.ended:
+        await trio.lowlevel.wait_readable(bench.peer)
+        bench.peer.recv(65536)
+        await wait_all_tasks_blocked()
+    assert (bench.reader.ended, bench.reader.ends) == ("broken", 1)
+    assert "oops" in caplog.text

@@ -295,6 +295,17 @@ async def test_plain_http_is_told_so(issued: Certificates, said: bytes) -> None:
             assert await http.closed()
 
 
+async def test_who_is_told_so_may_go_on_talking(issued: Certificates) -> None:
+    async with clean_server(server=issued.table) as at:
+        async with Address(at.port).connect() as http:
+            await http.send(b"GET / HTTP/1.1\r\n")
+            assert (await http.answer()).error == "tls_required"
+            await http.send(request_bytes("GET", "/health") * 2)
+            assert await http.closed()
+        await until(lambda: at.node.connections == 0)
+        assert at.node.counters.failed == 0
+
+
 @pytest.mark.parametrize(
     "said",
     [b"\x00" * 100, b"\x16\x03\x01\x02\x00" + b"\xff" * 600, b"\x16\x03\x01\xff\xff"],
@@ -351,7 +362,7 @@ async def test_old_versions_are_refused(issued: Certificates) -> None:
 class KeyChanger:
     """A client that may ask for new keys, which Python's own cannot: OpenSSL's, by hand."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, receive_buffer: int | None = None) -> None:
         name = ctypes.util.find_library("ssl")
         assert name is not None
         self.lib = ctypes.CDLL(name)
@@ -359,8 +370,10 @@ class KeyChanger:
             getattr(self.lib, function).restype = ctypes.c_void_p
         self.context = ctypes.c_void_p(self.lib.SSL_CTX_new(ctypes.c_void_p(self.lib.TLS_client_method())))
         self.tls = ctypes.c_void_p(self.lib.SSL_new(self.context))
-        self.sock = socket.create_connection(("127.0.0.1", port))
-        self.sock.settimeout(None)
+        self.sock = socket.socket()
+        if receive_buffer is not None:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.connect(("127.0.0.1", port))
         assert self.lib.SSL_set_fd(self.tls, self.sock.fileno()) == 1
         assert self.lib.SSL_connect(self.tls) == 1
 
@@ -368,9 +381,13 @@ class KeyChanger:
         """New keys, both ways. Whether the connection still stands."""
         return bool(self.lib.SSL_key_update(self.tls, 1) == 1 and self.lib.SSL_do_handshake(self.tls) == 1)
 
+    def send(self, data: bytes) -> bool:
+        """Send some. Whether the connection still stands."""
+        return bool(self.lib.SSL_write(self.tls, data, len(data)) == len(data))
+
     def ask(self, data: bytes) -> bytes:
         """Send some, and read to the end."""
-        assert self.lib.SSL_write(self.tls, data, len(data)) == len(data)
+        assert self.send(data)
         got, buffer = b"", ctypes.create_string_buffer(65536)
         while (count := self.lib.SSL_read(self.tls, buffer, 65536)) > 0:
             got += buffer.raw[:count]
@@ -412,6 +429,38 @@ async def test_a_flood_of_key_changes_is_cut_off(issued: Certificates) -> None:
         assert 100 < changes < 10_000
         await ws.quiet()
         await until(lambda: at.node.connections == 1)
+
+
+async def test_answers_to_key_changes_that_nobody_takes_are_no_way_to_take_memory(issued: Certificates) -> None:
+    """Even if there is content between them, which excuses them."""
+    context = tls.load_context(Server(**issued.table))
+    assert context is not None
+
+    def flood(port: int) -> None:
+        client = KeyChanger(port, receive_buffer=1)
+        with closing(client):
+            while client.change() and client.send(b"x" * 10):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=flood, args=listening.getsockname()[1:2])
+        thread.start()
+        sock, _ = listening.accept()
+        with sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            ours = tls.TlsSocket(sock, context)
+            while not ours.shake_hands(sock.recv(4096)):
+                ours.push()
+            ours.push()
+            sock.setblocking(False)
+
+            async def read() -> None:
+                while len(ours._rest) < 1_000_000:
+                    await receive(ours, 4096)
+
+            with trio.fail_after(PATIENCE_S), pytest.raises(ConnectionError, match="takes no answers"):
+                await read()
+        await in_thread(thread.join)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

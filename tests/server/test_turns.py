@@ -1,0 +1,120 @@
+"""Peers that go, or stop, in the middle of a turn: none of them keeps the server busy, and nothing of them is left."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from tests.streams import (
+    Closed,
+    clean_server,
+    connect,
+    event_stream,
+    narrow,
+    put,
+    reset_connection,
+    session,
+)
+from tests.support import Http, request_bytes, until
+
+# For so long the loop is watched, and may turn so often for its own sake. A socket that is reported for ever makes it
+# turn thousands of times.
+WATCHED_S = 0.2
+TURNS = 60
+
+
+class Passes(trio.abc.Instrument):
+    """Counts how often the loop goes round."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def before_io_wait(self, timeout: float) -> None:
+        self.count += 1
+
+
+async def passes() -> int:
+    """How often the loop goes round while nothing happens."""
+    counter = Passes()
+    trio.lowlevel.add_instrument(counter)
+    await trio.sleep(WATCHED_S)
+    trio.lowlevel.remove_instrument(counter)
+    return counter.count
+
+
+def half_close(http: Http) -> None:
+    assert isinstance(http.stream, trio.SocketStream)
+    http.stream.socket.shutdown(socket.SHUT_WR)
+
+
+GOING = pytest.mark.parametrize("go", [half_close, reset_connection, lambda http: None], ids=["fin", "rst", "stays"])
+
+
+@GOING
+async def test_a_poll_that_waits_for_one_who_went(go: Callable[[Http], None]) -> None:
+    async with clean_server() as at, connect(at) as http:
+        await http.send(request_bytes("GET", "/api/v2/jobs/poll?timeout=60"))
+        await until(lambda: at.node.polls)
+        await http.send(request_bytes("GET", "/health"))  # pipelined: the socket is readable from here on
+        go(http)
+        assert await passes() < TURNS
+        put(at, "job_1")
+        await until(lambda: not at.node.polls)
+
+
+@GOING
+@pytest.mark.parametrize("asks", [True, False])
+async def test_a_socket_that_is_full(go: Callable[[Http], None], asks: bool) -> None:
+    async with clean_server() as at, session(at, receive_buffer=1) as ws:
+        narrow(at)
+        await ws.send("subscribe", all=True)
+        assert (await ws.receive())["type"] == "subscribed"
+        (stream,) = at.node.streams
+        while not stream._draining:  # type: ignore[attr-defined]
+            put(at, "job_1", message="x" * 2000)
+            await trio.lowlevel.checkpoint()
+        if asks:  # its turn waits from here on
+            await ws.send("ping")
+            await until(lambda: at.node.poller._waiting)
+            await ws.send("ping")
+        go(ws.http)
+        assert await passes() < TURNS
+
+
+@GOING
+async def test_heads_and_bodies_that_stop(go: Callable[[Http], None]) -> None:
+    async with clean_server() as at, connect(at) as head, connect(at) as body, connect(at) as idle:
+        await head.send(b"GET / HTTP/1.1\r\nHost: local")
+        await body.send(b"POST /api/v2/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
+        await idle.request("GET", "/health")
+        await until(lambda: at.node.poller._waiting)
+        for http in (head, body, idle):
+            go(http)
+        assert await passes() < TURNS
+
+
+async def test_streams_whose_clients_went() -> None:
+    async with clean_server() as at, event_stream(at) as stream, session(at) as ws:
+        half_close(stream.http)
+        half_close(ws.http)
+        await until(lambda: at.node.connections == 0)
+        assert await passes() < TURNS
+
+
+async def test_who_is_ended_while_the_server_stops_is_left_to_it() -> None:
+    """Between the end of the tasks and that of the connections the flusher may still come upon a broken one."""
+    async with clean_server() as at, session(at) as ws:
+        (stream,) = at.node.streams
+        tasks = at.node.poller.tasks
+        async with trio.open_nursery() as stopped:
+            stopped.cancel_scope.cancel()
+        at.node.poller.tasks = stopped
+        stream.disconnect()  # type: ignore[attr-defined]
+        assert at.node.poller.peers[stream.sock.fileno()] is stream  # type: ignore[attr-defined]
+        at.node.poller.tasks = tasks
+        stream.abandon()  # type: ignore[attr-defined]
+        with pytest.raises(Closed):
+            await ws.receive()
