@@ -37,10 +37,14 @@ async def notice_stream(exchange: Exchange) -> Stream:
     framing = Framing.SSE_CHUNKED if connection.http.chunked else Framing.SSE
     reader = NoticeStream(exchange, wire_form(framing, None, NOTICES), client_id)
     reader.username = username
-    reader.enter(identity)
-    for channel in channels:
-        node.presence.join(reader, channel)
-    reader.begin(head, start_from(node.history, cursor))
+    try:
+        reader.enter(identity)
+        for channel in channels:
+            node.presence.join(reader, channel)
+        reader.begin(head, start_from(node.history, cursor))
+    except Exception:
+        reader.close()  # nobody has taken it over yet
+        raise
     return reader
 
 

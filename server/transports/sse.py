@@ -69,8 +69,12 @@ async def begin_stream(
     form = wire_form(_framing(exchange), watch.fields, view, kind)
     reader = EventStream(exchange, watch, names, form, client_id)
     reader.min_interval_s = min_interval_s
-    reader.enter(identity)
-    reader.begin(head, begin)
+    try:
+        reader.enter(identity)
+        reader.begin(head, begin)
+    except Exception:
+        reader.close()  # nobody has taken it over yet
+        raise
     return reader
 
 

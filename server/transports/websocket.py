@@ -129,14 +129,18 @@ async def jobs_socket(exchange: Exchange) -> Stream:
         refusal = error
     switch = switch_protocol(exchange, handshake)
     session = Session(exchange, handshake, connection.http.hand_over(), client_id)
-    if refusal is None and identity is not None:
-        session.welcome(identity, before=switch)
-        return session
-    session.post(switch)
-    if refusal is not None:
-        session.refuse(refusal)
-    else:
-        session.await_auth()
+    try:
+        if refusal is None and identity is not None:
+            session.welcome(identity, before=switch)
+            return session
+        session.post(switch)
+        if refusal is not None:
+            session.refuse(refusal)
+        else:
+            session.await_auth()
+    except Exception:
+        session.close()  # nobody has taken it over yet
+        raise
     return session
 
 

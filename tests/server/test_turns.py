@@ -8,11 +8,16 @@ from collections.abc import Callable
 import pytest
 import trio
 
+from server.transports.live import LiveReader
+from server.transports.notices import NoticeStream
+from server.transports.sse import EventStream
+from server.transports.websocket import Session
 from tests.streams import (
     Closed,
     clean_server,
     connect,
     event_stream,
+    handshake_bytes,
     narrow,
     put,
     reset_connection,
@@ -119,3 +124,28 @@ async def test_who_is_ended_while_the_server_stops_is_left_to_it() -> None:
         stream.abandon()  # type: ignore[attr-defined]
         with pytest.raises(Closed):
             await ws.receive()
+
+
+@pytest.mark.parametrize("kind", [Session, EventStream, NoticeStream])
+@pytest.mark.parametrize("late", [False, True], ids=["before anything is sent", "after"])
+async def test_a_stream_that_fails_as_it_begins_leaves_nothing(
+    kind: type[LiveReader], late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has taken its connection over by then, so nobody else would part it."""
+    begin = kind.welcome if kind is Session else kind.begin  # type: ignore[attr-defined]
+
+    def fail(*arguments: object, **named: object) -> None:
+        if late:
+            begin(*arguments, **named)
+        raise ValueError("oops")
+
+    monkeypatch.setattr(kind, begin.__name__, fail)
+    said = {
+        Session: handshake_bytes(),
+        EventStream: request_bytes("GET", "/api/v2/jobs/stream"),
+        NoticeStream: request_bytes("GET", "/api/sse?channels=news"),
+    }
+    async with clean_server() as at, connect(at) as http:
+        await http.send(said[kind])
+        await http.rest()
+        await until(lambda: at.node.connections == 0)
