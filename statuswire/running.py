@@ -14,6 +14,7 @@ from typing import IO, Final
 from uuid import uuid4
 
 from statuswire.client import configure
+from statuswire.hooks.reporting import job_id
 from statuswire.jobs import Job, job
 
 # What commands usually print: 45%, 45.5 %, 120/300, [120/300], 3 of 8.
@@ -64,7 +65,7 @@ def run(arguments: Namespace) -> int:
     configure(arguments.url, arguments.token)
     name = os.path.basename(command[0])
     # Its arguments may be secret, so only its name is told.
-    handle = job(arguments.job or f"{name}-{uuid4().hex[:12]}"[-128:], user=arguments.user, kind=arguments.kind or name,
+    handle = job(arguments.job or job_id(f"{name}-{uuid4().hex[:12]}"), user=arguments.user, kind=arguments.kind or name,
                  attempt=arguments.attempt, ttl=arguments.ttl)  # fmt: skip
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from statuswire.client import Client, logger
 from statuswire.hooks.reporting import Call, Settings, begin, contained, end, within
+from statuswire.hooks.reporting import job_id as fitting_id
 from statuswire.jobs import Job
 
 _T = TypeVar("_T")
@@ -97,7 +98,7 @@ class JobExecutor(Executor):
         except BaseException:
             self._dropped(call, "it could not be submitted")
             raise
-        future.job_id = job_id
+        future.job_id = fitting_id(job_id)
         future.add_done_callback(functools.partial(self._done, call))
         return future
 

@@ -132,7 +132,7 @@ class Settings:
 
     def begin(self, call: Call) -> Job:
         """A worker has it."""
-        return begin(job_id(call.id), self.first(call), self.raise_on_cancel, self.client)
+        return begin(call.id, self.first(call), self.raise_on_cancel, self.client)
 
     def first(self, call: Call) -> dict[str, Any]:
         """What a worker says at first; plain data, to be taken to other processes."""
@@ -150,7 +150,7 @@ class Settings:
 
 def begin(name: str, first: Mapping[str, Any], raise_on_cancel: bool, client: Client | None = None) -> Job:
     """A handle for an attempt of a job, which a worker may have had before without the queue saying so."""
-    job = Job(name, first, raise_on_cancel=raise_on_cancel, client=client)
+    job = Job(job_id(name), first, raise_on_cancel=raise_on_cancel, client=client)
     job.may_climb(MAX_CLIMBS)
     if first["attempt"] > 1:
         job.clear("message")  # why it came back is over

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import trio
 
 from statuswire import job
+from statuswire.hooks.futures import JobExecutor
 from statuswire.hooks.reporting import Call, Settings, at_path, begin, contained, end, job_id
 from statuswire.items import Answer, Refusal
 from statuswire.outbox import Outbox
@@ -150,6 +154,28 @@ def test_ids_are_made_to_fit_and_stay_apart() -> None:
     assert one.startswith("--b.")
     assert len(job_id("x" * 1000)) <= 128
     assert job_id("") != ""
+
+
+async def test_whatever_a_queue_calls_it_all_is_said_of_one_job() -> None:
+    name = "daily report: ä" + "x" * 200
+    async with server() as at, worker(at.url, interval=0) as client:
+        settings = Settings("test", client=client)
+        one = Call(name, "export", {"kwargs": {"user_id": "alice"}}, None)
+        settings.queued(one)
+        await settled(client)
+        settings.begin(one).complete()
+        # As where jobs run in other processes, and know no more than this.
+        settings.queued(replace(one, attempt=2))
+        await settled(client)
+        end(begin(name, settings.first(replace(one, attempt=2)), False, client), None, None)
+        await settled(client)
+        with ThreadPoolExecutor() as threads:
+            future = JobExecutor(threads, user="alice", client=client).submit_as("two words", len, "ab")
+            await trio.to_thread.run_sync(future.result)
+        await settled(client)
+        assert {job.latest.job_id: job.latest.status for job in at.node.jobs.jobs.values()} == {
+            job_id(name): "completed", future.job_id: "completed",
+        }  # fmt: skip
 
 
 def test_paths() -> None:

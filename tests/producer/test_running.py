@@ -94,6 +94,16 @@ async def test_how_it_ends_is_how_the_job_ends(tmp_path: Path) -> None:
         assert (await record(at, "j3"))["status"] == "failed"
 
 
+async def test_a_command_whose_name_is_no_id(tmp_path: Path) -> None:
+    script = tmp_path / "my script.sh"
+    script.write_text("#!/bin/sh\necho 1/2\n")
+    script.chmod(0o755)
+    async with server() as at:
+        assert await run(at, tmp_path / "spool", str(script)) == (0, "1/2\n", "")
+        (job,) = at.node.jobs.jobs.values()
+        assert (job.latest.status, job.latest.job_id[:9]) == ("completed", "my-script")
+
+
 async def test_without_a_server_the_command_runs_as_well(tmp_path: Path) -> None:
     async with server() as at:
         gone = at.url
