@@ -65,8 +65,8 @@ def run(arguments: Namespace) -> int:
     configure(arguments.url, arguments.token)
     name = os.path.basename(command[0])
     # Its arguments may be secret, so only its name is told.
-    handle = job(arguments.job or job_id(f"{name}-{uuid4().hex[:12]}"), user=arguments.user, kind=arguments.kind or name,
-                 attempt=arguments.attempt, ttl=arguments.ttl)  # fmt: skip
+    handle = job(arguments.job or job_id(f"{name}-{uuid4().hex[:12]}"), user=arguments.user,
+                 kind=arguments.kind or name, attempt=arguments.attempt, ttl=arguments.ttl)  # fmt: skip
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import msgspec
@@ -10,14 +11,20 @@ import trio
 from protocol.queues.bullmq import read_event, seq_of, stream_key
 from server.brokers.redis_client import Client
 from server.ingest.queues.bull import Watch, describe, look, prefix_of
-from server.ingest.queues.source import Source, ask, escaped, scan, texts
+from server.ingest.queues.source import Search, Source, ask, escaped, texts
 
+# Of each stream at a time: as many as were not too much before.
 _COUNT: Final = 500
+_COUNT_AT_FIRST: Final = 50
+# Bytes at a time. What jobs return stands in events, and may be of any size.
+_HELD: Final = 8 * 1024 * 1024
 # Below what a silent connection is given.
 _BLOCK_MS: Final = 500
 # Under load events are read so often and not more: together they cost half of what they do one by one.
 _GATHER_S: Final = 0.02
 _DISCOVER_S: Final = 2.0
+# For so long queues are looked for between two readings.
+_SEARCH_S: Final = 0.02
 MAX_QUEUES: Final = 1000
 # Events while hashes are read.
 _MEANWHILE: Final = 10_000
@@ -30,41 +37,50 @@ class BullMq(Source):
     async def session(self, client: Client) -> None:
         """See ``Source``."""
         places = _places(await self.load_mark())
+        self._count = _COUNT_AT_FIRST
         self._behind: dict[str, None] = {}
         watch = Watch(self.taker, self.config)
         self._queues: dict[str, str] = {}
-        next_look = -1.0
+        for queue in self.config.queues:
+            await self._begin(client, queue, places.get(queue))
+        search: Search | None = None
+        searched = bool(self.config.queues)
+        next_search = math.inf if self.config.queues else -1.0
         while True:
-            if trio.current_time() >= next_look:
-                began = trio.current_time()
-                found = await self._find(client)
-                # A Redis with millions of other keys is not looked through all the time.
-                next_look = trio.current_time() + max(_DISCOVER_S, 50 * (trio.current_time() - began))
-                for queue in found:
-                    if queue not in self._queues:
-                        await self._begin(client, queue, places.get(queue))
+            if trio.current_time() >= next_search:
+                prefix = prefix_of(self.config)
+                search, next_search = Search(client, f"{escaped(prefix)}:*:meta", MAX_QUEUES, prefix), math.inf
+            if search is not None:
+                for queue in self._named(await search.look(_SEARCH_S)):
+                    await self._begin(client, queue, places.get(queue))
+                if search.done:
+                    # A Redis with millions of other keys is not looked through all the time.
+                    next_search = trio.current_time() + max(_DISCOVER_S, 50 * search.took_s)
+                    search, searched = None, True
             if not self._queues:
-                self.well()
-                await trio.sleep(_BLOCK_MS / 1000)
+                if searched:
+                    self.well()
+                    await trio.sleep(_BLOCK_MS / 1000)
                 continue
             began = trio.current_time()
-            caught_up = await self._read(client)
+            caught_up = await self._read(client, 1 if search else _BLOCK_MS)
             if caught_up:
                 for queue in list(self._behind):
                     await self._repair(client, queue)
-                self.well()
+                if searched:
+                    self.well()
                 await watch.look(client)
-            await self.save_mark(msgspec.json.encode(self._queues).decode())
-            if caught_up:
+            if searched:  # else it would forget the places of those that are not found yet
+                await self.save_mark(msgspec.json.encode(self._queues).decode())
+            if caught_up and not search:
                 await trio.sleep_until(began + _GATHER_S)
 
-    async def _find(self, client: Client) -> list[str]:
-        """The queues there are, or those that are wanted."""
-        if self.config.queues:
-            return list(self.config.queues)
-        prefix = prefix_of(self.config)
-        keys = await scan(client, f"{escaped(prefix)}:*:meta", MAX_QUEUES, prefix)
-        return [key[len(prefix) + 1 : -len(":meta")] for key in keys][:MAX_QUEUES]
+    def _named(self, keys: list[str]) -> list[str]:
+        """The queues that these keys are of, and that are not known."""
+        names = [key[len(prefix_of(self.config)) + 1 : -len(":meta")] for key in keys]
+        # BullMQ allows no colon in a queue's name. A job's id may have two of them, and end like that.
+        fresh = [name for name in names if ":" not in name and name not in self._queues]
+        return fresh[: MAX_QUEUES - len(self._queues)]
 
     async def _begin(self, client: Client, queue: str, place: str | None) -> None:
         """Go on from a place in the stream, or from its beginning; note whether something may be missing before."""
@@ -77,14 +93,16 @@ class BullMq(Source):
         (oldest,) = await ask(client, [("XRANGE", stream_key(prefix_of(self.config), queue), "-", "+", "COUNT", 1)])
         return not oldest or seq_of(oldest[0][0].decode()) > seq_of(self._queues[queue])
 
-    async def _read(self, client: Client) -> bool:
+    async def _read(self, client: Client, block_ms: int) -> bool:
         """Read on in all streams. True if there was no more than this."""
         prefix = prefix_of(self.config)
         by_key = {stream_key(prefix, queue).encode(): queue for queue in self._queues}
         command: tuple[bytes | str | int, ...]
-        command = ("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", *by_key, *self._queues.values())
+        command = ("XREAD", "COUNT", self._count, "BLOCK", block_ms, "STREAMS", *by_key, *self._queues.values())
         answer: list[Any] = await client.call(*command) or []
-        full = [by_key[key] for key, entries in answer if len(entries) >= _COUNT]
+        full = [by_key[key] for key, entries in answer if len(entries) >= self._count]
+        size = sum(len(value) for _, entries in answer for _, values in entries for value in values or ())
+        self._count = min(_COUNT, 2 * self._count, max(1, self._count * _HELD // max(1, size)))
         for queue in full:
             # Far behind: the stream may be cut faster than it is read.
             if self._queues[queue] != _BEGINNING and await self._is_trimmed(client, queue):

@@ -6,6 +6,7 @@ A *session* is one connection's life: it ends with any trouble, and the next one
 from __future__ import annotations
 
 import logging
+import math
 import random
 from abc import ABC, abstractmethod
 from collections import deque
@@ -259,15 +260,46 @@ async def ask(client: Client, commands: Sequence[Sequence[Argument]]) -> list[An
     return answers
 
 
+class Search:
+    """Looks for keys, a bit at a time: among millions of others it takes long.
+
+    Args:
+        pattern: that they match.
+        limit: about so many are enough.
+        key: in a cluster those are found that are where this one is.
+
+    Attributes:
+        done: there is no more to look at.
+        took_s: how long all bits have taken.
+    """
+
+    def __init__(self, client: Client, pattern: str, limit: int, key: str | None = None) -> None:
+        self.done = False
+        self.took_s = 0.0
+        self._client = client
+        self._pattern = pattern
+        self._limit = limit
+        self._key = key
+        self._cursor = b"0"
+        self._found: set[str] = set()
+
+    async def look(self, seconds: float) -> list[str]:
+        """Go on for so long; what was found now and not before."""
+        fresh: dict[str, None] = {}
+        began = trio.current_time()
+        while not self.done and trio.current_time() - began < seconds:
+            command = ("SCAN", self._cursor, "MATCH", self._pattern, "COUNT", 1000)
+            self._cursor, keys = await self._client.call(*command, key=self._key)
+            fresh.update((name, None) for key in keys if (name := key.decode("utf-8", "replace")) not in self._found)
+            self._found.update(fresh)
+            self.done = self._cursor == b"0" or len(self._found) >= self._limit
+        self.took_s += trio.current_time() - began
+        return list(fresh)
+
+
 async def scan(client: Client, pattern: str, limit: int, key: str | None = None) -> list[str]:
-    """Keys that match, at most about so many; in a cluster those that are where ``key`` is."""
-    found: dict[str, None] = {}
-    cursor = b"0"
-    while True:
-        cursor, keys = await client.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, key=key)
-        found.update(dict.fromkeys(key.decode("utf-8", "replace") for key in keys))
-        if cursor == b"0" or len(found) >= limit:
-            return list(found)
+    """All that a search finds."""
+    return await Search(client, pattern, limit, key).look(math.inf)
 
 
 def texts(values: Sequence[bytes | None]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis as redis_py
+import trio
 
 from server.ingest.queues import bullmq, celery
 from tests.queueing import LONG_S, captured, put_stream, raw, shown, status, steps, until, until_up
@@ -391,6 +392,56 @@ async def test_celery_results_that_are_too_large_end_their_tasks_nevertheless(
         # What nobody heard is found where it is kept.
         oracle.set("celery-task-meta-b", result("FAILURE", {"exc_message": "x" * 2_000_000}))
         assert (await until(one.node, "b", "failed"))["error"] == "failed"
+
+
+async def test_events_are_read_while_queues_are_looked_for(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
+    monkeypatch.setattr(bullmq, "_DISCOVER_S", 0.05)
+    looks = 0
+
+    async def look(self: object, seconds: float) -> list[str]:
+        nonlocal looks
+        looks += 1
+        await trio.lowlevel.checkpoint()
+        return []
+
+    async with server(store={"url": "memory:"}, **table(redis, "bullmq")) as one:
+        await until_up(one.node)
+        # From here on it never comes to an end of that, as among a billion of other keys.
+        monkeypatch.setattr(bullmq.Search, "look", look)
+        await eventually(lambda: looks > 2, within=LONG_S)
+        put_stream(oracle, "bull:video:events", STREAM[:6])
+        await until(one.node, "video:1", "completed")
+
+
+async def test_a_job_is_not_taken_for_a_queue(redis: RedisServer, oracle: redis_py.Redis) -> None:
+    for queue in ("video", "video:x:y", "later"):
+        oracle.hset(f"bull:{queue}:meta", mapping=BULLMQ["meta_hash"])
+    put_stream(oracle, "bull:video:events", STREAM[:6])
+    async with server(store={"url": "memory:"}, **table(redis, "bullmq")) as one:
+        await until(one.node, "video:1", "completed")
+        await until_up(one.node)
+        mark: dict[str, str] = {}
+        with trio.fail_after(LONG_S):
+            while len(mark) < 2:
+                mark = json.loads(await one.node.broker.load_mark("queue:src") or "{}")
+        assert mark.keys() == {"video", "later"}
+
+
+async def test_large_events_are_read_a_few_at_a_time(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bullmq, "_HELD", 4000)
+    oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
+    for job in range(100):
+        oracle.xadd("bull:video:events", {"event": "completed", "jobId": job, "returnvalue": json.dumps("x" * 2000)})
+    oracle.config_resetstat()
+    async with server(store={"url": "memory:"}, **table(redis, "bullmq")) as one:
+        await eventually(lambda: len(one.node.jobs) == 100, within=LONG_S)
+        # The first fifty are read together, before anybody knows; of the others two at most.
+        assert oracle.info("commandstats")["cmdstat_xread"]["calls"] > 50 / 2
 
 
 @pytest.mark.slow
