@@ -8,6 +8,7 @@ and returns a new ``Job``; what is refused raises ``ApiError`` and changes nothi
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Final
 
 import msgspec
@@ -214,7 +215,7 @@ def roll_up(job: Job, parts: Parts | None, *, part_started: bool, offset: int, n
         The job with the new sums. Its ``latest`` is the same object as before if nothing visible changed, or if it has
         ended: then there is no entry.
     """
-    private = msgspec.structs.replace(job.private, parts=parts)
+    before = job.private
     record = _decode(job.latest.body)
     progress: int | float = 0
     steps: Raw | UnsetType = UNSET
@@ -223,17 +224,17 @@ def roll_up(job: Job, parts: Parts | None, *, part_started: bool, offset: int, n
         steps = Raw(_encode(steps_of(parts)))
     status = PROCESSING if part_started and record.status == QUEUED else record.status
     unchanged = progress == record.progress and status == record.status and _same_raw(steps, record.steps)
-    ends = private.auto_complete and parts is not None and all_ended(parts)
+    ends = before.auto_complete and parts is not None and all_ended(parts)
     if record.status in ENDED or (unchanged and not ends):
-        return Job(job.latest, job.created, private)
+        return Job(job.latest, job.created, msgspec.structs.replace(before, parts=parts))
     now = format_time(now_ms)
     record.progress = progress
     record.steps = steps
     record.timestamp = now
     if ends and parts is not None:
         status, record.error = outcome(parts)
-    private = _settle(record, private, status, now, now_ms)
-    return _entry(job, record, private, offset, now_ms)
+    eta = _settle(record, before.eta, status, now, now_ms)
+    return _entry(job, record, msgspec.structs.replace(before, parts=parts, eta=eta), offset, now_ms)
 
 
 def delete(job: Job, *, offset: int, now_ms: int) -> Update:
@@ -307,25 +308,27 @@ def _merge(
     link = private.link
     if link is not None and fields.weight is not UNSET:
         link = Link(link.parent_id, link.parent_created, max(1, round(fields.weight * WEIGHT_UNIT)), link.depth)
+    eta = None if new_attempt or fields.reset is True else private.eta
+    eta = _settle(record, eta, status, now, now_ms)
+    remaining, completion = fields.estimated_time_remaining, fields.estimated_completion_time
+    if (remaining is not UNSET or completion is not UNSET) and status not in ENDED:
+        eta = _take_given_estimate(record, eta, remaining, completion, now_ms)
     private = Private(
-        heard=record.version + 1,
-        seq=fields.seq if fields.seq is not UNSET else -1 if new_attempt else private.seq,
-        ttl=private.ttl if fields.ttl is UNSET else fields.ttl,
-        eta=None if new_attempt or fields.reset is True else private.eta,
-        link=link,
-        parts=parts,
-        auto_complete=private.auto_complete if fields.auto_complete is UNSET else fields.auto_complete,
-        stall_error=private.stall_error and status == STALLED and fields.error is UNSET and not new_attempt,
-        cancel_requested=private.cancel_requested and not new_attempt,
+        record.version + 1,
+        fields.seq if fields.seq is not UNSET else -1 if new_attempt else private.seq,
+        private.ttl if fields.ttl is UNSET else fields.ttl,
+        eta,
+        link,
+        parts,
+        private.auto_complete if fields.auto_complete is UNSET else fields.auto_complete,
+        private.stall_error and status == STALLED and fields.error is UNSET and not new_attempt,
+        private.cancel_requested and not new_attempt,
     )
-    private = _settle(record, private, status, now, now_ms)
-    if status not in ENDED:
-        private = _take_given_estimate(record, private, fields, now_ms)
     return _entry(job, record, private, offset, now_ms)
 
 
-def _settle(record: Record, private: Private, status: str, now: str, now_ms: int) -> Private:
-    """Set the status and what follows from it: times, 100 per cent, the estimate."""
+def _settle(record: Record, eta: Eta | None, status: str, now: str, now_ms: int) -> Eta | None:
+    """Set the status and what follows from it: times, 100 per cent, the estimate, whose state is returned."""
     record.status = status
     if status in ENDED:
         record.started_at = record.started_at or now
@@ -333,15 +336,16 @@ def _settle(record: Record, private: Private, status: str, now: str, now_ms: int
         record.estimated_time_remaining = record.estimated_completion_time = None
         if status == COMPLETED:
             record.progress = 100
-        return private if private.eta is None else msgspec.structs.replace(private, eta=None)
-    eta = private.eta
+        return None
     if status == PROCESSING:
         record.started_at = record.started_at or now
-        eta = advance(eta, record.progress, now_ms)
-        _show_estimate(record, eta, now_ms)
-    else:
-        record.estimated_time_remaining = record.estimated_completion_time = None
-    return private if eta is private.eta else msgspec.structs.replace(private, eta=eta)
+        if eta is None or eta.progress != record.progress:
+            eta = advance(eta, record.progress, now_ms)
+        if eta.done_ms is not None:
+            _show_estimate(record, eta, now_ms)
+            return eta
+    record.estimated_time_remaining = record.estimated_completion_time = None
+    return eta
 
 
 def _show_estimate(record: Record, eta: Eta | None, now_ms: int) -> None:
@@ -352,22 +356,25 @@ def _show_estimate(record: Record, eta: Eta | None, now_ms: int) -> None:
         record.estimated_completion_time = format_time(eta.done_ms)
 
 
-def _take_given_estimate(record: Record, private: Private, fields: Fields, now_ms: int) -> Private:
+def _take_given_estimate(
+    record: Record,
+    eta: Eta | None,
+    remaining: float | UnsetType | None,
+    completion: datetime | UnsetType | None,
+    now_ms: int,
+) -> Eta:
     """A publisher's own estimate wins until progress moves. One of the two implies the other, null clears both."""
-    remaining, completion = fields.estimated_time_remaining, fields.estimated_completion_time
-    if remaining is UNSET and completion is UNSET:
-        return private
     done_ms: int | None = None
     if completion is not UNSET and completion is not None:
         done_ms = time_ms(completion, "estimatedCompletionTime")
     elif remaining is not UNSET and remaining is not None:
         done_ms = now_ms + round(remaining * 1000)
-    eta = private.eta or Eta(now_ms, record.progress)
+    eta = eta or Eta(now_ms, record.progress)
     eta = Eta(eta.at_ms, eta.progress, eta.gained, eta.spent_ms, done_ms)
     _show_estimate(record, eta, now_ms)
     if remaining is not UNSET and remaining is not None:
         record.estimated_time_remaining = _number(remaining)
-    return msgspec.structs.replace(private, eta=eta)
+    return eta
 
 
 def _entry(before: Job | None, record: Record, private: Private, offset: int, now_ms: int) -> Job:

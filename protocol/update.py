@@ -167,6 +167,7 @@ def _second(unix_s: int) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat()[:19]
 
 
+@lru_cache(maxsize=64)  # a batch has one time of acceptance, which is in each record twice
 def format_time(unix_ms: int) -> str:
     """Unix milliseconds as RFC 3339 in UTC with milliseconds: ``2025-01-31T12:00:00.250Z``."""
     seconds, millis = divmod(unix_ms, 1000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from protocol.position import Position
 from protocol.update import Update
@@ -77,24 +77,33 @@ class History:
 
     def append(self, update: Update) -> None:
         """Add the next update, whose offset is ``last + 1``; evict what is over the bounds."""
-        offset = update.offset
-        if offset != self.last + 1:
-            raise ValueError(f"offset {offset} after {self.last}: the log has no gaps")
-        self.last = offset
-        before = self._newest_in_job.get(update.job_id, 0)
-        if before:
-            self._note_owner(self._entries[before - offset], update)
-        self._entries.append(update)
-        self._before_in_job.append(before)
-        self._before_of_user.append(self._newest_of_user.get(update.user_id, 0))
-        self._newest_in_job[update.job_id] = offset
-        self._newest_of_user[update.user_id] = offset
-        self.bytes += len(update.body) + ENTRY_OVERHEAD
-        entries, head = self._entries, self._head
-        oldest = entries[head]
+        self.extend((update,))
+
+    def extend(self, updates: Sequence[Update]) -> None:
+        """Add the next updates, at least one, whose offsets follow each other; evict what is over the bounds then."""
+        entries, newest_in_job, newest_of_user = self._entries, self._newest_in_job, self._newest_of_user
+        before_in_job, before_of_user = self._before_in_job, self._before_of_user
+        last, size = self.last, 0
+        for update in updates:
+            offset, job_id, user_id = update.offset, update.job_id, update.user_id
+            if offset != last + 1:
+                self.bytes += size
+                raise ValueError(f"offset {offset} after {last}: the log has no gaps")
+            before = newest_in_job.get(job_id, 0)
+            if before:
+                earlier = entries[before - offset]
+                if earlier is not None and earlier.user_id != user_id:
+                    self._note_owner(earlier)
+            entries.append(update)
+            before_in_job.append(before)
+            before_of_user.append(newest_of_user.get(user_id, 0))
+            newest_in_job[job_id] = newest_of_user[user_id] = self.last = last = offset
+            size += len(update.body) + ENTRY_OVERHEAD
+        self.bytes += size
+        oldest = entries[self._head]
         if (
             oldest is None
-            or len(entries) - head > self.max_updates
+            or len(entries) - self._head > self.max_updates
             or self.bytes > self.max_bytes
             or oldest.at_ms < update.at_ms - self.max_age * 1000
         ):
@@ -133,7 +142,9 @@ class History:
             if entry is not None:
                 before = newest_in_job.get(entry.job_id, 0)
                 if before:
-                    self._note_owner(self._entries[before - base], entry)
+                    earlier = self._entries[before - base]
+                    if earlier is not None and earlier.user_id != entry.user_id:
+                        self._note_owner(earlier)
                 self._before_in_job[index] = before
                 self._before_of_user[index] = newest_of_user.get(entry.user_id, 0)
                 newest_in_job[entry.job_id] = newest_of_user[entry.user_id] = entry.offset
@@ -143,35 +154,40 @@ class History:
 
     def trim(self, now_ms: int) -> None:
         """Evict what is over the bounds at this time (unix milliseconds)."""
-        entries, head = self._entries, self._head
+        entries, head, end = self._entries, self._head, len(self._entries)
+        newest_in_job, newest_of_user = self._newest_in_job, self._newest_of_user
         oldest_ms = now_ms - self.max_age * 1000
-        while head < len(entries):
+        stay = end - self.max_updates  # index of the first that is within the count
+        size, max_bytes = self.bytes, self.max_bytes
+        while head < end:
             oldest = entries[head]
             if oldest is None:  # a skipped place goes with the first entry behind it
                 next_entry = max(self._next_entry, head)
-                while next_entry < len(entries) and entries[next_entry] is None:
+                while next_entry < end and entries[next_entry] is None:
                     next_entry += 1
                 self._next_entry = next_entry
-                oldest = entries[next_entry] if next_entry < len(entries) else None
-                if len(entries) - head > self.max_updates:
+                oldest = entries[next_entry] if next_entry < end else None
+                if head < stay:
                     head += 1
-                elif oldest is not None and (oldest.at_ms < oldest_ms or self.bytes > self.max_bytes):
+                elif oldest is not None and (oldest.at_ms < oldest_ms or size > max_bytes):
                     head = next_entry
                 else:
                     break
                 continue
-            if oldest.at_ms >= oldest_ms and len(entries) - head <= self.max_updates and self.bytes <= self.max_bytes:
+            if head >= stay and oldest.at_ms >= oldest_ms and size <= max_bytes:
                 break
             entries[head] = None
             head += 1
-            self.bytes -= len(oldest.body) + ENTRY_OVERHEAD
-            if self._newest_in_job[oldest.job_id] == oldest.offset:
-                del self._newest_in_job[oldest.job_id]
-            if self._newest_of_user[oldest.user_id] == oldest.offset:
-                del self._newest_of_user[oldest.user_id]
+            size -= len(oldest.body) + ENTRY_OVERHEAD
+            job_id, user_id, offset = oldest.job_id, oldest.user_id, oldest.offset
+            if newest_in_job[job_id] == offset:
+                del newest_in_job[job_id]
+            if newest_of_user[user_id] == offset:
+                del newest_of_user[user_id]
             if self._passed_on:
                 self._forget_owner(oldest)
-        if head >= _CUT_FROM and head * 2 >= len(entries):
+        self.bytes = size
+        if head >= _CUT_FROM and head * 2 >= end:
             del entries[:head], self._before_in_job[:head], self._before_of_user[:head]
             self._next_entry = max(0, self._next_entry - head)
             head = 0
@@ -245,9 +261,9 @@ class History:
         index = bisect_left(self._entries, unix_ms, lo=self._head, key=_accepted_at)
         return self.first - 1 + index - self._head
 
-    def _note_owner(self, before: Update | None, update: Update) -> None:
-        if before is not None and before.user_id != update.user_id:
-            self._passed_on.setdefault((before.job_id, before.user_id), []).append(before.offset)
+    def _note_owner(self, last: Update) -> None:
+        """This was the last one before the job's id went to somebody else."""
+        self._passed_on.setdefault((last.job_id, last.user_id), []).append(last.offset)
 
     def _forget_owner(self, oldest: Update) -> None:
         key = (oldest.job_id, oldest.user_id)

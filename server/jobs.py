@@ -55,21 +55,19 @@ class Jobs:
     def put(self, job: Job) -> None:
         """Set a job's state."""
         latest = job.latest
-        known = self.jobs.get(latest.job_id)
+        job_id, status = latest.job_id, latest.status
+        known = self.jobs.get(job_id)
         if known is None or known.created != job.created:
             if known is not None:
-                self.forget(latest.job_id)
+                self.forget(job_id)
             self._created.append(job.created)
-            self._ids.append(latest.job_id)
-            self.by_status[latest.status] += 1
-        elif known.latest.status != latest.status:
+            self._ids.append(job_id)
+            self.by_status[status] += 1
+            self.by_user.setdefault(latest.user_id, {})
+        elif known.latest.status != status:
             self.by_status[known.latest.status] -= 1
-            self.by_status[latest.status] += 1
-        self.jobs[latest.job_id] = job
-        owned = self.by_user.get(latest.user_id)
-        if owned is None:
-            owned = self.by_user[latest.user_id] = {}
-        owned[latest.job_id] = job
+            self.by_status[status] += 1
+        self.jobs[job_id] = self.by_user[latest.user_id][job_id] = job
         if latest.ended and (known is None or known.latest is not latest):
             self._ended.append(latest)
             if len(self._ended) > 2 * len(self.jobs) + 64:

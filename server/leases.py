@@ -48,14 +48,15 @@ class Leases:
 
     def follow(self, kept: Iterable[tuple[Update, Job | None]]) -> None:
         """Entries were kept: renew, start or drop the leases they touch."""
+        leases = self._leases
         for update, job in kept:
-            lease = self._leases.get(update.job_id)
             if job is None or job.private.ttl is None or job.latest.ended:
-                if lease is not None:
+                if leases and (lease := leases.get(update.job_id)) is not None:
                     self._drop(update.job_id, lease)
                 continue
+            lease = leases.get(update.job_id)
             if lease is None:
-                lease = self._leases[update.job_id] = _Lease(job.private.heard)
+                lease = leases[update.job_id] = _Lease(job.private.heard)
             elif lease.heard == job.private.heard:
                 continue  # a cancel request or a roll-up is no sign of life
             lease.heard = job.private.heard

@@ -200,10 +200,11 @@ class Node:
 
     def deliver(self, kept: Sequence[tuple[Update, Job | None]]) -> None:
         """Show what the broker kept, in order: records, history, readers. Never waits."""
+        self.history.extend([update for update, _ in kept])
+        show, offer = self.jobs.show, self.hub.deliver
         for update, job in kept:
-            self.jobs.show(update, job)
-            self.history.append(update)
-            self.hub.deliver(update)
+            show(update, job)
+            offer(update)
             if update.ended and self.callbacks is not None:
                 self.callbacks.wake()
         self.counters.shown += len(kept)

@@ -62,6 +62,7 @@ class Batch:
         indexes: list[int] = []
         operations: list[Publish] = []
         rejected: list[tuple[int, str, str, str | None]] = []
+        user, item_key = identity.user, None
         for index, item in enumerate(items, first_index):
             try:
                 fields = decode_fields(item)
@@ -70,8 +71,9 @@ class Batch:
                 rejected.append((index, error.code, error.message, error.field))
                 continue
             indexes.append(index)
-            item_key = None if key is None else f"{key}#{index}"
-            operations.append(Publish(None, fields, "may", identity.user, item_key))
+            if key is not None:
+                item_key = f"{key}#{index}"
+            operations.append(Publish(None, fields, "may", user, item_key))
         self.submission: Submission = node.broker.submit(operations)
         self.next_index = first_index + len(items)
         self._counters = node.counters
@@ -91,7 +93,8 @@ class Batch:
                 else:
                     accepted += 1
                     spooled += result.spooled != ""
-                last = max(last, result.offset)
+                if result.offset > last:
+                    last = result.offset
                 if result.cancel_requested and result.job is not None:
                     cancels[result.job.latest.job_id] = None
             else:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import trio
+from msgspec import UNSET
 
 from protocol import job as rules
 from protocol.errors import ApiError, job_not_found
@@ -117,7 +118,6 @@ class LocalBroker(ABC):
         self._kept_offset = 0  # highest offset kept
         self._at_ms = 0  # time of the newest entry: the log's time never goes back, whatever the wall clock does
         self._count = 0  # number of jobs in the working state
-        self._waiting_entries = 0
         self._waiting_bytes = 0
         self._on_unkept = False  # the operation at hand was decided on something that is not kept yet
         self._closing = False
@@ -137,6 +137,10 @@ class LocalBroker(ABC):
     def figures(self) -> dict[str, int]:
         """See ``base.Broker``."""
         return {"waiting": self._waiting_entries, "waitingBytes": self._waiting_bytes}
+
+    @property
+    def _waiting_entries(self) -> int:
+        return self._offset - self._kept_offset
 
     async def load_mark(self, name: str) -> str | None:
         """See ``base.Broker``."""
@@ -186,7 +190,9 @@ class LocalBroker(ABC):
                 raise ApiError(503, "shutting_down", "the server is shutting down", retry_after=5)
             if self._waiting_entries >= self.max_waiting_entries or self._waiting_bytes >= self.max_waiting_bytes:
                 raise ApiError(503, "overloaded", "the store cannot keep up, try again in a moment", retry_after=1)
-            now_ms = max(self._at_ms, int(self._clock() * 1000))
+            now_ms = int(self._clock() * 1000)
+            if now_ms < self._at_ms:
+                now_ms = self._at_ms
             match operation:
                 case Publish():
                     return self._publish(operation, now_ms)
@@ -220,8 +226,9 @@ class LocalBroker(ABC):
         before = self._get(job_id)
         offset = self._offset + 1
         if before is not None:
-            fields = settled(operation, before)
-            if rules.is_repeat(before, fields):
+            if operation.view is not None:
+                fields = settled(operation, before)
+            if fields.seq is not UNSET and rules.is_repeat(before, fields):
                 return self._unchanged(before)
             if operation.create == "must":
                 raise job_exists(job_id)
@@ -234,8 +241,8 @@ class LocalBroker(ABC):
             if self._count >= self._jobs.max_jobs:
                 self._forget_oldest_ended()
             self._count += 1
-        self._stage(before, after, after.latest)
         latest = after.latest
+        self._stage(before, after, latest)
         if key is not None:
             kept = Kept(digest, fingerprint, latest.job_id, latest.offset, latest.version, now_ms)
             self._keys.add(kept)
@@ -321,7 +328,7 @@ class LocalBroker(ABC):
         if job_id in self._working:
             self._on_unkept = True
             return self._working[job_id]
-        return self._jobs.get(job_id)
+        return self._jobs.jobs.get(job_id)
 
     def _must_get(self, job_id: str) -> Job:
         job = self._get(job_id)
@@ -337,6 +344,8 @@ class LocalBroker(ABC):
             ancestors = ancestors_of(before, after, self._get, update)
         self._at_ms = update.at_ms
         self._add_entry(update, after)
+        if not ancestors:
+            return
         for job in ancestors:
             if job.latest.offset > self._offset:
                 self._add_entry(job.latest, job)
@@ -345,17 +354,17 @@ class LocalBroker(ABC):
 
     def _add_entry(self, update: Update, job: Job | None) -> None:
         self._add_to_log(update, job)
-        group = self._group
-        group.newest[update.job_id] = self._working[update.job_id] = job
-        group.silent.discard(update.job_id)
+        group, job_id = self._group, update.job_id
+        group.newest[job_id] = self._working[job_id] = job
+        if group.silent:
+            group.silent.discard(job_id)
 
     def _add_to_log(self, update: Update, job: Job | None) -> None:
         self._offset = update.offset
-        group = self._group
+        group, size = self._group, len(update.body)
         group.entries.append((update, job))
-        group.bytes += len(update.body)
-        self._waiting_entries += 1
-        self._waiting_bytes += len(update.body)
+        group.bytes += size
+        self._waiting_bytes += size
 
     def _add_silent(self, job_id: str, job: Job | None) -> None:
         self._group.newest[job_id] = self._working[job_id] = job
@@ -378,10 +387,13 @@ class LocalBroker(ABC):
 
     def _kept(self, group: Group) -> None:
         """The store has it: show it, then answer."""
-        for job_id, job in group.newest.items():
-            if self._working.get(job_id) is job:
-                self._working.pop(job_id, None)
-        self._waiting_entries -= len(group.entries)
+        working = self._working
+        if not self._group.newest:  # nothing was decided since
+            working.clear()
+        else:
+            for job_id, job in group.newest.items():
+                if working.get(job_id) is job:
+                    working.pop(job_id, None)
         self._waiting_bytes -= group.bytes
         if group.entries:
             self._kept_offset = group.entries[-1][0].offset
@@ -408,7 +420,7 @@ class LocalBroker(ABC):
         self._working.clear()
         self._offset = self._kept_offset
         self._count = len(self._jobs)
-        self._waiting_entries = self._waiting_bytes = 0
+        self._waiting_bytes = 0
         for group in groups:
             for submission in group.submissions:
                 submission.settle(error)

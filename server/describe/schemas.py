@@ -46,13 +46,11 @@ def schema_of(body: Any) -> Schema:
 
 
 def _tidy(schema: Any) -> Any:
-    """As other languages read it: their patterns have no ``\\Z``; a default of null says nothing."""
+    """Without what says nothing: a default of null, a title beside a type."""
     if isinstance(schema, list):
         return [_tidy(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     tidied = {name: _tidy(value) for name, value in schema.items() if not (name == "default" and value is None)}
-    if isinstance(tidied.get("pattern"), str):
-        tidied["pattern"] = tidied["pattern"].replace("\\Z", "$")
     tidied.pop("title", None) if "type" in tidied and isinstance(tidied["type"], str) else None
     return tidied
