@@ -222,6 +222,9 @@ def _from_file(file: Path) -> Iterator[tuple[str, _Value]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     source = str(file)
+    if isinstance(unnamed := document.get("ingest"), list) and isinstance(named := document.get("queues", {}), dict):
+        document["queues"] = _with_names(unnamed, named, source)
+        del document["ingest"]
     for table, entries in document.items():
         if table not in _TABLES and table not in _FAMILIES:
             wanted = _nearest_key(table) if not isinstance(entries, dict) else rules.nearest(table, _TABLES | _FAMILIES)
@@ -238,6 +241,19 @@ def _from_file(file: Path) -> Iterator[tuple[str, _Value]]:
             if not _MEMBER.fullmatch(member):
                 raise ConfigError(f"[{table}.{member}] ({source}): a name is of a-z 0-9 _ -, at most 64 of them")
             yield from _from_table(f"{table}.{member}", values, source)
+
+
+def _with_names(entries: list[object], queues: Mapping[str, object], source: str) -> dict[str, object]:
+    """``[[ingest]]`` is ``[queues.NAME]`` for who needs no names: the first has that of its kind, others ``kind-2``."""
+    named = dict(queues)
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ConfigError(f"ingest ({source}): expected tables, [[ingest]], one for each queue")
+        kind = entry.get("kind")
+        name = kind if isinstance(kind, str) and _MEMBER.fullmatch(kind) else "ingest"
+        names = (name, *(f"{name}-{number}" for number in range(2, len(entries) + len(named) + 2)))
+        named[next(free for free in names if free not in named)] = entry
+    return named
 
 
 def _from_table(table: str, entries: Mapping[str, object], source: str) -> Iterator[tuple[str, _Value]]:

@@ -89,7 +89,10 @@ async def test_calls_in_threads() -> None:
             found = await record(at, "export-1")
             assert (found["status"], found["userId"], found["kind"]) == ("completed", "alice", "<lambda>")
             assert (found["stage"], found["message"], found["result"]) == ("middle", "half", {"name": "secret.pdf"})
-            assert await steps(at, "export-1") == ["queued", "processing", "completed"]
+            # What is overtaken before it was sent is not sent.
+            assert await steps(at, "export-1") in (
+                ["queued", "processing", "completed"], ["processing", "completed"],
+            )  # fmt: skip
             assert (await record(at, waits.job_id))["status"] == "cancelled"
             assert (await record(at, bad.job_id))["error"] == "ValueError: no such file"
             assert (await record(at, left.job_id))["status"] == "cancelled"

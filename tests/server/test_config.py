@@ -142,6 +142,22 @@ def test_the_file_is_found(tmp_path: Path) -> None:
     assert find_config_file("other.toml", tmp_path) == Path("other.toml")
 
 
+def test_queues_without_names(tmp_path: Path) -> None:
+    text = (
+        "[[ingest]]\nkind = 'bullmq'\nurl = 'redis://a'\nqueues = ['video']\nuser = 'data.userId'\n"
+        "[[ingest]]\nkind = 'rq'\n[[ingest]]\nkind = 'bullmq'\n[queues.rq]\nkind = 'celery'\n"
+    )
+    found = load_config({}, {}, toml_file(tmp_path, text)).queues
+    assert {name: queue.kind for name, queue in found.items()} == {
+        "rq": "celery", "bullmq": "bullmq", "rq-2": "rq", "bullmq-2": "bullmq",
+    }  # fmt: skip
+    assert (found["bullmq"].url, found["bullmq"].queues, found["bullmq"].user) == (
+        "redis://a",
+        ("video",),
+        "data.userId",
+    )
+
+
 def test_loading_twice_gives_equal_configs(tmp_path: Path) -> None:
     file = toml_file(tmp_path, "[limits]\nmessages_per_second = 5\n")
     first = load_config(AUTH, {}, file)
@@ -235,6 +251,16 @@ def test_tables_by_name(tmp_path: Path) -> None:
             "queues.video.prefix: in a Redis Cluster all keys of a queue have a hash tag",
         ),
         ("[queues.video]\nkind = 'rq'\nurl = ''", "queues.video.url is empty"),
+        (
+            "[queues.video]\nkind = 'rq'\nid_prefix = 'a b'",
+            'queues.video.id_prefix = "a b" (FILE): expected at most 32',
+        ),
+        ("[[ingest]]\nurl = 'redis://x'", "queues.ingest.kind is not set"),
+        ("[[ingest]]\nkind = 'bulmq'", 'queues.bulmq.kind = "bulmq" (FILE): expected one of'),
+        ("[[ingest]]\nkind = 5", "queues.ingest.kind = 5 (FILE): expected one of"),
+        ("[[ingest]]\nkind = 'rq'\npol = 1", "unknown key queues.rq.pol in FILE"),
+        ("ingest = [1]", "ingest (FILE): expected tables, [[ingest]]"),
+        ("queues = 1\n[[ingest]]\nkind = 'rq'", "queues (FILE): expected"),
         (
             "[queues.video]\nkind = 'rq'\nuser = 'meta..user'",
             'queues.video.user = "meta..user" (FILE): expected names with dots between',
