@@ -121,9 +121,13 @@ class Counters:
     def publishes(self, source: str, accepted: int, duplicates: int, rejected: int) -> None:
         """What became of published updates that came from ``source``."""
         updates = self.updates
-        for outcome, count in (("accepted", accepted), ("duplicate", duplicates), ("rejected", rejected)):
-            if count:
-                updates[source, outcome] = updates.get((source, outcome), 0) + count
+        if accepted:
+            key = source, "accepted"
+            updates[key] = updates.get(key, 0) + accepted
+        if duplicates or rejected:
+            for outcome, count in (("duplicate", duplicates), ("rejected", rejected)):
+                if count:
+                    updates[source, outcome] = updates.get((source, outcome), 0) + count
 
     def request(self, route: tuple[str, str], status: int, code: str | None) -> None:
         """A request was answered. Method and path are the table's, so that there are not more keys than routes."""

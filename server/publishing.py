@@ -20,7 +20,7 @@ class Outcome(NamedTuple):
         spooled: how many of the accepted ones wait for the store's return.
         rejected: the refused ones, each with its index, in order.
         last: highest offset of what was accepted, 0 if nothing was.
-        cancel_requested: jobs that are asked to stop, each once.
+        cancel_requested: jobs that are asked to stop, as often as they are in it.
     """
 
     accepted: int
@@ -84,8 +84,8 @@ class Batch:
     def outcome(self) -> Outcome:
         """What became of it, counted; to be asked once, and only once ``submission`` is kept."""
         accepted = duplicates = spooled = last = 0
-        rejected = list(self._malformed)
-        cancels: dict[str, None] = {}
+        rejected = self._malformed
+        cancels: list[str] = []
         for index, result in zip(self._indexes, self.submission.results, strict=True):
             if isinstance(result, Accepted):
                 if result.duplicate:
@@ -96,16 +96,18 @@ class Batch:
                 if result.offset > last:
                     last = result.offset
                 if result.cancel_requested and result.job is not None:
-                    cancels[result.job.latest.job_id] = None
+                    cancels.append(result.job.latest.job_id)
             else:
                 rejected.append((index, result.code, result.message, result.field))
         self._counters.publishes(self._source, accepted, duplicates, len(rejected))
-        rejected.sort(key=lambda refusal: refusal[0])
-        refusals = [
-            {"index": index, "code": code, "message": message} | ({} if field is None else {"field": field})
-            for index, code, message, field in rejected
-        ]
-        return Outcome(accepted, duplicates, spooled, refusals, last, list(cancels))
+        refusals: list[dict[str, Any]] = []
+        if rejected:
+            rejected.sort(key=lambda refusal: refusal[0])
+            refusals = [
+                {"index": index, "code": code, "message": message} | ({} if field is None else {"field": field})
+                for index, code, message, field in rejected
+            ]
+        return Outcome(accepted, duplicates, spooled, refusals, last, cancels)
 
 
 def summary(batches: Sequence[Batch], node: Node) -> dict[str, Any]:
@@ -113,16 +115,27 @@ def summary(batches: Sequence[Batch], node: Node) -> dict[str, Any]:
 
     With ``"spooled": true`` some of the accepted ones wait here for the store's return, and may be refused then.
     """
-    outcomes = [batch.outcome() for batch in batches]
-    last = max((outcome.last for outcome in outcomes), default=0) or node.history.last
+    accepted = duplicates = spooled = last = 0
+    rejected: list[dict[str, Any]] = []
+    cancels: dict[str, None] = {}
+    for batch in batches:
+        outcome = batch.outcome()
+        accepted += outcome.accepted
+        duplicates += outcome.duplicates
+        spooled += outcome.spooled
+        rejected += outcome.rejected
+        if outcome.last > last:
+            last = outcome.last
+        if outcome.cancel_requested:
+            cancels |= dict.fromkeys(outcome.cancel_requested)
     answer: dict[str, Any] = {
-        "accepted": sum(outcome.accepted for outcome in outcomes),
-        "duplicates": sum(outcome.duplicates for outcome in outcomes),
-        "rejected": [refusal for outcome in outcomes for refusal in outcome.rejected],
-        "id": f"{node.broker.epoch}:{last}",
+        "accepted": accepted,
+        "duplicates": duplicates,
+        "rejected": rejected,
+        "id": f"{node.broker.epoch}:{last or node.history.last}",
     }
-    if any(outcome.spooled for outcome in outcomes):
+    if spooled:
         answer["spooled"] = True
-    if cancels := list(dict.fromkeys(job_id for outcome in outcomes for job_id in outcome.cancel_requested)):
-        answer["cancelRequested"] = cancels
+    if cancels:
+        answer["cancelRequested"] = list(cancels)
     return answer

@@ -51,6 +51,25 @@ _MIGRATIONS: Final = {1: ("ALTER TABLE log ADD COLUMN targets TEXT", *_NOTICE_TA
 # fixed sizes keep the statements in the module's cache.
 _ROWS: Final = (256, 32, 4, 1)
 
+# A job's row is written over. REPLACE would take it out and put a new one at the end of the table and into the index:
+# five pages in the commit of a lone update instead of two (25 instead of 21 for a hundred), and a ninth more CPU.
+_ANEW: Final = " ON CONFLICT (job_id) DO UPDATE SET " + ", ".join(
+    f"{name} = excluded.{name}"
+    for name in (
+        "created",
+        "offset",
+        "at_ms",
+        "type",
+        "user_id",
+        "kind",
+        "status",
+        "version",
+        "urgent",
+        "body",
+        "private",
+    )
+)
+
 # A trim takes at most this many rows, or twice what the group adds: it catches up without ever making one commit long.
 _TRIM_STEP: Final = 1000
 _TRIM_SLACK: Final = 256  # rows over the bound before a trim is worth it
@@ -315,7 +334,7 @@ class SqliteFile:
             for rows in chunks(gone):
                 places = ", ".join("?" * len(rows))
                 db.execute(f"DELETE FROM jobs WHERE job_id IN ({places})", [job_id for (job_id,) in rows])
-            self._insert("REPLACE INTO jobs VALUES", 12, [_job_row(job) for job in group.newest.values() if job])
+            self._insert("INSERT INTO jobs VALUES", 12, [_job_row(job) for job in group.newest.values() if job], _ANEW)
             self._insert(
                 "REPLACE INTO keys (digest, fingerprint, job_id, offset, version, at_ms) VALUES",
                 6,
@@ -382,10 +401,11 @@ class SqliteFile:
         if self._db.in_transaction:  # some errors roll back by themselves
             self._db.execute("ROLLBACK")
 
-    def _insert(self, head: str, columns: int, rows: Sequence[tuple[object, ...]]) -> None:
+    def _insert(self, head: str, columns: int, rows: Sequence[tuple[object, ...]], tail: str = "") -> None:
         places = f"({', '.join('?' * columns)})"
         for chunk in chunks(rows):
-            self._db.execute(f"{head} {', '.join([places] * len(chunk))}", [value for row in chunk for value in row])
+            values = [value for row in chunk for value in row]
+            self._db.execute(f"{head} {', '.join([places] * len(chunk))}{tail}", values)
 
     def _trim(self, newest: Update, added: int) -> None:
         """Drop what is over the bounds of count and age; never the newest entry, which says where the log stands."""
