@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 import trio
 
-from tests.hostility.attacks import ATTACKS, Client, Prey, Totals
+from tests.hostility.attacks import ATTACKS, TLS_ATTACKS, Client, Prey, Totals
 
 # Who is thrown out comes again, at this pace.
 PAUSE_S = 0.02
@@ -24,10 +24,11 @@ STANDING_S = 30.0
 
 async def attack(name: str, prey: Prey, lines: AsyncIterator[str]) -> None:
     """Attack until told to stop."""
-    many = min(ATTACKS[name].clients, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100)
+    kind = (ATTACKS | TLS_ATTACKS)[name]
+    many = min(kind.clients, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100)
     async with trio.open_nursery() as nursery:
         for _ in range(many):
-            nursery.start_soon(live, ATTACKS[name].client, prey)
+            nursery.start_soon(live, kind.client, prey)
         with trio.move_on_after(STANDING_S):
             while prey.totals.standing < many:  # noqa: ASYNC110 - many may come at once, and one look is enough
                 await trio.sleep(0.01)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import random
 import socket
+import ssl
 import struct
 import zlib
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -394,6 +396,20 @@ async def strangers(prey: Prey) -> None:
     await never_ending(stream, prey)
 
 
+async def half_a_handshake(prey: Prey) -> None:
+    """Begin a TLS handshake, and leave the server with its answer."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = _TLS.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    stream = await prey.connect()
+    await stream.send_all(outgoing.read())
+    await stream.receive_some(1)
+    await never_ending(stream, prey)
+
+
+_TLS = ssl.create_default_context()
+
 Client = Callable[[Prey], Awaitable[None]]
 
 
@@ -444,4 +460,9 @@ ATTACKS: Final = {
     "strangers": Attack(strangers, 300, SLACK),
     "crowd": Attack(crowd, 500, SLACK),
     "10,000 connects": Attack(crowd, 10_000, 10_000 * 16 * KIB + SLACK),
+}
+
+# Against a server that speaks TLS.
+TLS_ATTACKS: Final = {
+    "half handshakes": Attack(half_a_handshake, 1500, 1500 * 60 * KIB + SLACK),
 }

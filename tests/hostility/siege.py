@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -91,16 +92,16 @@ class Ground:
 
 
 @contextmanager
-def ground(directory: Path, **tables: Mapping[str, object]) -> Iterator[Ground]:
-    """Start a server configured like this, and an attacker."""
+def ground(directory: Path, trust: ssl.SSLContext | None = None, **tables: Mapping[str, object]) -> Iterator[Ground]:
+    """Start a server configured like this, and an attacker. ``trust``: what its readers trust, if it speaks TLS."""
     write_config(directory, tables)
     process, line = start(directory)
     attacker = subprocess.Popen(
         [sys.executable, "-m", "tests.hostility.attacker"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
-        port = int(line.split("http://127.0.0.1:")[1].split()[0])
-        at = Spawned(port, process=process, start_line=line, log_file=directory / "server.log")
+        port = int(line.split("://127.0.0.1:")[1].split()[0])
+        at = Spawned(port, None, trust, process=process, start_line=line, log_file=directory / "server.log")
         yield Ground(at, attacker)
     finally:
         for pipe in (attacker.stdin, attacker.stdout):

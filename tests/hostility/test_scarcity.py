@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.hostility.attacks import MIB, SLACK
+from tests import certificates
+from tests.hostility.attacks import MIB, SLACK, TLS_ATTACKS
 from tests.hostility.siege import SECONDS, Ground, ground, newcomers_are_served, readers, siege
 from tests.support import ADMIN, AUTH, PATIENCE_S, WORKER, bearer, in_seconds
 
@@ -99,6 +100,18 @@ async def test_one_address_opens_everything(tmp_path: Path) -> None:
         assert stats["connectionsRefused"].get("too_many_connections", 0) == 0
         assert stats["connectionsRefused"]["rate_limited"] > 0
         assert stats["connectionsRefused"]["unheard"] > 0
+
+
+async def test_tls_handshakes_that_are_left_half_done(tmp_path: Path) -> None:
+    """Each takes six times the memory of a connection, for no longer than a head may take."""
+    issued = certificates.make(tmp_path)
+    attack = TLS_ATTACKS["half handshakes"]
+    with ground(tmp_path, issued.trust, auth=AUTH, limits=LIMITS, server=issued.table) as at:
+        await newcomers_are_served(at.at)
+        report = await siege(at, "half handshakes", attack.memory)
+        assert report.connects >= attack.clients
+        stats = (await at.at.get("/api/v2/stats", ADMIN)).json
+        assert stats["connectionsRefused"]["tls_failed"] >= attack.clients
 
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), Path("libfaketime.so.1"))
