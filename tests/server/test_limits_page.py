@@ -9,6 +9,7 @@ from server import config_load, inbox, listener, tls
 from server.config_rules import toml
 from server.routes import jobs
 from server.transports import websocket
+from tests.hostility.attacks import ATTACKS
 from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
@@ -63,3 +64,8 @@ def test_what_cannot_be_set_is_as_it_says() -> None:
 def test_other_pages_lead_here() -> None:
     for name in ("configuration.md", "operations.md"):
         assert "(limits.md)" in (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_readers_felt_under_every_attack() -> None:
+    _, _, table = PAGE.partition("| attack | connects |")
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == list(ATTACKS)
