@@ -234,16 +234,23 @@ async def report(api: Api) -> None:
     stop = trio.Event()
     turns = trio.Semaphore(3)
     async with job(api, "report", owner, autoComplete=True) as parent, trio.open_nursery() as nursery:
-        for number in range(1, random.randint(5, 8)):
-            nursery.start_soon(chapter, api, turns, stop, parent.job_id, owner, number)
-        with suppress(Refused):  # its parts have ended it
-            try:
-                while True:
-                    await parent.say(status="processing", stage="chapters")
-                    await api.pause(3)
-            except Cancelled:
-                stop.set()
-                await parent.say(status="cancelled", message="stopped by request")
+        nursery.start_soon(preside, api, parent, stop)
+        async with trio.open_nursery() as chapters:
+            for number in range(1, random.randint(5, 8)):
+                chapters.start_soon(chapter, api, turns, stop, parent.job_id, owner, number)
+        nursery.cancel_scope.cancel()  # its parts have ended it
+
+
+async def preside(api: Api, parent: Work, stop: trio.Event) -> None:
+    """Say that the whole is worked on, until somebody asks for it to be cancelled."""
+    with suppress(Refused):  # its parts may end it at any moment
+        try:
+            while True:
+                await parent.say(status="processing", stage="chapters")
+                await api.pause(3)
+        except Cancelled:
+            await parent.say(status="cancelled", message="stopped by request")
+            stop.set()
 
 
 async def chapter(api: Api, turns: trio.Semaphore, stop: trio.Event, parent_id: str, owner: str, number: int) -> None:
