@@ -12,7 +12,7 @@ def _body(update: Update) -> bytes:
     return update.body
 
 
-_FACTS: Final = {name: name for name in ("clientId", "userId", "username", "channels", "heartbeat")}
+_FACTS: Final = {name: name for name in ("clientId", "userId", "username", "channels", "heartbeat", "live")}
 
 VIEW: Final = View(
     name="notices",
@@ -21,7 +21,7 @@ VIEW: Final = View(
     variable="notice",
     controls={
         "connected": Control(_FACTS | {"timestamp": "now"}, "connected"),
-        "heartbeat": Control({"timestamp": "now"}, "heartbeat"),
+        "heartbeat": Control({"timestamp": "now", "live": "live"}, "heartbeat"),
         "reset": Control({"reason": "message"}, "reset"),
         "error": Control({"code": "code", "message": "message"}, "error"),
     },

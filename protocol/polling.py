@@ -44,8 +44,13 @@ def parse_client_id(query: Mapping[str, str]) -> str | None:
 
 
 def poll_body(
-    messages: Iterable[bytes], *, last_seen: str, reset: bool, timed_out: bool, done: bool
+    messages: Iterable[bytes], *, last_seen: str, reset: bool, timed_out: bool, done: bool, live: bool = True
 ) -> Iterable[bytes]:
-    """The answer of a poll, streamed: ``{"updates":[…],"last_seen","reset","timedOut","done"}``."""
-    rest = msgspec.json.encode({"last_seen": last_seen, "reset": reset, "timedOut": timed_out, "done": done})
+    """The answer of a poll, streamed: ``{"updates":[…],"last_seen","reset","timedOut","done"}``.
+
+    Args:
+        live: whether the server knows all that others know; if not, ``"live":false`` says so.
+    """
+    facts = {"last_seen": last_seen, "reset": reset, "timedOut": timed_out, "done": done}
+    rest = msgspec.json.encode(facts if live else facts | {"live": False})
     return json_list(messages, b'{"updates":', b"," + rest[1:])

@@ -58,7 +58,8 @@ class Control(NamedTuple):
     """A message of the server on its own account: ``type``, and these members, each with the fact that it shows.
 
     Facts are ``id`` (the job's id in the view's words), ``now``, ``clientId``, ``userId``, ``heartbeat`` (seconds),
-    ``code`` and ``message``; what is not known at the time is left out.
+    ``live`` (False while other servers may know more), ``code`` and ``message``; what is not known at the time is left
+    out.
     """
 
     members: Mapping[str, str]

@@ -248,6 +248,10 @@ class Node:
 
     # Small things every answer needs
 
+    def liveness(self) -> dict[str, bool]:
+        """What heartbeats and polls say besides: nothing, or ``{"live": False}`` while others may know more."""
+        return {} if self.broker.live else {"live": False}
+
     def http_date(self) -> str:
         """The time for ``Date`` (RFC 9110 section 6.6.1), formatted once a second."""
         now = int(time.time())

@@ -310,7 +310,7 @@ class Proxy:
     """A TCP proxy between a client and a server that can fail like a network does."""
 
     def __init__(self, target: int) -> None:
-        self._target = target
+        self.target = target  # of new connections
         self._passing = trio.Event()
         self._passing.set()
         self._streams: set[trio.SocketStream] = set()
@@ -338,7 +338,7 @@ class Proxy:
         """One connection."""
         self.connections += 1
         try:
-            server = await trio.open_tcp_stream("127.0.0.1", self._target)
+            server = await trio.open_tcp_stream("127.0.0.1", self.target)
         except OSError:
             client.socket.close()
             return

@@ -19,9 +19,9 @@ VIEW: Final = View(
     variable="jobId",
     controls={
         "connected": Control(
-            {"clientId": "clientId", "userId": "userId", "heartbeat": "heartbeat", "timestamp": "now"}
+            {"clientId": "clientId", "userId": "userId", "heartbeat": "heartbeat", "live": "live", "timestamp": "now"}
         ),
-        "heartbeat": Control({"timestamp": "now"}),
+        "heartbeat": Control({"timestamp": "now", "live": "live"}),
         "reset": Control({"reason": "message"}),
         "error": Control({"code": "code", "message": "message"}),
     },

@@ -296,8 +296,8 @@ VIEW: Final = View(
     kind=KIND,
     # Named: a page's onmessage gets nothing but states.
     controls={
-        "connected": Control({"projectId": "id", "timestamp": "now"}, "connected"),
-        "heartbeat": Control({"projectId": "id", "timestamp": "now"}, "heartbeat"),
+        "connected": Control({"projectId": "id", "timestamp": "now", "live": "live"}, "connected"),
+        "heartbeat": Control({"projectId": "id", "timestamp": "now", "live": "live"}, "heartbeat"),
         "error": Control({"projectId": "id", "code": "code", "message": "message", "timestamp": "now"}, "error"),
     },
     waits=False,

@@ -90,8 +90,8 @@ VIEW: Final = View(
     variable="taskId",
     kind="{app}",
     controls={
-        "connected": Control({"taskId": "id", "timestamp": "now"}),
-        "heartbeat": Control({"taskId": "id", "timestamp": "now"}),
+        "connected": Control({"taskId": "id", "timestamp": "now", "live": "live"}),
+        "heartbeat": Control({"taskId": "id", "timestamp": "now", "live": "live"}),
         "error": Control({"taskId": "id", "code": "code", "message": "message", "timestamp": "now"}),
     },
     unix_ms=True,

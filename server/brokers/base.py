@@ -236,6 +236,10 @@ class Broker(Protocol):
     def available(self) -> str | None:
         """None while the store works, else why it does not."""
 
+    @property
+    def live(self) -> bool:
+        """Whether what is accepted anywhere is shown here; not while a store that others reach cannot be reached."""
+
     def figures(self) -> dict[str, int]:
         """Numbers for whoever operates it, by name: ``waiting`` is what was accepted and is not kept yet."""
 

@@ -134,6 +134,11 @@ class LocalBroker(ABC):
         """None while the store works, else why it does not."""
         return "closed" if self._closing else self._away
 
+    @property
+    def live(self) -> bool:
+        """See ``base.Broker``: nobody else has the store."""
+        return True
+
     def figures(self) -> dict[str, int]:
         """See ``base.Broker``."""
         return {"waiting": self._waiting_entries, "waitingBytes": self._waiting_bytes}

@@ -156,6 +156,11 @@ class RedisBroker:
         return away if away is not None else self._publisher.refusing
 
     @property
+    def live(self) -> bool:
+        """See ``base.Broker``. A Redis that takes no writes takes nobody's, so nothing is missed by reading it."""
+        return self._client is not None and self._client.away is None
+
+    @property
     def refusing(self) -> str | None:
         """Why an operation would be refused now, None if it would be tried. Before the first connection it waits."""
         away = self._client.away if self._client is not None and self.follower.arrived else None

@@ -109,6 +109,11 @@ class SpoolingBroker:
         return self._inner.available
 
     @property
+    def live(self) -> bool:
+        """See ``base.Broker``."""
+        return self._inner.live
+
+    @property
     def inboxes(self) -> Inboxes:
         """See ``base.Broker``. Notifications do not wait for Redis: they are refused while it is away."""
         return self._inner.inboxes

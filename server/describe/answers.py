@@ -129,13 +129,14 @@ class JobHistory(Struct):
 
 
 class PollAnswer(Struct):
-    """``done``: every named job has ended."""
+    """``done``: every named job has ended. ``live`` is there while the server is cut off from its store."""
 
     updates: list[JobMessage]
     last_seen: str
     reset: bool
     timed_out: bool = field(name="timedOut")
     done: bool
+    live: Literal[False] | UnsetType = UNSET
 
 
 class JobMessage(Record, kw_only=True):

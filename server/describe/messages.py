@@ -38,6 +38,7 @@ class Connected(_Answer, kw_only=True, tag="connected"):
     user_id: str
     heartbeat: float
     id: str
+    live: Literal[False] | UnsetType = UNSET
 
 
 class Authenticated(_Answer, kw_only=True, tag="authenticated"):
@@ -92,10 +93,11 @@ class Pong(_Answer, kw_only=True, tag="pong"):
 
 
 class Heartbeat(_Message, kw_only=True, tag="heartbeat"):
-    """A sign of life, with the reader's cursor."""
+    """A sign of life, with the reader's cursor. ``live`` is there while the server is cut off from its store."""
 
     timestamp: str
     id: str
+    live: Literal[False] | UnsetType = UNSET
 
 
 class Reset(_Message, kw_only=True, tag="reset"):
@@ -121,6 +123,7 @@ class StreamConnected(_Message, kw_only=True, tag="connected"):
     user_id: str
     heartbeat: float
     timestamp: str
+    live: Literal[False] | UnsetType = UNSET
 
 
 class Snapshot(_Message, kw_only=True, tag="snapshot"):
@@ -134,6 +137,7 @@ class StreamHeartbeat(_Message, kw_only=True, tag="heartbeat"):
     """A sign of life; the event's ``id:`` is the reader's cursor."""
 
     timestamp: str
+    live: Literal[False] | UnsetType = UNSET
 
 
 class StreamReset(_Message, kw_only=True, tag="reset"):
@@ -158,12 +162,14 @@ class NoticesConnected(_Message, kw_only=True, tag="connected"):
     channels: list[str]
     heartbeat: float
     timestamp: str
+    live: Literal[False] | UnsetType = UNSET
 
 
 class NoticesHeartbeat(_Message, kw_only=True, tag="heartbeat"):
     """The event ``heartbeat``; its ``id:`` is the reader's cursor."""
 
     timestamp: str
+    live: Literal[False] | UnsetType = UNSET
 
 
 class NoticesReset(_Message, kw_only=True, tag="reset"):

@@ -26,6 +26,8 @@ from server.wheel import Timer
 
 # Nobody is given up for stale before this many heartbeats: signs of life are asked for that often only.
 STALE_HEARTBEATS: Final = 4
+# Seconds between heartbeats that say that this server is cut off from its store: so soon it is told that that is over.
+NOT_LIVE_BEAT_S: Final = 5.0
 # What a client is told whose connection was ended by ``disconnect``.
 DISCONNECTED: Final = "disconnected by the application"
 
@@ -243,7 +245,8 @@ class LiveReader(PushReader, Peer):
             self.finish("stale")
 
     def _beat(self) -> None:
-        self._beat_timer = self.wheel.after(self.node.config.server.heartbeat, self._beat)
+        pause = self.node.config.server.heartbeat
+        self._beat_timer = self.wheel.after(pause if self.node.broker.live else min(pause, NOT_LIVE_BEAT_S), self._beat)
         if self.alive():
             self.heard_at = trio.current_time()
         if self.caught_up:  # else more than a heartbeat is on its way

@@ -121,7 +121,7 @@ async def poll(exchange: Exchange) -> Response:
     node.counters.polled += len(updates)
     epoch = node.history.epoch
     messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
-    body = poll_body(messages, last_seen=cursor, reset=begin.lost, timed_out=timed_out, done=done)
+    body = poll_body(messages, last_seen=cursor, reset=begin.lost, timed_out=timed_out, done=done, **node.liveness())
     if client is not None:
         body = _remembering(body, node, client, cursor)
     return Response(200, (JSON, NO_STORE), body)

@@ -74,6 +74,7 @@ class NoticeStream(SseReader):
             username=self.username,
             channels=list(self.channels),
             heartbeat=whole(node.config.server.heartbeat),
+            **node.liveness(),
         )
         first = head + connected
         if start.lost:

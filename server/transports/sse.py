@@ -134,7 +134,7 @@ class SseReader(LiveReader):
 
     def heartbeat(self) -> None:
         """With the reader's cursor, so that a quiet reader's cursor moves with the log."""
-        self.post(self._say("heartbeat", self.cursor()))
+        self.post(self._say("heartbeat", self.cursor(), **self.node.liveness()))
 
     def drain(self, delay_ms: int) -> None:
         """The server goes away: end, and have the client come back after ``delay_ms``."""
@@ -178,7 +178,8 @@ class EventStream(SseReader):
             self.open_jobs = self._still_open()
         node.counters.begin(resumed=start.after is not None, lost=start.lost)
         heartbeat = whole(node.config.server.heartbeat)
-        connected = self._say("connected", start.given, RETRY_MS, userId=self.user, heartbeat=heartbeat)
+        facts = {"userId": self.user, "heartbeat": heartbeat, **node.liveness()}
+        connected = self._say("connected", start.given, RETRY_MS, **facts)
         first = head + connected
         if start.lost:
             self.post(first + self._reset(start.given), self._snapshot())

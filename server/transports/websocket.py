@@ -229,6 +229,7 @@ class Session(LiveReader):
             heartbeat=whole(self.node.config.server.heartbeat),
             id=f"{self.hub.history.epoch}:{stored.before}",
             ref=ref,
+            **self.node.liveness(),
         )
         self.post(before + self.form.message(greeting))
         self._give_stored(stored.notices)
@@ -623,7 +624,7 @@ class Session(LiveReader):
         """A message for the page and a ping for its browser: only the latter is answered by itself."""
         if self.identity is not None:
             now = format_time(int(time.time() * 1000))
-            message = server_message("heartbeat", timestamp=now, id=self.cursor())
+            message = server_message("heartbeat", timestamp=now, id=self.cursor(), **self.node.liveness())
             self.post(self.form.message(message) + ping_frame())
 
     def on_log_lost(self) -> None:

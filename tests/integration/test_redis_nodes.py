@@ -25,6 +25,7 @@ from server.brokers import redis_broker, redis_follower
 from server.brokers.base import Accepted, Cancel, Delete, Publish
 from server.brokers.redis_client import RedisClientError, Script
 from server.brokers.redis_keys import AFTER, CHANNELS, LOAD, NOTICES_SHARD, SHARDS, shard_of
+from server.transports import live
 from tests.redis_servers import (
     RedisServer,
     eventually,
@@ -33,7 +34,7 @@ from tests.redis_servers import (
     running_sentinels,
     running_server,
 )
-from tests.streams import WebSocket, event_stream, session
+from tests.streams import Stream, WebSocket, event_stream, poll, session, stream_at, websocket
 from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, token, until, until_answered
 
 pytestmark = pytest.mark.slow
@@ -811,6 +812,60 @@ async def test_a_dead_network(redis: RedisServer) -> None:
         proxy.pass_again()
         await until_answered(nodes[0], "/ready", 200)
         await more()
+
+
+async def test_a_node_that_is_cut_off_says_so(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its readers stay, know that others may know more, and need not wait for a heartbeat to know that it is over."""
+    beat = 3.0
+    monkeypatch.setattr(live, "NOT_LIVE_BEAT_S", 0.2)
+    async with (
+        running_proxy(redis.port) as proxy,
+        server(store={"url": redis.url}) as one,
+        server(store={"url": f"redis://127.0.0.1:{proxy.port}"}, server={"heartbeat": beat}) as two,
+        session(two) as ws,
+        event_stream(two, jobIds="a") as events,
+        stream_at(two, "/api/sse") as notices,
+        stream_at(two, "/api/export/progress/a") as task,
+    ):
+        readers: list[Callable[[], Awaitable[dict[str, Any]]]] = [ws.receive]
+
+        def reads(stream: Stream) -> None:
+            async def receive() -> dict[str, Any]:
+                event = await stream.event()
+                return event.data
+
+            readers.append(receive)
+
+        for stream in (events, notices, task):
+            reads(stream)
+
+        async def until_beat(*, says: bool | None) -> None:
+            """Of each reader, until one says so; those of another kind before it come from before it changed."""
+            for receive in readers:
+                while (message := await receive())["type"] != "heartbeat" or message.get("live") is not says:
+                    assert message["type"] != "connected" or "live" not in message
+
+        await ws.subscribe(jobIds=["a"])
+        await publish(one, "a", userId="anonymous", kind="export")
+        await until_beat(says=None)
+        assert "live" not in await poll(two, jobIds="a")
+        proxy.stop_passing()
+        proxy.cut()
+        await until_answered(two, "/ready", 503)
+        await publish(one, "a", progress=50)
+        await until_beat(says=False)
+        with trio.fail_after(2 * beat):  # five usual ones would take twice that
+            for _ in range(5):
+                await until_beat(says=False)
+        assert (await poll(two, jobIds="a"))["live"] is False
+        async with websocket(two) as late, event_stream(two, jobIds="a") as later:
+            assert (await late.receive())["live"] is False
+            assert (await later.event()).data["live"] is False
+        proxy.pass_again()
+        assert (await events.updates("a", 2))[-1].data["progress"] == 50
+        await until_beat(says=None)
+        assert "live" not in await poll(two, jobIds="a")
+        assert len(two.node.streams) == 4  # whoever was there has stayed
 
 
 async def test_a_full_redis(redis: RedisServer) -> None:

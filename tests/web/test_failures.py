@@ -13,8 +13,8 @@ import trio
 
 from tests.integration.browser import Page, started_chromium, using_browser
 from tests.integration.running import running
-from tests.redis_servers import running_proxy, running_sentinels
-from tests.support import AUTH, PATIENCE_S, WORKER, Address, in_seconds, server, token, until
+from tests.redis_servers import RedisServer, running_proxy, running_sentinels, running_server
+from tests.support import AUTH, PATIENCE_S, WORKER, Address, in_seconds, server, token, until, until_answered
 from tests.web.pages import NewPage, busy, publish, start, start_all, until_all, until_live, versions
 
 pytestmark = pytest.mark.slow
@@ -29,6 +29,12 @@ ENDED = "seen.at(-1)?.status === 'completed'"
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
         yield address
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with running_server(tmp_path) as running:
+        yield running
 
 
 @pytest.fixture
@@ -136,6 +142,40 @@ async def test_redis_fails_over_under_a_page(new_page: NewPage, tmp_path: Path) 
             for one in await page.run("clients.slice(0, 3).map((one) => one.seen.map((job) => job.version))"):
                 assert one == list(range(1, 8))
             assert await page.run("clients.flatMap((one) => one.missed)") == []
+
+
+async def test_a_server_that_is_cut_off_from_its_store(new_page: NewPage, redis: RedisServer) -> None:
+    """Its pages say that they are not live, and go on at a server that is not cut off, if there is one."""
+    async with (
+        running_proxy(redis.port) as to_redis,
+        server(store={"url": redis.url}) as one,
+        # Whoever waits in a poll hears of it with the answer.
+        server(
+            store={"url": f"redis://127.0.0.1:{to_redis.port}"},
+            server={"heartbeat": 0.5},
+            limits={"poll_timeout": 1.0},
+        ) as two,
+        running_proxy(two.port) as balancer,
+    ):
+        await publish(one, progress=1)
+        page = await new_page()
+        await start_all(page, f"http://127.0.0.1:{balancer.port}")
+        await until_all(page, "one.client.live && one.seen.length === 1")
+        to_redis.stop_passing()
+        to_redis.cut()
+        await until_answered(two, "/ready", 503)
+        await publish(one, progress=20)
+        await until_all(page, "!one.client.live && !one.watched.live && one.client.error.code === 'store_unavailable'")
+        # A WebSocket looks for another server, which is the same one yet, and no better.
+        tried = balancer.connections
+        await until(lambda: balancer.connections > tried)
+        assert await page.run("clients.every((one) => !one.client.live && one.seen.length === 1)")
+        balancer.target = one.port
+        await page.wait("clients[0].client.live && clients[0].seen.length === 2")
+        to_redis.pass_again()  # polls go over connections that the browser has, to where they were
+        await publish(one, status="completed")
+        await until_all(page, "one.client.live && one.seen.at(-1).status === 'completed'")
+        assert await page.run("clients.flatMap((one) => one.missed)") == []
 
 
 @asynccontextmanager

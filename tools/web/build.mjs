@@ -14,9 +14,9 @@ const { minify } = packages("terser");
 
 // Properties that are nobody's business but the client's own: they get short names, the same in all files.
 const PRIVATE =
-  "apply bearer changed complain connection controller cursor doubtful end expect fail feed feeds final fresh heard " +
-  "heardAt http index key kind known listen listeners liveAt locate names options probe query refuse relay renewIn " +
-  "renewed shown silence start stop store synced told topics wanted";
+  "StatusError alone apply bearer changed complain connection controller cursor doubtful end expect fail feed feeds " +
+  "fetch final fresh heard heardAt http index key kind known listen listeners liveAt locate names options probe query refuse relay renewIn " +
+  "renewed shown silence start stop store synced told topics vouch wanted";
 
 // Numbers with names become numbers: neither of the two takes them for constants once files are joined.
 const numbers = {
@@ -57,8 +57,9 @@ for (const [name, source, options] of FILES) {
   mangleCache = bundled.mangleCache ?? mangleCache;
   const small = await minify(bundled.outputFiles[0].text, {
     module: true,
-    // With it this terser takes variables that are set later for constants.
-    compress: { reduce_vars: false },
+    // What is unsafe are texts of objects with two different ones: we have none. With reduce_vars this terser takes
+    // variables that are set later for constants.
+    compress: { hoist_funs: true, unsafe: true, reduce_vars: false },
     format: { comments: false },
   });
   write(name, small.code);

@@ -30,7 +30,7 @@ export function createConnection({ http, store, options, onState, complain }) {
   const { transports = Object.keys(OPENERS), autoReconnect = true, maxReconnectAttempts = Infinity, reconnectDelay = 500 } = options;
   const memory = `statuswire:${http.locate("")}`;
   let state;
-  let link; // {index, live, silence, heardAt, liveAt, doubtful, end, fail, changed, renewed, probe}
+  let link; // {index, live, silence, heardAt, liveAt, doubtful, alone, end, fail, changed, renewed, probe}
   let trial; // another one, of a better transport
   let wanted; // between start and stop
   let asleep; // the page is
@@ -54,7 +54,10 @@ export function createConnection({ http, store, options, onState, complain }) {
     if (state !== (state = now + transport + error)) onState({ state: now, transport, error });
   }
 
-  const sayLive = () => say(/poll/.test(transports[link.index]) ? "polling" : "open");
+  function sayLive() {
+    if (link.alone) say("connecting", new StatusError("store_unavailable"));
+    else say(/poll/.test(transports[link.index]) ? "polling" : "open");
+  }
 
   // ---- one link
 
@@ -83,6 +86,9 @@ export function createConnection({ http, store, options, onState, complain }) {
         one.heardAt = Date.now();
         if (one.doubtful) sayLive((one.doubtful = undefined));
       },
+      vouch(live) {
+        if (one.alone !== (one.alone = live === false) && link === one && one.live) sayLive(lookUpward());
+      },
       expect: (ms) => (one.silence = ms),
       live: () => over || one.live || nowLive(one),
       fail: one.fail,
@@ -94,6 +100,8 @@ export function createConnection({ http, store, options, onState, complain }) {
     one.live = true;
     one.liveAt = one.heardAt = Date.now();
     if (trial === one) {
+      // No better than the one there is.
+      if (one.alone) return one.fail();
       trial = undefined;
       link.end();
       link = one;
@@ -110,7 +118,8 @@ export function createConnection({ http, store, options, onState, complain }) {
 
   function lookUpward() {
     clearTimeout(upward);
-    if (!link?.live || !link.index) return;
+    // Another server may have what this one is cut off from.
+    if (!link?.live || !(link.index || link.alone)) return;
     upward = setTimeout(() => open(0, true), upwardMs * (0.75 + Math.random() / 2));
     upwardMs = Math.min(SELDOM_MS, 2 * upwardMs);
   }
@@ -134,7 +143,7 @@ export function createConnection({ http, store, options, onState, complain }) {
     if (why.status === 401 || why.final) return close(why);
     if (one.live) {
       // A short life makes it no more patient than a few failures do, and lets none be forgotten.
-      failures = Date.now() - one.liveAt > STABLE_MS ? 0 : Math.max(failures, Math.min(failures + 1, 2));
+      failures = Date.now() - one.liveAt > STABLE_MS ? 0 : failures < 2 ? failures + 1 : failures;
       say("connecting", why);
     } else {
       tried += 1;
@@ -162,7 +171,9 @@ export function createConnection({ http, store, options, onState, complain }) {
   }
 
   function drop() {
-    for (const one of [timer, renewal, upward]) clearTimeout(one);
+    clearTimeout(timer);
+    clearTimeout(renewal);
+    clearTimeout(upward);
     trial?.end();
     link?.end();
     link = trial = undefined;

@@ -7,8 +7,8 @@ export class StatusError extends Error {
    * @param {{status?: number, delay?: number, final?: boolean, token?: boolean}} [more] `delay`: milliseconds to stay away;
    *   `final`: trying again is of no use; `token`: it would be with another token
    */
-  constructor(code, message = code, more) {
-    super(message);
+  constructor(code, message, more) {
+    super(message || code);
     Object.assign(this, { name: "StatusError", code }, more);
   }
 }
@@ -98,7 +98,7 @@ export function createHttp(base, getToken) {
   return {
     bearer,
     locate,
-    request,
+    fetch: request,
     json: async (path, options) => (await request(path, options)).json(),
     /** Milliseconds until the token should be renewed; Infinity if it needs not. */
     renewIn: () => renewAt - Date.now(),

@@ -49,7 +49,7 @@ export function connect(options = {}) {
     for (const watcher of [...watchers]) call(watcher, client);
   }
 
-  const ask = (jobId, what = "", method = "GET") => http.json(`api/v2/jobs/${encodeURIComponent(jobId)}${what}`, { method });
+  const ask = (jobId, what = "", method) => http.json(`api/v2/jobs/${encodeURIComponent(jobId)}${what}`, { method });
 
   async function* iterate(what, signal) {
     const queue = [];
@@ -85,7 +85,6 @@ export function connect(options = {}) {
   const client = {
     state: "connecting",
     transport: null,
-    error: undefined,
     live: false,
 
     watch(what, callback, given) {
@@ -122,7 +121,7 @@ export function connect(options = {}) {
     cancel: async (jobId) => (await ask(jobId, "/cancel", "POST")).job,
 
     async ack(id) {
-      await http.request("api/sse/ack", { method: "POST", body: { type: "ack", id } });
+      await http.fetch("api/sse/ack", { method: "POST", body: { type: "ack", id } });
     },
 
     onState(callback) {

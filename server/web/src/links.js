@@ -1,11 +1,12 @@
 // The four ways to the server. Each is a function of
-//   to       {http, store, heard(), expect(ms), live(), fail(error), complain(error)}
+//   to       {http, store, heard(), vouch(live), expect(ms), live(), fail(error), complain(error)}
 // and gives {stop(), changed(), renewed(), probe()}:
+//   vouch    the server says, or not, that it is cut off from its store
 //   expect   how long silence may last, half as long as it takes to be given up
 //   changed  what is watched is another now
 //   renewed  there is a newer token
 //   probe    find out soon whether this is still alive
-// `live` is called as soon as all that is watched is known and comes by itself, `fail` at most once.
+// `live` is called as soon as all that is watched is known and comes by itself. `fail` stops it; only the first counts.
 
 import { StatusError } from "./http.js";
 
@@ -40,8 +41,7 @@ export function openSocket(to) {
   function ask(kind, names, cursor) {
     while (names.length) {
       const some = names.splice(0, IDS_IN_MESSAGE);
-      ref += 1;
-      asked.set(ref, { type: "snapshot", keys: keysOf(kind, some), reset: cursor !== undefined, jobs: [] });
+      asked.set(++ref, { type: "snapshot", keys: keysOf(kind, some), reset: cursor !== undefined, jobs: [] });
       send({ type: "subscribe", ref, ...scope(kind, some), last_seen: cursor });
     }
   }
@@ -76,15 +76,15 @@ export function openSocket(to) {
   function receive(message) {
     const { type, id } = message;
     const answered = asked.get(message.ref);
+    answered?.jobs.push(...(message.snapshot ?? []));
+    if (message.more) return;
+    if (/^[ch]/.test(type)) to.vouch(message.live);
     if (type === "connected") {
       greeted = true;
       to.expect(message.heartbeat * 1000);
       changed();
-    } else if (message.more) {
-      answered?.jobs.push(...message.snapshot);
     } else if (type === "subscribed") {
       asked.delete(message.ref);
-      answered.jobs.push(...(message.snapshot ?? []));
       if (message.denied[0]) to.complain(new StatusError("denied", String(message.denied)));
       if (!message.recovered) store.apply(undefined, answered);
       settle(id);
@@ -95,19 +95,13 @@ export function openSocket(to) {
     } else if (type === "error") {
       const error = new StatusError(message.code, message.message);
       // What is not allowed is left alone, all else is tried again.
-      if (answered && !/forbidden|invalid/.test(error.code)) return end(error);
+      if (answered && !/forbidden|invalid/.test(error.code)) return to.fail(error);
       to.complain(error);
       if (asked.delete(message.ref)) settle();
     } else {
       // While answers are due the cursor would leave out what they will bring.
       store.apply(undefined, message, greeted && !asked.size ? id : undefined);
     }
-  }
-
-  function end(error) {
-    if (over) return;
-    stop();
-    to.fail(error);
   }
 
   function stop() {
@@ -133,10 +127,10 @@ export function openSocket(to) {
       const final = code === 1008 && !/ping/.test(reason);
       const delay = code === 1001 ? +/\d+/.exec(reason)?.[0] || 0 : undefined;
       const refused = code === 4401 && REFUSED;
-      end(new StatusError(refused ? "unauthorized" : "closed", reason || undefined, { final, delay, ...refused }));
+      to.fail(new StatusError(refused ? "unauthorized" : "closed", reason, { final, delay, ...refused }));
     };
   }
-  begin().catch(end);
+  begin().catch(to.fail);
 
   return {
     stop,
@@ -163,7 +157,7 @@ function openLoops(to, step) {
       let feed;
       while (!signal.aborted && (feed = to.store.feeds().find((one) => one.key === key))) {
         // What is new in it is caught up with the others, whose cursor stays.
-        if (feed.fresh[0] && feed.cursor) await poll(to, { ...feed, key: feed.kind, names: feed.fresh, cursor: undefined }, 0, signal);
+        if (feed.fresh[0] && feed.cursor) await poll(to, { ...feed, key: feed.kind, names: feed.fresh, cursor: undefined }, signal);
         await step(feed, signal, settle);
       }
     })().catch((error) => {
@@ -187,7 +181,7 @@ function openLoops(to, step) {
   }
 
   function stop() {
-    for (const { controller } of loops.values()) controller.abort();
+    for (const [, { controller }] of loops) controller.abort();
     loops.clear();
   }
 
@@ -197,7 +191,6 @@ function openLoops(to, step) {
   }
 
   function end(error) {
-    stop();
     to.fail(error instanceof StatusError ? error : new StatusError(/Time/.test(error) ? "timeout" : "unreachable"));
   }
 
@@ -209,13 +202,15 @@ function openLoops(to, step) {
   return { stop, changed, renewed: again, probe: again };
 }
 
-/** One poll: what is new of a feed. */
-async function poll(to, { key, kind, names, cursor }, timeout, signal) {
+/** One poll: what is new of a feed, or at once all of it. */
+async function poll(to, { key, kind, names, cursor }, signal, wait = LONG_POLL_S) {
+  const timeout = cursor ? wait : 0;
   const query = { ...scope(kind, names), timeout, last_seen: cursor };
   const patience = AbortSignal.timeout(timeout * 1000 + SLACK_MS);
-  const { updates, last_seen, reset } = await to.http.json("api/v2/jobs/poll", { query, signal: AbortSignal.any([signal, patience]) });
+  const { updates, last_seen, reset, live } = await to.http.json("api/v2/jobs/poll", { query, signal: AbortSignal.any([signal, patience]) });
   signal.throwIfAborted();
   to.heard();
+  to.vouch(live);
   if (reset || cursor === undefined) {
     to.store.apply(key, { type: "snapshot", jobs: updates.filter((one) => one.version), keys: keysOf(kind, names), reset });
   }
@@ -230,7 +225,7 @@ function checkRoom(to) {
 export const openPolls = (to) =>
   openLoops(to, async (feed, signal, settle) => {
     to.expect(SLACK_MS);
-    await poll(to, feed, 0, signal);
+    await poll(to, feed, signal, 0);
     settle();
     await new Promise((resolve) => setTimeout(resolve, POLL_MS * (0.75 + Math.random() / 2)));
   });
@@ -240,8 +235,8 @@ export function openLongPolls(to) {
   return openLoops(to, async (feed, signal, settle) => {
     to.expect(LONG_POLL_S * 1000);
     checkRoom(to);
-    if (feed.cursor === undefined) return poll(to, feed, 0, signal);
-    await poll(to, feed, wait, signal);
+    await poll(to, feed, signal, wait);
+    if (!feed.cursor) return;
     settle();
     wait = LONG_POLL_S;
   });
@@ -252,14 +247,14 @@ export function openStreams(to) {
   return openLoops(to, async (feed, signal, settle) => {
     const { key, kind, names, cursor } = feed;
     checkRoom(to);
-    const wait = () => poll(to, { ...feed, cursor: id }, LONG_POLL_S, signal);
+    const wait = () => poll(to, { ...feed, cursor: id }, signal);
     let id = cursor;
     // Streams of jobs carry no notifications; polls do, with the same cursor.
     if (kind === "channel") {
-      await poll(to, feed, cursor === undefined ? 0 : LONG_POLL_S, signal);
+      await poll(to, feed, signal);
       return settle();
     }
-    const answer = await to.http.request("api/v2/jobs/stream", { query: { ...scope(kind, names), last_seen: cursor }, accept: "text/event-stream", signal });
+    const answer = await to.http.fetch("api/v2/jobs/stream", { query: { ...scope(kind, names), last_seen: cursor }, accept: "text/event-stream", signal });
     to.heard();
     if (answer.status === 204) {
       settle();
@@ -270,6 +265,7 @@ export function openStreams(to) {
 
     function take(message) {
       const { type, code } = message;
+      if (/^[ch]/.test(type)) to.vouch(message.live);
       if (type === "connected") {
         to.expect(message.heartbeat * 1000);
         if (cursor !== undefined) settle();

@@ -56,7 +56,7 @@ export function createStore({ since, changed, shown }) {
       for (const [key, topic] of topics) if (!topic.listeners.size) topics.delete(key);
       const feeds = new Set([...topics.values()].map((topic) => topic.feed));
       for (const feed of cursors.keys()) if (!feeds.has(feed)) cursors.delete(feed);
-      for (const job of jobs.values()) if (!topicsOf(job).length) jobs.delete(job.jobId);
+      for (const [jobId, job] of jobs) if (!topicsOf(job)[0]) jobs.delete(jobId);
       changed();
     }) ?? true;
   }
@@ -89,8 +89,10 @@ export function createStore({ since, changed, shown }) {
   function put(job, force) {
     const { jobId, createdAt, version } = job;
     const known = jobs.get(jobId) ?? gone.get(jobId);
-    const same = known?.createdAt === createdAt;
-    if (known && (same ? (force ? version === known.version : version <= known.version) : !force && createdAt < known.createdAt)) return;
+    const isOld =
+      known?.createdAt === createdAt ? (force ? version === known.version : version <= known.version)
+      : !force && createdAt < known?.createdAt;
+    if (isOld) return;
     const keys = topicsOf(job);
     if (keys[0]) {
       jobs.set(jobId, job);
@@ -137,7 +139,7 @@ export function createStore({ since, changed, shown }) {
       else if (type === "notification") {
         if (!notices.has(id)) {
           remember(notices, id);
-          for (const key of topics.keys()) if (key.startsWith("channel")) tell(key, message);
+          for (const [key] of topics) if (key.startsWith("channel")) tell(key, message);
         }
       } else if (message.version) put(message);
       if (cursor !== undefined) {
@@ -163,15 +165,13 @@ export function createStore({ since, changed, shown }) {
     listen(key, callback) {
       const { listeners } = add(key);
       let ready;
-      let off;
-      const listener = (news) => ready && !off && callback(news);
+      const listener = (news) => ready && listeners.has(listener) && callback(news);
       listeners.add(listener);
       queueMicrotask(() => {
         ready = true;
         for (const job of known(key)) listener(job);
       });
       return () => {
-        off = true;
         listeners.delete(listener);
         plan();
       };
