@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=0, help="end after so many jobs were put into the queue")
     arguments = parser.parse_args()
     processes: list[subprocess.Popen[bytes]] = []
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="statuswire-example-") as directory:
         try:
             _run(arguments.kind, arguments.port, arguments.jobs, Path(directory), processes)
@@ -59,10 +62,12 @@ def _run(kind: str, port: int, jobs: int, directory: Path, processes: list[subpr
     environment = os.environ | {"EXAMPLE_REDIS": redis, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))}
 
     def start(*command: str) -> None:
-        processes.append(subprocess.Popen(command, cwd=directory, env=environment))
+        # In a group of its own: Ctrl-C is for all of a group, and they are to end one after the other.
+        processes.append(subprocess.Popen(command, cwd=directory, env=environment, process_group=0))
 
     server = shutil.which("redis-server") or str(Path(sys.prefix) / "bin" / "redis-server")
-    start(server, "--port", str(redis_port), "--save", "", "--loglevel", "warning", "--notify-keyspace-events", "Kgh")
+    options = ("--save", "", "--loglevel", "warning", "--notify-keyspace-events", "Kgh")
+    start(server, "--port", str(redis_port), *options)
     _wait_for(redis_port)
     # The result backend of Celery is a database of its own.
     table = f'[queues.example]\nkind = "{kind}"\nurl = "{redis}/{1 if kind == "celery" else 0}"\n'

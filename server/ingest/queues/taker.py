@@ -258,6 +258,8 @@ class Taker:
             return
         name, queue = record.job_id, str(metadata.get("queue", ""))
         own = str(metadata.get("jobId", name[len(self._prefix) + (len(queue) + 1 if queue else 0) :]))
+        if self.name(queue, own) != name:
+            return  # too long to be kept whole, or of another prefix: what is asked of the queue would be another job
         self.open[name] = Open(queue, own, record.status == PROCESSING, record.worker_id)
         if len(self.open) > MAX_OPEN:
             del self.open[next(iter(self.open))]

@@ -104,6 +104,19 @@ async def test_a_prefix_keeps_them_apart(redis: RedisServer) -> None:
             assert {(one.queue, one.job) for one in taker.open.values()} == {("video", "x" * 120)}
 
 
+async def test_jobs_whose_own_names_are_not_known_are_not_looked_after(redis: RedisServer) -> None:
+    async with server(**tables(redis, id_prefix="staging:")) as at:
+        assert at.node.queues is not None
+        taker = at.node.queues.sources["two"].taker
+        names = ["1", "a b", "x" * 5000]
+        await taker.take([Sighting(job=name, queue="video", at_ms=1, seq=1, status="processing") for name in names])
+        await taker.begin()
+        assert {one.job for one in taker.open.values()} == {"1", "a b"}
+        taker._prefix = "production:"  # somebody has changed it
+        await taker.begin()
+        assert taker.open == {}
+
+
 async def test_queues_whose_names_and_ids_read_alike(redis: RedisServer) -> None:
     queues = {"kind": "bullmq", "url": redis.url, "queues": ["a", "a:b"]}
     with redis.oracle() as oracle:
