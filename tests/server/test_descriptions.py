@@ -198,6 +198,10 @@ async def test_every_message_of_a_websocket_is_as_described() -> None:
             ):
                 type_ = message.pop("type")
                 await ws.send(str(type_), **message)
+            answer: dict[str, Any] = {}
+            while answer.get("ref") != 6:  # that to the last of them: all are in force
+                answer = await ws.receive()
+                checker.check(answer)
             for job_id, status in (("a", "completed"), ("b", "failed"), ("c", "cancelled")):
                 put(at, job_id, status=status, result={"r": None}, error="e", stage="s", kind="k")
             remove(at, "a")
