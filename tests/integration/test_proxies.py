@@ -31,7 +31,6 @@ from tests.support import (
     spawned,
     start,
     stop,
-    until,
 )
 from tools.examples.nginx_example import NGINX, configure
 
@@ -211,7 +210,9 @@ async def test_each_way_to_the_server(tmp_path: Path, kind: str, way: str) -> No
                         bearer("w", capabilities=["publish"]),
                     )
                     assert answer.status == 200
-                    await until(lambda version=version: all(each.has({"j": version}) for each in readers))
+                    await eventually(
+                        lambda version=version: all(each.has({"j": version}) for each in readers), within=LONG_S
+                    )
                 reading.cancel_scope.cancel()
             for reader in readers:
                 reader.check({"j": 10})
