@@ -115,7 +115,7 @@ async def running(config: Config, worker: Worker | None = None) -> AsyncIterator
                 if node.queues is not None:
                     services.start_soon(node.queues.run)
                 if node.authenticator.hook is not None:
-                    services.start_soon(node.authenticator.hook.run)
+                    await services.start(node.authenticator.hook.run)  # the first caller, too, is asked about
                 if node.callbacks is not None:
                     services.start_soon(node.callbacks.run)
                 if node.cluster is not None:
@@ -236,6 +236,7 @@ async def drain(node: Node, seconds: float) -> None:
     node.start_drain()
     await node.drain_streams(seconds)
     await trio.sleep_until(ends)
+    node.end_intakes()
     with trio.move_on_after(FINISH_S):
         await node.wait_quiet()
 

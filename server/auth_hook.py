@@ -109,8 +109,8 @@ class AuthHook:
         # Of those that are under way nobody knows yet whom they are about.
         self._asking.clear()
 
-    async def run(self) -> None:
-        """Be able to ask, until cancelled: requests outlive the callers that wait for them."""
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Be able to ask, once ``started`` and until cancelled: requests outlive the callers that wait for them."""
         import httpx
 
         # Cookies of callers go to the configured address and nowhere else: no proxy from the environment, no redirect.
@@ -118,6 +118,7 @@ class AuthHook:
         self._client = httpx.AsyncClient(trust_env=False, limits=limits)
         try:
             async with trio.open_nursery() as self._nursery:
+                task_status.started()
                 await trio.sleep_forever()
         finally:
             with trio.move_on_after(CLOSE_S, shield=True):  # cancelled, it would leave its sockets open

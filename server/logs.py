@@ -58,6 +58,9 @@ def configure(log: Log, stream: TextIO | None = None, *, worker: int | None = No
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(_LEVELS[log.level])
+    # They tell of every request with its whole URL and, at the level debug, of its headers: both may hold secrets.
+    for client in ("httpx", "httpcore"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     logging.captureWarnings(True)
 
 

@@ -80,6 +80,7 @@ class Node:
         presence: who is connected.
         poller: serves the sockets.
         polls: wake-ups of the polls that wait.
+        intakes: the reading of lines of NDJSON.
         counters: what has happened so far.
         started: when, in unix seconds.
         cluster: what this node and those others know of each other.
@@ -163,6 +164,7 @@ class Node:
         self.callbacks: Callbacks | None = None
         self.streams: dict[Stream, None] = {}
         self.polls: dict[trio.Event, None] = {}
+        self.intakes: set[trio.CancelScope] = set()
         self.connections = 0
         self.turned_away = 0
         self.handed_over: list[int] = []
@@ -310,6 +312,11 @@ class Node:
                 stream.drain(self.retry_delay_ms())
         for stream in list(self.streams.keys() - streams):  # those whose handshake was under way
             stream.drain(self.retry_delay_ms())
+
+    def end_intakes(self) -> None:
+        """Stop reading lines of NDJSON, which may come for ever; their requests are answered."""
+        for scope in self.intakes:
+            scope.cancel()
 
     async def wait_quiet(self) -> None:
         """Wait until no request is being answered and no stream is live."""

@@ -11,7 +11,7 @@ import trio
 from protocol.errors import ApiError, invalid_field, invalid_parameter, job_not_found
 from protocol.fields import MAX_UPDATE, check_json, is_id
 from protocol.update import STATUS_UPDATE, STATUSES, TYPE_OF_STATUS, Job
-from protocol.watch import EVERYTHING, parse_fields, parse_filter, user_channel
+from protocol.watch import EVERYTHING, parse_fields, parse_filter, user_channel, wants_all
 from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Cancel, Claim, Delete, Publish
@@ -122,17 +122,33 @@ async def publish_batch(exchange: Exchange) -> Response:
 
 
 async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | None) -> None:
-    """Take NDJSON in line by line while it comes: a worker may keep one such request open for long."""
+    """Take NDJSON in line by line while it comes: a worker may keep one such request open for long.
+
+    Raises:
+        ApiError: also 503, if the server goes away before its end.
+    """
     check_body(exchange)
-    connection = exchange.connection
+    connection, intakes = exchange.connection, exchange.node.intakes
     connection.http.limit_body(MAX_BATCH)
     rest = b""
-    while piece := await connection.next_piece():
-        lines = (rest + piece).split(b"\n")
-        # Of a line that is too long, more than it takes to refuse it is not kept.
-        rest = lines.pop()[: MAX_UPDATE + 1]
-        await _publish_some(exchange, batches, lines, key)
-    await _publish_some(exchange, batches, [rest], key)
+    with trio.CancelScope() as scope:
+        intakes.add(scope)
+        try:
+            while piece := await connection.next_piece():
+                lines = (rest + piece).split(b"\n")
+                # Of a line that is too long, more than it takes to refuse it is not kept.
+                rest = lines.pop()[: MAX_UPDATE + 1]
+                await _publish_some(exchange, batches, lines, key)
+            await _publish_some(exchange, batches, [rest], key)
+        finally:
+            intakes.discard(scope)
+    if scope.cancelled_caught:
+        for batch in batches:
+            await batch.submission.wait_kept()
+        read = batches[-1].next_index if batches else 0
+        raise ApiError(
+            503, "try_later", f"this server is going away; {read} updates of this request were read", retry_after=1
+        )
 
 
 async def _publish_some(exchange: Exchange, batches: list[Batch], lines: list[bytes], key: str | None) -> None:
@@ -236,6 +252,8 @@ async def list_jobs(exchange: Exchange) -> Response:
         raise invalid_parameter("userId", f"{user_id[:128]!r} is not an id")
     if user_id is not None and user_id != caller.user and not caller.admin:
         raise ApiError(403, "forbidden", "userId: only an admin may read another user's jobs", field="userId")
+    if wants_all(query) and not caller.admin:
+        raise ApiError(403, "forbidden", "all: only an admin may read all jobs", field="all")
     if user_id is None and not caller.admin:
         user_id = caller.user
     statuses = wanted.statuses

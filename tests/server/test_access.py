@@ -233,6 +233,16 @@ async def test_publishing_needs_the_capability(method: str, target: str, body: o
         assert (await at.ask(method, target, body, ADMIN)).status < 300, "an admin has every capability"
 
 
+async def test_all_jobs_are_for_admins_on_the_list_too() -> None:
+    async with server(auth=AUTH) as at:
+        await at.publish("j1", WORKER, userId="alice")
+        answer = await at.get(f"{JOBS}?all=1", bearer("alice"))
+        assert (answer.status, answer.error, answer.json["error"]["field"]) == (403, "forbidden", "all")
+        assert (await at.get(f"{JOBS}?all=zz", ADMIN)).status == 400
+        for query, headers in (("all=0", bearer("alice")), ("all=1", ADMIN)):
+            assert [job["jobId"] for job in (await at.get(f"{JOBS}?{query}", headers)).json["jobs"]] == ["j1"]
+
+
 async def test_open_mode_takes_everyone_for_an_admin_and_looks_at_no_token() -> None:
     async with server() as at:
         await at.publish("j1", userId="alice")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -18,7 +20,7 @@ from server.auth import Identity
 from server.auth_hook import AuthHook
 from server.config import Auth
 from tests.streams import websocket
-from tests.support import AUTH, Answer, InProcess, bearer, in_seconds, server, until
+from tests.support import AUTH, Answer, InProcess, bearer, in_seconds, server, spawned, until
 
 NOW: Final = 1_750_000_000.0
 JOBS: Final = "/api/v2/jobs"
@@ -78,8 +80,7 @@ async def application() -> AsyncIterator[Application]:
 async def asking(app: Application, clock: Callable[[], float] = lambda: NOW, **keys: Any) -> AsyncIterator[AuthHook]:
     hook = AuthHook(Auth(hook_url=app.url, **keys), clock=clock)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(hook.run)
-        await until(lambda: hook._nursery is not None)
+        await nursery.start(hook.run)
         yield hook
         nursery.cancel_scope.cancel()
 
@@ -91,6 +92,17 @@ async def refused(hook: AuthHook, **credentials: str) -> ApiError:
 
 
 # --- over the real server ---
+
+
+async def test_the_first_caller_of_all_is_asked_about_and_the_log_has_no_address_of_secrets(tmp_path: Path) -> None:
+    async with application() as app, spawned(tmp_path, auth={"hook_url": app.url}, log={"level": "debug"}) as at:
+        answer = await at.get("/api/v2/me", COOKIE)
+        assert (answer.status, len(app.asked)) == (200, 1), answer
+        at.signal(signal.SIGINT)
+        assert await at.exit_status() == 0
+        assert "path=/api/v2/me status=200" in at.log()
+        for secret in ("from=statuswire", "session=", "theme=dark"):
+            assert secret not in at.log()
 
 
 async def test_the_application_says_who_its_callers_are() -> None:

@@ -236,6 +236,24 @@ async def test_accepted_updates_are_flushed_though_their_request_never_ends(tmp_
         assert len((await at.get(f"{JOBS}?limit=1000")).json["jobs"]) == 300
 
 
+async def test_lines_that_go_on_are_answered_when_the_drain_is_over(tmp_path: Path) -> None:
+    async with spawned(tmp_path, server={"drain": 1}) as at, at.connect() as http:
+        headers = {"Content-Type": "application/x-ndjson", "Content-Length": "100000"}
+        await http.send(request_bytes("POST", "/api/v2/updates", headers=headers))
+        for number in range(3):
+            await http.send(b'{"jobId":"j%d","userId":"alice"}\n' % number)
+            await until_answered(at, f"{JOBS}/j{number}", 200)
+        at.signal(signal.SIGTERM)
+        await until_answered(at, "/ready", 503)
+        await http.send(b'{"jobId":"j0","progress":7}\n{"jobId":"j1","progr')
+        answer = await http.answer()
+        assert (answer.status, answer.error, answer.headers["retry-after"]) == (503, "try_later", "1")
+        assert "4 updates of this request were read" in answer.json["error"]["message"]
+        assert await at.exit_status() == 0
+    async with spawned(tmp_path) as at:
+        assert (await at.get(f"{JOBS}/j0")).json["progress"] == 7
+
+
 async def test_streams_that_are_opened_while_draining_are_ended_too() -> None:
     async with server() as at:
         drained: list[int] = []
