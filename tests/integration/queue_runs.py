@@ -123,10 +123,12 @@ def bull_load(redis: RedisServer, start: Start, library: str) -> Load:
                 return "failed"
             return None if oracle.exists(f"bull:{queue}:{job}") else "cancelled"
 
-    # Of Bull's jobs that wait for their time it is only looked up that they do.
+    # Of Bull's jobs that wait for their time it is only looked up that they do. Whose a job is stands in its hash,
+    # which goes when it is removed: on a fast machine before the queue is found.
     return Load(
         {"queues.q": {"kind": "bull4" if old else "bullmq", "url": redis.url}},
         send, [partial(work, "video"), partial(work, "fragile")], truth, exact=not old, sampled=old,
+        nameless=frozenset(("removed",)),
     )  # fmt: skip
 
 
