@@ -153,7 +153,7 @@ $(VENV)/load/.done: pyproject.toml | $(BIN)/python
 	$(VENV)/load/bin/pip install --quiet --editable '.[load]'
 	@touch $@
 
-bench-peers: setup peers  ## this server beside others, in one run: tables, plots, documents (eight minutes)
+bench-peers: setup peers  ## this server beside others, in one run: tables, plots, documents (nine minutes)
 	$(BIN)/pip install --quiet --editable '.[plots]'
 	$(BIN)/python -m perf.peers $(BENCH_ARGS)
 

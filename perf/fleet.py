@@ -60,7 +60,8 @@ def fleet(crowd: Crowd, costs: Costs = MEASURED, node_gigabytes: float = 4.0) ->
     of_receiving = updates * costs.redis_receive / 1e6  # cores, on every node of a cell with all the updates
     cells = max(1, math.ceil(of_receiving / RECEIVING), math.ceil(updates * costs.redis_itself / 1e6 / ROOM / SHARDS))
     shared = {
-        "sending": deliveries * costs.delivery(1, crowd.size) / 1e6,
+        # Each reader of an update may be at another node.
+        "sending": deliveries * (costs.channel + costs.delivery(1, crowd.size)) / 1e6,
         "publishing": updates * costs.redis_publish / 1e6,
         "heartbeats": crowd.readers / HEARTBEAT_S * (costs.send_cold + costs.pong) / 1e6,
         "coming back": crowd.readers / crowd.return_s * costs.connect / 1e6,

@@ -15,23 +15,24 @@ BIN_US: Final = 50.0
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one core of the machine in perf/results/2026-11-22.txt, in microseconds unless the name says otherwise."""
+    """Of one core of the machine in perf/results/, in microseconds unless the name says otherwise."""
 
-    send: float = 3.8  # one update to one reader; nearly all of it is the kernel's
+    send: float = 3.54  # one update to one reader; nearly all of it is the kernel's
     send_cold: float = 8.0  # the same after a pause: the caches are cold, and the reader has to be woken
     cold_after: float = 20_000.0
-    joined_update: float = 0.024  # every further update in the same send
-    joined_byte: float = 0.000057  # and every byte of it
-    publish: float = 141.0  # by an HTTP request of its own, while there is other work; 200 if each wakes the node up
-    publish_in_batch: float = 11.5
+    joined_update: float = 0.0224  # every further update in the same send
+    joined_byte: float = 0.000032  # and every byte of it
+    channel: float = 42.0  # a channel that has something, in each flush
+    publish: float = 115.0  # by an HTTP request of its own, while there is other work; 142 if each wakes the node up
+    publish_further: float = 7.9  # every further update in the same request: 9.0 each, in batches of a hundred
     turn: float = 1_000.0  # the flusher lets others run after this long
     turn_over: float = 20.0  # what that costs
     redis_publish: float = 25.0  # of the node that publishes, in batches
     redis_receive: float = 10.0  # of each node that follows the job's owner
     redis_itself: float = 24.0  # of Redis
-    connect: float = 352.0  # handshake, token, subscription, snapshot, end; WebSocket
-    pong: float = 45.0  # a WebSocket ping is answered
-    connection_bytes: float = 8_041.0  # resident, idle and subscribed
+    connect: float = 141.0  # handshake, token, subscription, snapshot, end; WebSocket
+    pong: float = 28.6  # a ping is answered: at most what an update over WebSocket takes
+    connection_bytes: float = 1_893.0  # resident, idle and subscribed
     kernel_bytes: float = 3_800.0  # its socket
 
     def delivery(self, updates: int, size: int, cold: bool = False) -> float:
@@ -69,7 +70,7 @@ def simulate(load: Load, costs: Costs = MEASURED, seconds: float = 5.0) -> Outco
     """Runs one node for so long: requests come on a schedule, the flusher sends what has gathered."""
     every = 1e6 * load.batch / load.rate
     requests = deque(number * every for number in range(max(1, int(seconds * 1e6 / every))))
-    one = costs.publish if load.batch == 1 else costs.publish_in_batch * load.batch
+    one = costs.publish + costs.publish_further * (load.batch - 1)
     pending: dict[int, list[float]] = {}
     delays: Counter[int] = Counter()
     now = busy = 0.0
@@ -97,6 +98,8 @@ def simulate(load: Load, costs: Costs = MEASURED, seconds: float = 5.0) -> Outco
         since = now
         for stamps in batch.values():
             each = costs.delivery(len(stamps), load.size, cold)
+            now += costs.channel
+            busy += costs.channel
             left = load.readers
             while left:
                 some = min(left, max(1, int((costs.turn - (now - since)) / each)))
@@ -134,15 +137,17 @@ class Point:
 
     name: str
     load: Load
-    core: float
+    core: float | None
     p50: float
     p99: float
     updates_per_send: float
 
 
-# perf/results/2026-11-22.txt; over WebSocket. Core: the server's process.
+# perf/results/2026-11-22-turns.txt; over WebSocket. Core: the server's process, where it was measured.
 POINTS: Final = (
-    Point("1,000 readers, 10/s", Load(10, 1_000), 0.083, 4.2, 8.7, 1.0),
-    Point("1,000 readers, 10,000/s", Load(10_000, 1_000, batch=100), 0.85, 5.6, 21.8, 102.7),
-    Point("the same, short messages", Load(10_000, 1_000, batch=100, size=138), 0.78, 5.1, 16.1, 100.7),
+    Point("1,000 readers, 10/s", Load(10, 1_000), None, 3.57, 8.36, 1.0),
+    Point("1,000 readers, 10,000/s", Load(10_000, 1_000, batch=100), 0.76, 4.6, 16.3, 100.7),
+    Point("the same, short messages", Load(10_000, 1_000, batch=100, size=138), 0.71, 4.4, 11.5, 100.0),
+    Point("100 channels of 10 readers, 10,000/s", Load(10_000, 10, channels=100, batch=10), 0.97, 0.82, 14.42, 1.0),
+    Point("1,000 channels of one reader, 5,000/s", Load(5_000, 1, channels=1_000, batch=5), 0.40, 0.41, 0.79, 1.0),
 )

@@ -57,6 +57,8 @@ PROBES_PER_S: Final = 20.0
 # What may be more in the last quarter of the run than in the second, which is the first that has everything in it.
 GROWTH: Final = {"memory": (1.05, 2.0), "descriptors": (1.1, 8.0), "tasks": (1.1, MAX_PARKED), "p99": (2.0, 20.0)}
 PATIENCE_S: Final = 30.0
+# A sign of life: a peer that gives none for two minutes is given up.
+PONG: Final = b"\x8a\x80\0\0\0\0"
 LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -268,6 +270,7 @@ async def probe(soak: Soak) -> None:
             while True:
                 update = {"userId": "probe", "message": f"t={time.monotonic():.6f}"}
                 await ask(soak, "POST", "/api/v2/jobs/probe/updates", update)
+                await stream.send_all(PONG)
                 await trio.sleep(1 / PROBES_PER_S)
 
         nursery.start_soon(publish)

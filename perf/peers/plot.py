@@ -41,10 +41,14 @@ def draw(result: dict[str, Any], directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, wanted in FIGURES.items():
-        figure, grid = pyplot.subplots(len(wanted), len(NAMES), figsize=(12, 4.2 * len(wanted)), squeeze=False)
+        figure, grid = pyplot.subplots(len(wanted), len(NAMES), figsize=(16, 4.2 * len(wanted)), squeeze=False)
         for line, measure in zip(grid, wanted, strict=True):
             for axes, (transport, title) in zip(line, NAMES.items(), strict=True):
-                _panel(axes, bars(result, transport, measure), f"{title}: {measure.label} [{measure.unit}]", measure)
+                found = bars(result, transport, measure)
+                if any(number is not None for _, number in found):
+                    _panel(axes, found, f"{title}\n{measure.label} [{measure.unit}]", measure)
+                else:  # nobody was asked for it
+                    axes.set_visible(False)
         figure.text(0.01, 0.005, _foot(result), fontsize=7, color="#6b7280")
         figure.tight_layout(rect=(0, 0.02, 1, 1))
         paths.append(directory / f"{name}.png")

@@ -14,8 +14,9 @@ from perf.simulate import DOCUMENT, fill, tables
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
 def test_the_measured_points_come_out(point: Point) -> None:
     found = simulate(point.load)
-    assert found.core == pytest.approx(point.core, rel=0.15)
-    assert found.p50 == pytest.approx(point.p50, rel=0.25)
+    if point.core is not None:
+        assert found.core == pytest.approx(point.core, rel=0.15)
+    assert 0.4 * point.p50 < found.p50 < 1.1 * point.p50
     assert found.p99 <= point.p99, "the model leaves out what only delays"
     assert found.updates_per_send == pytest.approx(point.updates_per_send, rel=0.1)
     assert found.deliveries_per_s == pytest.approx(point.load.rate * point.load.readers, rel=0.02)
@@ -32,18 +33,19 @@ def test_a_document_without_a_place_is_refused() -> None:
 
 
 def test_a_delivery_costs_the_same_however_many_readers_and_channels_there_are() -> None:
-    few, many = simulate(Load(100, 10)), simulate(Load(100, 1_000))
-    assert many.core > few.core
+    warm = replace(MEASURED, publish=0.0, channel=0.0, turn_over=0.0)
+    few, many = (simulate(Load(5, readers), warm) for readers in (10, 10_000))
+    assert few.core / few.deliveries_per_s == pytest.approx(many.core / many.deliveries_per_s, rel=0.02)
     ones = simulate(Load(1_000, 1, channels=1_000, batch=10))
     same = simulate(Load(1_000, 1, channels=10, batch=10))
     assert ones.core == pytest.approx(same.core, rel=0.01)
 
 
 def test_a_full_core_joins_updates_instead_of_falling_behind() -> None:
-    found = simulate(Load(10_000, 1_200, batch=100))
+    found = simulate(Load(10_000, 2_000, batch=100))
     assert found.core == pytest.approx(1.0, abs=0.01)
     assert found.updates_per_send > 110
-    assert found.deliveries_per_s == pytest.approx(12_000_000, rel=0.02)
+    assert found.deliveries_per_s == pytest.approx(20_000_000, rel=0.02)
 
 
 def test_every_request_is_worked_off_once() -> None:
@@ -65,6 +67,7 @@ def test_no_node_and_no_redis_of_a_fleet_is_fuller_than_planned(readers: int, cr
 
 def test_what_costs_less_needs_fewer_nodes() -> None:
     crowd = Crowd(1_000_000)
-    cheaper = replace(MEASURED, connect=MEASURED.connect / 3)
-    assert fleet(crowd).first == "coming back"
+    cheaper = replace(MEASURED, channel=0.0)
+    assert fleet(crowd).first == "everyday work"
+    assert fleet(replace(crowd, active=0.01)).first == "coming back"
     assert fleet(crowd, cheaper).nodes < fleet(crowd).nodes
