@@ -86,6 +86,11 @@ def cursor(running: InProcess) -> str:
     return f"{history.epoch}:{history.last}"
 
 
+def offset_of(cursor: str) -> int:
+    """Where in its log a cursor stands."""
+    return int(cursor.rpartition(":")[2])
+
+
 def lose_log(running: InProcess, last: int = 0) -> None:
     """What a store does that cannot vouch for its tail: the same records, a new epoch."""
     node = running.node

@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final
 
 import trio
 from msgspec.json import encode
 
 from protocol.errors import ApiError, CloseCode
-from protocol.fields import is_id
 from protocol.frames import SMALL_WINDOW_BITS, WINDOW_BITS, close_frame, ping_frame, pong_frame
 from protocol.messages import (
-    Ack,
     AuthMessage,
-    ClientMessage,
-    Get,
-    NotifyMessage,
-    PingMessage,
     PublishMessage,
     Ref,
-    Subscribe,
-    Unsubscribe,
     decode_client_message,
     error_message,
-    min_interval_s,
     ref_of,
     server_message,
     snapshot_parts,
-    split_ids,
-    subscribe_fields,
-    subscribe_filter,
     whole,
 )
-from protocol.notice import check_key, check_notice, heard
-from protocol.update import Job, Update, format_time
-from protocol.watch import ANY, Watch, job_channel, user_channel
+from protocol.update import Update, format_time
 from protocol.websocket import (
     Binary,
     CloseReceived,
@@ -53,27 +39,16 @@ from protocol.websocket import (
 from protocol.wire import Framing, WireForm, select_fields, wire_form
 from server.auth import Identity
 from server.connection import Exchange
-from server.hub import Want
 from server.ids import new_id
 from server.logs import log_event
 from server.node import LOG, Stream
-from server.notices import acknowledge, may_join, offset_of, owed, send, split_channels
+from server.notices import owed
 from server.origins import check_origin
-from server.publishing import Batch, summary
-from server.reading import (
-    FRESH,
-    Start,
-    channel_of_job,
-    channels_for,
-    missed_notices,
-    missed_updates,
-    narrowed,
-    snapshot,
-    start_from,
-)
+from server.reading import FRESH, snapshot
 from server.socketio import linger
 from server.transports.live import DISCONNECTED, LiveReader
 from server.transports.sse import REPLAY_UPDATES
+from server.transports.websocket_messages import HANDLERS
 from server.wheel import Timer
 
 PROTOCOL: Final = "statuswire.v1"
@@ -90,8 +65,6 @@ _FRAMINGS: Final = {
 }
 # Malformed or rate-limited messages in a row after which the client is not one of ours.
 MAX_MISTAKES: Final = 10
-# Publishes whose answer is still on its way; a client further ahead of the store waits.
-MAX_UNANSWERED: Final = 64
 # Answers to publishes that came together are sent together, so many at most.
 CORKED_ANSWERS: Final = 64
 GOODBYE_S: Final = 5.0
@@ -163,16 +136,16 @@ class Session(LiveReader):
         "_auth_timer",
         "_early",
         "_farewell",
-        "_framing",
-        "_from_inbox",
         "_heavy_s",
         "_held",
         "_incoming",
-        "_joined",
         "_mistakes",
-        "_notices_from",
         "_too_fast",
-        "_unanswered",
+        "framing",
+        "from_inbox",
+        "joined",
+        "notices_from",
+        "unanswered",
     )
 
     transport = "websocket"
@@ -180,12 +153,12 @@ class Session(LiveReader):
 
     def __init__(self, exchange: Exchange, handshake: Handshake, early: bytes, client_id: str) -> None:
         window_bits = None if handshake.deflate is None else handshake.deflate.window_bits
-        self._framing = _FRAMINGS[handshake.protocol == LINES, window_bits]
+        self.framing = _FRAMINGS[handshake.protocol == LINES, window_bits]
         connection = exchange.connection
         super().__init__(
             exchange.node,
             connection.sock,
-            wire_form(self._framing),
+            wire_form(self.framing),
             client_id=client_id,
             address=exchange.address,
         )
@@ -197,11 +170,11 @@ class Session(LiveReader):
         self._held = 0  # bytes of a message that is not whole yet
         self._mistakes = 0
         self._too_fast = 0
-        self._unanswered = 0
+        self.unanswered = 0
         # Notifications behind these offsets have been given: those for the client itself, and those of channels.
-        self._notices_from = 0
-        self._joined: dict[str, int] | None = None
-        self._from_inbox: frozenset[int] = _NONE  # and these besides
+        self.notices_from = 0
+        self.joined: dict[str, int] | None = None
+        self.from_inbox: frozenset[int] = _NONE  # and these besides
 
     # Beginning and end
 
@@ -236,12 +209,12 @@ class Session(LiveReader):
 
     def _give_stored(self, notices: list[Update]) -> None:
         """Notifications that were stored for this user; from here on all others come live."""
-        self._notices_from = self.hub.history.last
-        self._from_inbox = frozenset([notice.offset for notice in notices])
+        self.notices_from = self.hub.history.last
+        self.from_inbox = frozenset([notice.offset for notice in notices])
         if notices:
-            self.post(self._replayed(self.form, notices))
+            self.post(self.replayed(self.form, notices))
 
-    def _replayed(self, form: WireForm, updates: list[Update]) -> Iterator[bytes]:
+    def replayed(self, form: WireForm, updates: list[Update]) -> Iterator[bytes]:
         epoch = self.hub.history.epoch
         return (
             form.updates(updates[start : start + REPLAY_UPDATES], epoch)
@@ -378,7 +351,7 @@ class Session(LiveReader):
                 self.uncork()
             if self.identity is None and not isinstance(message, AuthMessage):
                 raise ApiError(401, "unauthorized", 'send {"type":"auth","token":…} first')
-            await _HANDLERS[type(message)](self, message)
+            await HANDLERS[type(message)](self, message)
             self._mistakes = self._too_fast = 0
         except ApiError as error:
             ref = ref_of(text)
@@ -405,216 +378,8 @@ class Session(LiveReader):
         """Send one message of our own."""
         self.post(self.form.message(server_message(type_, **fields)))
 
-    # One handler per client message; ApiErrors are answered by the caller
-
-    async def _auth(self, message: AuthMessage) -> None:
-        known = self.identity
-        try:
-            identity = await self.node.authenticator.introduce(message.token)
-            if known is None:
-                await self.node.presence.admit(self.client_id, identity.user)
-        except ApiError as error:
-            if error.status == 503:
-                raise  # nothing is known against this token: the client may say it again
-            self.refuse(error, message.ref)
-            return
-        if known is None:
-            self.welcome(identity, message.ref)
-            return
-        if identity.user != known.user:
-            self.close_with(CloseCode.UNAUTHORIZED, "the token is another user's")
-            return
-        self.identity = identity
-        self.expire_with(identity)
-        # A newer token may allow less. What is pending came under the old one.
-        self.catch_up()
-        for name, want in list(self.wants.items()):
-            allowed = narrowed(identity, name)
-            if allowed != name:
-                self.hub.detach(self, [name])
-                if allowed is not None and allowed not in self.wants:
-                    self.hub.attach(self, [(allowed, want)])
-        self._leave([channel for channel in self.channels if not may_join(self.node, identity, channel)])
-        self.settle()
-        expires = None if identity.expires_at is None else format_time(int(identity.expires_at * 1000))
-        self.say("authenticated", userId=identity.user, expiresAt=expires, ref=message.ref)
-
-    async def _subscribe(self, message: Subscribe) -> None:
-        identity = self._known()
-        wanted, fields = subscribe_filter(message), subscribe_fields(message)
-        interval = min_interval_s(message)
-        if message.user_id is not None and not is_id(message.user_id):
-            raise ApiError(422, "invalid_field", "userId: not an id", field="userId")
-        named = message.job_ids
-        if named is None and message.channels is not None and message.user_id is None and not message.all:
-            named = []  # channels alone ask for no jobs
-        job_ids: list[str] | None = None
-        denied: list[str] = []
-        if named is not None:
-            job_ids, denied = split_ids(
-                named,
-                self.node.config.limits.jobs_per_connection - len(self.wants),
-                lambda job_id: channel_of_job(identity, job_id, message.user_id) in self.wants,
-            )
-        channels: list[str] = []
-        if message.channels is not None:
-            channels, refused = split_channels(self.node, identity, message.channels, self.channels)
-            denied += refused
-        watch = Watch(None if job_ids is None else tuple(job_ids), message.user_id, wanted, fields)
-        names = channels_for(identity, watch, all_jobs=message.all)
-        last_seen = None if message.last_seen is None else str(message.last_seen)
-        await self.node.broker.follow(names, last_seen)
-        history = self.hub.history
-        begin = start_from(history, last_seen)
-        form = wire_form(self._framing, fields)
-
-        # All that this reader is owed so far goes out first: from here on one offset stands for all its channels.
-        self.catch_up()
-        if interval is not None:
-            self.min_interval_s = interval
-        self.hub.attach(self, [(name, Want(wanted, form)) for name in names])
-        self.node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
-        head = {"type": "subscribed", "ref": message.ref} if message.ref is not None else {"type": "subscribed"}
-        scope: dict[str, Any] = {"jobIds": job_ids or [], "denied": denied}
-        if message.channels is not None:
-            scope["channels"] = channels
-        notices = self._join(channels, begin)
-        if begin.after is None:
-            jobs = snapshot(self.node.jobs, names, wanted)
-            self._post_snapshot(
-                jobs, fields, head, scope | {"id": f"{history.epoch}:{history.last}", "recovered": False}
-            )
-        else:
-            missed = missed_updates(history, ((name, wanted) for name in names), begin.after)
-            if notices:
-                missed = sorted(missed + notices, key=lambda update: update.offset)
-            # Not further than what the client has: the replay behind it takes the cursor on from there.
-            cursor = f"{history.epoch}:{begin.after if missed else history.last}"
-            self._post_snapshot([], None, head, scope | {"id": cursor, "recovered": True})
-            self.node.counters.replayed += len(missed)
-            self.post(self._replayed(form, missed))
-        self.settle()
-
-    def _join(self, channels: list[str], start: Start) -> list[Update]:
-        """Join channels. Returns the notifications that came after the cursor and have not been given here."""
-        history, joined = self.hub.history, self._joined or {}
-        after = history.last if start.after is None else start.after
-        notices: list[Update] = []
-        if start.given is not None and start.after is not None:
-            acknowledge(self.node, self.user, after)
-        if after < history.last:
-            for notice in missed_notices(history, heard(self.client_id, self.user, channels), after):
-                if not self._was_given(notice, joined):
-                    notices.append(notice)
-            self._notices_from = min(self._notices_from, after)
-        for channel in channels:
-            self.node.presence.join(self, channel)
-            joined[channel] = min(joined.get(channel, after), after)
-        self._joined = joined or None
-        return notices
-
-    def _was_given(self, notice: Update, joined: Mapping[str, int]) -> bool:
-        targets, offset = notice.targets or (), notice.offset
-        if targets[0].startswith("channel/"):
-            return any(joined.get(target[8:], offset) < offset for target in targets)
-        return offset > self._notices_from or offset in self._from_inbox
-
-    def _leave(self, channels: Iterable[str]) -> None:
-        for channel in channels:
-            self.node.presence.part(self, channel)
-            if self._joined is not None:
-                self._joined.pop(channel, None)
-
-    def _post_snapshot(
-        self, jobs: list[Job], fields: frozenset[str] | None, head: dict[str, Any], last: dict[str, Any]
-    ) -> None:
-        records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
-        parts = snapshot_parts(records, "snapshot", encode(head), encode(last))
-        messages = (self.form.message(message) for message, _ in parts)
-        if len(jobs) <= 1:
-            self.post(next(messages))
-        else:
-            self.post(messages)
-
-    async def _unsubscribe(self, message: Unsubscribe) -> None:
-        identity = self._known()
-        if not (message.job_ids or message.user_id or message.all or message.channels):
-            names = list(self.wants)
-            channels = tuple(self.channels)
-        else:
-            channels = tuple(message.channels or ())
-            names = ["*"] if message.all else []
-            if message.user_id is not None and message.job_ids is None:
-                names.append(user_channel(message.user_id))
-            for job_id in message.job_ids or ():
-                names += [job_channel(job_id), job_channel(job_id, message.user_id or identity.user)]
-        self.catch_up()  # nothing of it may come after the answer
-        self.hub.detach(self, names)
-        self._leave(channels)
-        self.settle()
-        self.say("unsubscribed", jobIds=message.job_ids, channels=message.channels, ref=message.ref)
-
-    async def _get(self, message: Get) -> None:
-        identity = self._known()
-        good, _ = split_ids(message.job_ids, self.node.config.limits.jobs_per_connection)
-        names = channels_for(identity, Watch(tuple(good)))
-        await self.node.broker.follow(names)
-        self.catch_up()  # no update that comes after the answer is older than it
-        jobs = snapshot(self.node.jobs, names, ANY)
-        head: dict[str, Any] = {"type": "jobs"} if message.ref is None else {"type": "jobs", "ref": message.ref}
-        parts = snapshot_parts((job.latest.body for job in jobs), "jobs", encode(head), b"{}")
-        self.post(self.form.message(part) for part, _ in parts)
-
-    async def _publish(self, message: PublishMessage) -> None:
-        identity = self._known()
-        if not identity.can("publish"):
-            raise ApiError(403, "forbidden", "publishing needs the capability 'publish'")
-        self.node.check_accepting()
-        if self.node.limits.on_publishes:
-            await self.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
-        await self.hub.wait_room()
-        batch = Batch(self.node, identity, [bytes(update) for update in message.updates], source="websocket")
-        self._unanswered += 1
-
-        def answer(error: ApiError | None) -> None:
-            self._unanswered -= 1
-            if self._unanswered and not self.corked:  # others were kept with it, most likely
-                self.corked = True
-                self.hub.soon(self.uncork)
-            if error is not None:
-                self.post(self.form.message(error_message(error, message.ref)))
-            else:
-                self.say("published", ref=message.ref, **summary([batch], self.node))
-
-        # Answered in order of commit without stopping the reading of further messages.
-        batch.submission.when_kept(answer)
-        if self._unanswered > MAX_UNANSWERED:
-            await batch.submission.wait_kept()
-
-    async def _ack(self, message: Ack) -> None:
-        """Everything up to this cursor has arrived. A cursor that is not of this log is a sign of life and no more."""
-        offset = offset_of(self.node, message.id)
-        if offset is not None:
-            acknowledge(self.node, self.user, offset)
-
-    async def _notify(self, message: NotifyMessage) -> None:
-        self.node.check_accepting()
-        notice, key = check_notice(message), check_key(message)
-        delivered, accepted = await send(self.node, self._known(), notice, key)
-        self.say(
-            "published",
-            accepted=0 if accepted.duplicate else 1,
-            duplicates=1 if accepted.duplicate else 0,
-            rejected=[],
-            delivered=delivered,
-            id=f"{self.node.broker.epoch}:{accepted.offset}",
-            ref=message.ref,
-        )
-
-    async def _ping(self, message: PingMessage) -> None:
-        self.say("pong", ref=message.ref, timestamp=format_time(int(time.time() * 1000)))
-
-    def _known(self) -> Identity:
+    def known(self) -> Identity:
+        """Whose it is, in a handler: nobody else's messages come so far."""
         assert self.identity is not None
         return self.identity
 
@@ -645,18 +410,5 @@ class Session(LiveReader):
         last = encode({"id": f"{history.epoch}:{stored.before}"})
         parts = snapshot_parts(records, "snapshot", encode({"type": "reset"}), last)
         self.post(self.form.message(message) for message, _ in parts)
-        self._joined = dict.fromkeys(self.channels, history.last) or None
+        self.joined = dict.fromkeys(self.channels, history.last) or None
         self._give_stored(stored.notices)
-
-
-_Handler = Callable[[Session, Any], Awaitable[None]]
-_HANDLERS: Final[dict[type[ClientMessage], _Handler]] = {
-    Subscribe: Session._subscribe,
-    Unsubscribe: Session._unsubscribe,
-    Get: Session._get,
-    PublishMessage: Session._publish,
-    NotifyMessage: Session._notify,
-    Ack: Session._ack,
-    AuthMessage: Session._auth,
-    PingMessage: Session._ping,
-}

@@ -316,7 +316,8 @@ async def test_each_variant_of_the_nginx_sample(
     environ = {"STATUSWIRE_SERVER_BASE_PATH": path.rstrip("/"), "STATUSWIRE_SERVER_UNIX_SOCKET": unix}
     async with running(tmp_path, "--store", "memory:", environ=environ) as server:
         statuswire = f"127.0.0.1:{server.port}" if socket == "tcp" else f"unix:{unix}"
-        application = listen if site == "base-path" else ""
+        # What is not below the path (a browser asks for /favicon.ico) is refused there: no loop through nginx.
+        application = f"127.0.0.1:{server.port}" if site == "base-path" else ""
         configuration = configure(tmp_path, file, listen, statuswire, application, certificate if tls else None)
         async with nginx(configuration):
             page = await new_page()

@@ -8,7 +8,7 @@ from protocol import fields, http1, notice, proxy, request
 from server import config_load, inbox, listener, tls
 from server.config_rules import toml
 from server.routes import jobs
-from server.transports import websocket
+from server.transports import websocket, websocket_messages
 from tests.hostility.attacks import ATTACKS
 from tests.support import ROOT
 
@@ -28,7 +28,7 @@ FIXED = {
     "one batch": jobs.MAX_BATCH,
     "updates in a batch": jobs.MAX_UPDATES,
     "malformed messages in a row": websocket.MAX_MISTAKES,
-    "unanswered publishes of a connection": websocket.MAX_UNANSWERED,
+    "unanswered publishes of a connection": websocket_messages.MAX_UNANSWERED,
     "channels of a connection": notice.MAX_CHANNELS,
     "notifications stored for a user": inbox.MAX_PER_USER,
     "sockets that are told that they are too many": listener.REFUSED_SOCKETS,

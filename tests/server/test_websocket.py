@@ -295,13 +295,13 @@ def with_update_before(
     monkeypatch: pytest.MonkeyPatch, server: InProcess, kind: type[ClientMessage], job_id: str
 ) -> None:
     """Publish in the very turn of the loop in which such a message is taken, before the flusher has its turn."""
-    handler = transport._HANDLERS[kind]
+    handler = transport.HANDLERS[kind]
 
     async def publish_first(session: Any, message: Any) -> None:
         put(server, job_id)
         await handler(session, message)
 
-    monkeypatch.setitem(transport._HANDLERS, kind, publish_first)
+    monkeypatch.setitem(transport.HANDLERS, kind, publish_first)
 
 
 async def test_what_is_pending_comes_before_the_answer_that_ends_it(
