@@ -47,7 +47,7 @@ class Display(Protocol):
         """Records that changed by the last events, and all there are."""
 
     def note(self, text: str | None) -> None:
-        """Why nothing comes at the moment, or None: all is well (again)."""
+        """Why what is shown is not live at the moment, or None: it is (again)."""
 
 
 def open_display(stream: TextIO, *, json: bool) -> AbstractContextManager[Display]:
@@ -60,7 +60,7 @@ def open_display(stream: TextIO, *, json: bool) -> AbstractContextManager[Displa
 
 
 class _Printed:
-    """Common to the line displays: output at once, notes on stderr and each only once."""
+    """Common to the line displays: output at once, notes on stderr, each only once, and when their reason is over."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -75,8 +75,8 @@ class _Printed:
         return None
 
     def note(self, text: str | None) -> None:
-        if text is not None and text != self._noted:
-            print(f"statuswire: {printable(text)}", file=sys.stderr, flush=True)
+        if text != self._noted:
+            print(f"statuswire: {'live' if text is None else printable(text)}", file=sys.stderr, flush=True)
         self._noted = text
 
 

@@ -39,6 +39,8 @@ HEARTBEATS = 3
 READ_TIMEOUT = HEARTBEATS * 30.0
 MAX_READ_TIMEOUT = 3600.0
 
+NOT_LIVE = "not live: the server is cut off from its store, so this may be old"
+
 _UPDATES = frozenset({"status_update", "job_completed", "job_failed", "job_cancelled", "job_deleted"})
 
 
@@ -162,6 +164,7 @@ class _Stream:
         self._cursor = ""
         self._retry: float | None = None  # seconds the server asked to wait before the next connection
         self._failures = 0  # connections in a row that brought nothing
+        self._live = True  # as the server said last: it knows all that other servers know
 
     def batches(self) -> Generator[list[Event] | None, None, None]:
         """What arrived together, and None for each new stream; ends when the server says that it is all over.
@@ -200,10 +203,14 @@ class _Stream:
 
     def take(self, message: dict[str, Any]) -> None:
         """What an event says about the stream itself."""
-        heartbeat = message.get("heartbeat")
-        if message.get("type") == "error":
+        kind, heartbeat = message.get("type"), message.get("heartbeat")
+        if kind == "error":
             self._display.note(str(message.get("message") or message.get("code")))
-        elif message.get("type") == "connected" and isinstance(heartbeat, int | float):
+            return
+        if kind in ("connected", "heartbeat"):
+            self._live = message.get("live") is not False
+        self._display.note(None if self._live else NOT_LIVE)
+        if kind == "connected" and isinstance(heartbeat, int | float):
             # For the next connection; on this one a longer interval costs one reconnection.
             self._client.timeout = timeouts(min(max(READ_TIMEOUT, HEARTBEATS * heartbeat), MAX_READ_TIMEOUT))
 
@@ -231,7 +238,6 @@ class _Stream:
                 self._retry = min(parser.retry_ms / 1000, MAX_ASKED_DELAY)
             if any(event.event == "message" and '"try_later"' not in event.data for event in events):
                 self._failures = 0
-                self._display.note(None)
             if events:
                 yield events
 

@@ -23,7 +23,7 @@ import pytest
 from server.cli import main
 from server.commands.client import open_client
 from server.commands.display import Lines, _most_alive, describe
-from server.commands.watch import READ_TIMEOUT, Watched, _Stream
+from server.commands.watch import NOT_LIVE, READ_TIMEOUT, Watched, _Stream
 from tests.server.commands.scripted import Answer, ScriptedServer, error, scripted, sse, stream
 
 pytestmark = pytest.mark.slow
@@ -103,8 +103,9 @@ def test_comes_back_with_its_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert [line.split()[-1] for line in captured.out.splitlines()] == ["1%", "2%", "3%", "completed"]
     notes = captured.err.splitlines()
-    assert len(notes) == 3
-    assert all(note.startswith("statuswire: ") and note.endswith("; trying again") for note in notes)
+    assert len(notes) == 4
+    assert all(note.startswith("statuswire: ") and note.endswith("; trying again") for note in notes[:-1])
+    assert notes[-1] == "statuswire: live"
     assert "the server drains (request r1)" in notes[1]
 
 
@@ -112,7 +113,33 @@ def test_the_same_trouble_is_told_once(capsys: pytest.CaptureFixture[str]) -> No
     away = [error(503, "draining", "away") for _ in range(5)]
     with scripted(*away, stream(sse(snapshot(job(status="completed")), "e:1"))) as server:
         assert watch(server, "j") == 0
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == "statuswire: away (request r1); trying again\nstatuswire: live\n"
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_server_without_its_store_is_not_live(form: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cut_off = sse(HEARTBEAT | {"live": False}, "e:1")
+    first = stream(
+        CONNECTED,
+        sse(snapshot(job(progress=1)), "e:1"),
+        sse(HEARTBEAT, "e:1"),
+        cut_off,
+        cut_off,
+        sse(HEARTBEAT, "e:1"),
+        cut_off,
+        drop=True,
+    )
+    second = stream(sse({"type": "connected", "live": False}, retry=0), sse(update(progress=2), "e:2"), drop=True)
+    third = stream(CONNECTED, sse(update(status="completed"), "e:3"))
+    with scripted(first, second, third) as server:
+        assert watch(server, "j", *form) == 0
+    captured = capsys.readouterr()
+    notes = captured.err.splitlines()
+    cut = f"statuswire: {NOT_LIVE}"
+    lost = notes[3]
+    assert lost.endswith("; trying again")
+    assert notes == [cut, "statuswire: live", cut, lost, cut, lost, "statuswire: live"]
+    assert len(captured.out.splitlines()) == (11 if form else 3)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +268,7 @@ def test_try_later_is_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
         started = time.monotonic()
         assert watch(server, "j") == 0
         assert time.monotonic() - started >= 0.3
-    assert capsys.readouterr().err == "statuswire: the server drains\n"
+    assert capsys.readouterr().err == "statuswire: the server drains\nstatuswire: live\n"
 
 
 def test_retry_after_is_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -469,6 +496,22 @@ def test_a_reset_and_trouble_are_shown_below_the_bars() -> None:
             assert terminal.finish() == 0
     last = terminal.output.rpartition("new")[0].rpartition("\x1b[2K")[2]
     assert "old" not in last
+
+
+def test_bars_that_are_not_live_say_so() -> None:
+    with on_gate() as gate:
+        cut_off = sse(HEARTBEAT | {"live": False}, "e:1")
+        script = stream(
+            CONNECTED, sse(snapshot(job()), "e:1"), cut_off, gate.wait, sse(HEARTBEAT, "e:1"), sse(update("k"), "e:2")
+        )
+        over = stream(CONNECTED, sse(update(status="completed"), "e:3"))
+        with scripted(script, over) as server, on_terminal("j", "--url", server.url) as terminal:
+            terminal.read_until(r"j .*processing(.|\n)*not live: ")
+            gate.open()
+            terminal.read_until(r"k .*processing")
+            assert terminal.finish() == 0
+    assert NOT_LIVE in terminal.output
+    assert "not live" not in terminal.output.rpartition("k ")[2]
 
 
 def test_waiting_is_shown() -> None:
