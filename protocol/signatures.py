@@ -39,6 +39,23 @@ def check_signature(secret: str, timestamp: str | None, signature: str | None, b
     Raises:
         ApiError: 401 ``bad_signature``, saying what is wrong as far as that is no help in guessing.
     """
+    timestamp, claimed = check_signed_headers(timestamp, signature, now)
+    # The timestamp as it was sent, not as it reads: what is signed is text.
+    expected = hmac.digest(secret.encode(), timestamp.encode() + b"." + body, "sha256")
+    if not hmac.compare_digest(expected, bytes.fromhex(claimed)):
+        raise _bad("the signature does not fit the body, the timestamp and the secret")
+    return claimed
+
+
+def check_signed_headers(timestamp: str | None, signature: str | None, now: float) -> tuple[str, str]:
+    """Check what can be checked before there is a body; see ``check_signature``.
+
+    Returns:
+        The timestamp as it was sent, and the signature it claims: 64 lower-case hexadecimal digits.
+
+    Raises:
+        ApiError: 401 ``bad_signature``.
+    """
     if timestamp is None or signature is None:
         raise _bad("X-Timestamp and X-Signature-256 are needed")
     if not _TIMESTAMP.fullmatch(timestamp):
@@ -48,11 +65,7 @@ def check_signature(secret: str, timestamp: str | None, signature: str | None, b
     match = _SIGNATURE.fullmatch(signature)
     if match is None:
         raise _bad("X-Signature-256 must be 'sha256=' and 64 hexadecimal digits")
-    # The timestamp as it was sent, not as it reads: what is signed is text.
-    expected = hmac.digest(secret.encode(), timestamp.encode() + b"." + body, "sha256")
-    if not hmac.compare_digest(expected, bytes.fromhex(match[1])):
-        raise _bad("the signature does not fit the body, the timestamp and the secret")
-    return match[1].lower()
+    return timestamp, match[1].lower()
 
 
 def _bad(message: str) -> ApiError:

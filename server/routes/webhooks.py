@@ -10,7 +10,7 @@ import msgspec
 from protocol.errors import ApiError, invalid_field
 from protocol.messages import NotifyMessage
 from protocol.notice import Notice, check_notice
-from protocol.signatures import check_signature
+from protocol.signatures import check_signature, check_signed_headers
 from server.answers import Response, json_answer
 from server.auth import Identity
 from server.config import Webhook
@@ -28,19 +28,22 @@ async def receive(exchange: Exchange) -> Response:
     keys are kept for longer than a timestamp is good for.
 
     Raises:
-        ApiError: 404 for a name that is not configured, 401 ``bad_signature``, 409 ``replayed``, 415, and 422 where the
-            body does not have what the configuration points to.
+        ApiError: 404 for a name that is not configured, 401 ``bad_signature``, 409 ``replayed``, 411, 413, 415, and 422
+            where the body does not have what the configuration points to.
     """
     name = exchange.params["name"]
     webhook = exchange.node.config.webhooks.get(name)
     if webhook is None:
         raise ApiError(404, "webhook_not_found", f"there is no webhook {name[:64]!r} in the configuration")
-    body = await read_body(exchange, MAX_BODY)
     header = exchange.request.header
     timestamp, signature = header("x-timestamp"), header("x-signature-256")
-    key = check_signature(webhook.secret, timestamp, signature, body, time.time())
+    # Whoever cannot even claim to know the secret sends no body.
+    check_signed_headers(timestamp, signature, time.time())
     if exchange.request.content_type not in JSON_TYPES:
         raise unsupported(exchange.request.content_type, "application/json")
+    body = await read_body(exchange, MAX_BODY)
+    # The time is looked at again: a body may be minutes on its way, and keys are kept no longer than they need to be.
+    key = check_signature(webhook.secret, timestamp, signature, body, time.time())
     sender = Identity(f"webhook:{name}", capabilities=frozenset({"notify"}))
     delivered, accepted = await send(exchange.node, sender, _notice(webhook, body), key)
     if accepted.duplicate:

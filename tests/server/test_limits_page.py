@@ -7,7 +7,7 @@ import re
 from protocol import fields, http1, notice, proxy, request
 from server import config_load, inbox, listener, tls
 from server.config_rules import toml
-from server.routes import jobs
+from server.routes import jobs, webhooks
 from server.transports import websocket, websocket_messages
 from tests.hostility.attacks import ATTACKS
 from tests.support import ROOT
@@ -27,6 +27,7 @@ FIXED = {
     "levels of nesting": fields.MAX_DEPTH,
     "one batch": jobs.MAX_BATCH,
     "updates in a batch": jobs.MAX_UPDATES,
+    "body of a webhook, read once its headers are in order": webhooks.MAX_BODY,
     "malformed messages in a row": websocket.MAX_MISTAKES,
     "unanswered publishes of a connection": websocket_messages.MAX_UNANSWERED,
     "channels of a connection": notice.MAX_CHANNELS,

@@ -13,9 +13,10 @@ from typing import Any, Final
 import pytest
 
 from protocol.signatures import MAX_SKEW_S, sign
+from server.routes import webhooks
 from tests.redis_servers import RedisServer, running_server
 from tests.streams import session
-from tests.support import AUTH, ROOT, Address, Answer, bearer, server
+from tests.support import AUTH, ROOT, Address, Answer, bearer, request_bytes, server
 
 SECRET: Final = "a secret that is shared"
 EXAMPLES: Final = ROOT / "tools" / "webhooks" / "statuswire.toml"
@@ -110,6 +111,50 @@ async def test_a_bad_signature_changes_nothing() -> None:
             assert (answer.status, answer.error) == (401, "bad_signature")
         await ws.quiet()
         assert at.node.history.last == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "code"),
+    [
+        ({"X-Signature-256": None}, 401, "bad_signature"),
+        ({"X-Timestamp": None}, 401, "bad_signature"),
+        ({"X-Signature-256": "sha256=00"}, 401, "bad_signature"),
+        ({"X-Timestamp": "soon"}, 401, "bad_signature"),
+        ({"X-Timestamp": "1000000000"}, 401, "bad_signature"),
+        ({"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
+        ({"Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
+        ({"Content-Length": str(webhooks.MAX_BODY + 1)}, 413, "payload_too_large"),
+    ],
+    ids=str,
+)
+async def test_what_the_headers_tell_is_answered_before_the_body_comes(
+    changed: dict[str, str | None], status: int, code: str
+) -> None:
+    async with server(**hook()) as at, at.connect() as http:
+        now = int(time.time())
+        headers = {
+            "X-Timestamp": str(now),
+            "X-Signature-256": sign(SECRET, now, b""),
+            "Content-Type": "application/json",
+            "Content-Length": str(webhooks.MAX_BODY),
+            "Expect": "100-continue",
+        } | changed
+        given = {name: value for name, value in headers.items() if value is not None}
+        await http.send(request_bytes("POST", "/api/webhooks/hook", headers=given))
+        interim, _ = await http.head()
+        assert interim == status, "nobody was asked to go on"
+        refused = json.loads(await http.rest())
+        assert refused["error"]["code"] == code
+
+
+async def test_a_body_without_a_length_is_read_up_to_the_bound() -> None:
+    async with server(**hook()) as at, at.connect() as http:
+        now = int(time.time())
+        signed = {"X-Timestamp": str(now), "X-Signature-256": sign(SECRET, now, b""), "Transfer-Encoding": "chunked"}
+        await http.send(request_bytes("POST", "/api/webhooks/hook", headers=signed))
+        await http.send(b"%x\r\n%b" % (webhooks.MAX_BODY, b" " * webhooks.MAX_BODY) + b"\r\n1\r\n ")
+        answer = await http.answer()
+        assert (answer.status, answer.error) == (413, "payload_too_large")
 
 
 @pytest.mark.parametrize(
