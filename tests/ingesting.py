@@ -9,8 +9,7 @@ from typing import Any, Final
 
 from server.ingest.redis_channels import RedisChannels
 from server.ingest.redis_stream import RedisStream
-from tests.redis_servers import eventually
-from tests.support import InProcess, server
+from tests.support import InProcess, server, until
 
 LONG_S: Final = 60.0  # reached only by what would never end
 
@@ -23,9 +22,9 @@ async def nodes(url: str, count: int = 2, **tables: Any) -> AsyncIterator[list[I
         for _ in range(count):
             running.append(await stack.enter_async_context(server(store={"url": url}, **tables)))
             await running[-1].node.broker.follow(["*"])
-        await eventually(lambda: all(channels_of(each).listening for each in running), within=LONG_S)
-        await eventually(lambda: any(channels_of(each).takes for each in running), within=LONG_S)
-        await eventually(lambda: any(stream_of(each).takes for each in running), within=LONG_S)
+        await until(lambda: all(channels_of(each).listening for each in running), within=LONG_S)
+        await until(lambda: any(channels_of(each).takes for each in running), within=LONG_S)
+        await until(lambda: any(stream_of(each).takes for each in running), within=LONG_S)
         yield running
 
 
@@ -69,5 +68,5 @@ async def node_beside(url: str) -> AsyncIterator[InProcess]:
     """One more node, that hears everything but may have to wait for its turn."""
     async with server(store={"url": url}) as one:
         await one.node.broker.follow(["*"])
-        await eventually(lambda: channels_of(one).listening, within=LONG_S)
+        await until(lambda: channels_of(one).listening, within=LONG_S)
         yield one

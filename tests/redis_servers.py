@@ -41,17 +41,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-async def eventually(condition: Callable[[], object], *, within: float = 10.0) -> float:
-    """Wait for a condition while the loop goes on. Returns the seconds it took; raises TooSlowError."""
-    began = time.monotonic()
-    with trio.fail_after(within):
-        while not condition():  # noqa: ASYNC110  # other processes set no events
-            await trio.sleep(0.005)
-    return time.monotonic() - began
-
-
 def wait_for(condition: Callable[[], object], *, within: float = 20.0) -> None:
-    """The same without a loop."""
+    """Wait for a condition without a loop: blocks."""
     give_up = time.monotonic() + within
     while not condition():
         assert time.monotonic() < give_up, "the servers did not get ready"

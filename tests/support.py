@@ -15,7 +15,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -424,11 +424,31 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 # Waiting
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds, say on the inside of a server in this process."""
-    with trio.fail_after(PATIENCE_S):
+async def until(condition: Callable[[], object], *, within: float = PATIENCE_S) -> float:
+    """Wait until a condition holds, say on the inside of a server in this process.
+
+    Returns: the seconds it took. Raises TooSlowError where it does not come to hold.
+    """
+    began = time.monotonic()
+    with trio.fail_after(within):
         while not condition():  # noqa: ASYNC110 - there are no events for tests
             await trio.sleep(0.002)
+    return time.monotonic() - began
+
+
+async def until_so(ask: Callable[[], Awaitable[object]], *, within: float = PATIENCE_S) -> None:
+    """The same for what has to be asked for, over HTTP or in Redis."""
+    with trio.fail_after(within):
+        while not await ask():  # noqa: ASYNC110 - other processes set no events
+            await trio.sleep(0.01)
+
+
+async def for_a_while(seconds: float) -> None:
+    """Let things go on as they are: a peer stalls, a lease runs out, a load lasts, a client stays away.
+
+    Only where the time itself is what a test is about. What happens at some time or other is waited for with ``until``.
+    """
+    await trio.sleep(seconds)
 
 
 async def until_answered(at: Address, target: str, status: int) -> Answer:

@@ -18,8 +18,8 @@ import trio
 from tests.fleet import Reader
 from tests.integration.test_redis_fleet import fleet
 from tests.integration.test_web_examples import nginx
-from tests.redis_servers import RedisServer, eventually, free_ports, running_server
-from tests.support import Address, Ended, bearer
+from tests.redis_servers import RedisServer, free_ports, running_server
+from tests.support import Address, Ended, bearer, until
 from tools.examples.nginx_example import configure
 
 pytestmark = pytest.mark.slow
@@ -101,7 +101,7 @@ async def test_a_server_is_stopped_while_everybody_reads(redis: RedisServer, tmp
                 for reader in readers:
                     await reader.started.wait()
                 publishing.start_soon(rounds.run)
-                await eventually(lambda: rounds.published >= 2 * ROUNDS_PER_S, within=LONG_S)
+                await until(lambda: rounds.published >= 2 * ROUNDS_PER_S, within=LONG_S)
 
                 stopped = trio.current_time()
                 first.signal(signal.SIGTERM)
@@ -109,9 +109,9 @@ async def test_a_server_is_stopped_while_everybody_reads(redis: RedisServer, tmp
                 lasted = trio.current_time() - stopped
 
                 done = rounds.published
-                await eventually(lambda: rounds.published >= done + 2 * ROUNDS_PER_S, within=LONG_S)
+                await until(lambda: rounds.published >= done + 2 * ROUNDS_PER_S, within=LONG_S)
                 rounds.stopping.set()
-                await eventually(
+                await until(
                     lambda: all(reader.has({f"job-{reader.user}": rounds.published}) for reader in readers),
                     within=LONG_S,
                 )

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.redis_servers import eventually
-from tests.support import ROOT, InProcess, server
+from tests.support import ROOT, InProcess, server, until
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +135,7 @@ async def jobs(at: InProcess) -> dict[str, dict[str, Any]]:
 async def test_runs_of_jobs(tmp_path: Path, what: str) -> None:
     async with server() as at:
         with running(at, tmp_path, what) as process:
-            await eventually(lambda: process.poll() is not None, within=LONG_S)
+            await until(lambda: process.poll() is not None, within=LONG_S)
             assert process.returncode == 0
         found = await jobs(at)
         for user in ("alice", "bob"):
@@ -160,7 +159,7 @@ async def test_a_scheduler_that_is_killed(tmp_path: Path) -> None:
         with running(at, tmp_path, "killed") as process:
             assert process.stdout is not None
             assert await trio.to_thread.run_sync(process.stdout.readline) == b"hangs\n"
-            await eventually(
+            await until(
                 lambda: any(job.latest.status == "processing" for job in at.node.jobs._all_from(None)), within=LONG_S
             )
             process.send_signal(signal.SIGKILL)

@@ -18,7 +18,7 @@ import trio
 from tests import certificates
 from tests.fleet import TRANSPORTS, Publisher, Reader
 from tests.integration.running import ROOT, free_port
-from tests.redis_servers import eventually, running_server
+from tests.redis_servers import running_server
 from tests.streams import session
 from tests.support import (
     ADMIN,
@@ -31,6 +31,7 @@ from tests.support import (
     spawned,
     start,
     stop,
+    until,
 )
 from tools.examples.nginx_example import NGINX, configure
 
@@ -149,7 +150,7 @@ async def test_two_servers_and_no_stickiness(tmp_path: Path, kind: str) -> None:
                         await _more(publishers)
                         stopping.set()
                     newest = {each.user: {each.job_id: each.published} for each in publishers}
-                    await eventually(lambda: all(each.has(newest[each.user]) for each in readers), within=LONG_S)
+                    await until(lambda: all(each.has(newest[each.user]) for each in readers), within=LONG_S)
                     reading.cancel_scope.cancel()
             for reader in readers:
                 reader.check(newest[reader.user])
@@ -158,7 +159,7 @@ async def test_two_servers_and_no_stickiness(tmp_path: Path, kind: str) -> None:
 
 async def _more(publishers: list[Publisher]) -> None:
     goals = [(each, each.published + 20) for each in publishers]
-    await eventually(lambda: all(each.published >= goal for each, goal in goals), within=LONG_S)
+    await until(lambda: all(each.published >= goal for each, goal in goals), within=LONG_S)
 
 
 async def _restart(node: Spawned) -> None:
@@ -210,7 +211,7 @@ async def test_each_way_to_the_server(tmp_path: Path, kind: str, way: str) -> No
                         bearer("w", capabilities=["publish"]),
                     )
                     assert answer.status == 200
-                    await eventually(
+                    await until(
                         lambda version=version: all(each.has({"j": version}) for each in readers), within=LONG_S
                     )
                 reading.cancel_scope.cancel()

@@ -14,8 +14,8 @@ import pytest
 import redis as redis_py
 import trio
 
-from tests.redis_servers import RedisServer, eventually, running_server
-from tests.support import Address, server, spawned
+from tests.redis_servers import RedisServer, running_server
+from tests.support import Address, server, spawned, until
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +116,7 @@ async def test_two_that_both_believe_it_is_their_turn(redis: RedisServer) -> Non
 
             assert second._lease is not None
             second._lease._key = b"{statuswire}:queue:another"  # so nobody else has it
-            await eventually(lambda: first.sessions and second.sessions, within=LONG_S)
+            await until(lambda: first.sessions and second.sessions, within=LONG_S)
             for step in range(EVENTS):
                 await trio.to_thread.run_sync(write, oracle, step)
                 await trio.sleep(0.02)
@@ -124,8 +124,8 @@ async def test_two_that_both_believe_it_is_their_turn(redis: RedisServer) -> Non
             with trio.fail_after(LONG_S):
                 while sum((await versions(two)).values()) < JOBS * EVENTS:  # noqa: ASYNC110
                     await trio.sleep(0.05)
-            await eventually(lambda: all(each.received >= JOBS * EVENTS for each in counters), within=LONG_S)
-            await eventually(
+            await until(lambda: all(each.received >= JOBS * EVENTS for each in counters), within=LONG_S)
+            await until(
                 lambda: sum(each.accepted + each.duplicates for each in counters) == 2 * JOBS * EVENTS, within=LONG_S
             )
             assert await versions(one) == await versions(two) == {f"video:{job}": EVENTS for job in range(JOBS)}

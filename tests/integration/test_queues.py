@@ -35,8 +35,8 @@ from tests.integration.queue_runs import (
     rq_load,
     steps,
 )
-from tests.redis_servers import RedisServer, eventually, running_server
-from tests.support import ADMIN, AUTH, Address, server, spawned
+from tests.redis_servers import RedisServer, running_server
+from tests.support import ADMIN, AUTH, Address, server, spawned, until
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +162,7 @@ class Trouble:
                 await first.exit_status()
                 await trio.sleep(0.5)  # jobs go on meanwhile
                 nursery.start_soon(again)
-                await eventually(lambda: self.nodes[0] is not first, within=LONG_S)
+                await until(lambda: self.nodes[0] is not first, within=LONG_S)
                 await ready(self.nodes[0])
 
             yield restart
@@ -176,14 +176,14 @@ class Trouble:
             async with server(**self._tables, store=store) as other:
                 assert other.node.queues is not None
                 source: Source = other.node.queues.sources["q"]
-                await eventually(lambda: source.standby, within=LONG_S)
+                await until(lambda: source.standby, within=LONG_S)
                 self.nodes += [other, victim]
 
                 async def kill() -> None:
                     assert source.taker.counters.accepted == 0
                     victim.signal(signal.SIGKILL)
                     killed = time.monotonic()
-                    await eventually(lambda: source.taker.counters.accepted, within=LONG_S)
+                    await until(lambda: source.taker.counters.accepted, within=LONG_S)
                     self.handover_s = time.monotonic() - killed
                     await victim.exit_status()
                     self.nodes[:] = [other]
@@ -241,7 +241,7 @@ async def test_real_workers(kind: str, trouble: str, redis: RedisServer, tmp_pat
             newest = {name: job["version"] for name, job in found.items()}
             for reader in readers:
                 mine = {name: version for name, version in newest.items() if found[name]["userId"] == reader.user}
-                await eventually(partial(reader.has, mine), within=LONG_S)
+                await until(partial(reader.has, mine), within=LONG_S)
             nursery.cancel_scope.cancel()
     shown = json.dumps([found, [reader.seen for reader in readers]]) + logs(tmp_path)
     assert not [secret for secret in SECRETS if secret in shown]

@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from tests.fleet import TRANSPORTS, Publisher, Reader
-from tests.redis_servers import RedisServer, eventually, free_ports, running_server
-from tests.support import AUTH, Spawned, start, stop, until_answered, write_config
+from tests.redis_servers import RedisServer, free_ports, running_server
+from tests.support import AUTH, Spawned, start, stop, until, until_answered, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +101,7 @@ async def under_load(
             async def more() -> None:
                 """Return when each publisher has got on."""
                 goals = [(publisher, publisher.published + 5 * publisher.batch) for publisher in publishers]
-                await eventually(lambda: all(publisher.published >= goal for publisher, goal in goals), within=LONG_S)
+                await until(lambda: all(publisher.published >= goal for publisher, goal in goals), within=LONG_S)
 
             async with trio.open_nursery() as working:
                 for publisher in publishers:
@@ -112,7 +112,7 @@ async def under_load(
                 stopping.set()
             newest = {publisher.user: {publisher.job_id: publisher.published} for publisher in publishers}
             for reader in watching:
-                await eventually(lambda reader=reader: reader.has(newest[reader.user]), within=LONG_S)  # type: ignore[misc]
+                await until(lambda reader=reader: reader.has(newest[reader.user]), within=LONG_S)  # type: ignore[misc]
             nursery.cancel_scope.cancel()
     for reader in watching:
         reader.check(newest[reader.user])

@@ -15,8 +15,8 @@ from server.ingest import redis_channels, redis_stream
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM
 from tests.ingesting import LONG_S, channels_of, nodes, record, steps, stream_of, text, version
-from tests.redis_servers import RedisServer, eventually, running_server
-from tests.support import server, spawned
+from tests.redis_servers import RedisServer, running_server
+from tests.support import server, spawned, until
 
 pytestmark = pytest.mark.slow
 
@@ -44,15 +44,15 @@ async def test_each_message_is_accepted_once(redis: RedisServer, oracle: redis_p
             update = text(jobId="a", userId="u", progress=number, message=f"step {number}", **more)
             oracle.publish(CHANNELS[number % 2], update)
         oracle.publish("job_completion_updates", text(jobId="a", result={"rows": 3}))
-        await eventually(lambda: all(version(each, "a") == 61 for each in running), within=LONG_S)
+        await until(lambda: all(version(each, "a") == 61 for each in running), within=LONG_S)
         ended = record(running[0], "a")
         assert (ended["status"], ended["progress"], ended["result"]) == ("completed", 100, {"rows": 3})
         # A later one comes behind everything: nothing was accepted a second time.
         oracle.publish("job_status_updates", text(jobId="b", userId="u"))
-        await eventually(lambda: version(running[0], "b") == 1)
+        await until(lambda: version(running[0], "b") == 1)
         assert version(running[0], "a") == 61
         counted = [channels_of(each).counters for each in running]
-        await eventually(lambda: sum(each.accepted for each in counted) == 62)
+        await until(lambda: sum(each.accepted for each in counted) == 62)
         assert sum(each.received for each in counted) == 62
 
 
@@ -63,7 +63,7 @@ async def test_a_message_like_that_of_an_existing_publisher(redis: RedisServer, 
             'page 120/300","timestamp":"2025-01-31T12:00:00Z","workerId":"worker_3"}'
         )
         assert oracle.publish("job_progress_updates", update) == 1
-        await eventually(lambda: version(one, "job_123") == 1)
+        await until(lambda: version(one, "job_123") == 1)
         shown = record(one, "job_123")
         assert (shown["progress"], shown["workerId"], shown["timestamp"]) == (
             45,
@@ -73,11 +73,11 @@ async def test_a_message_like_that_of_an_existing_publisher(redis: RedisServer, 
         # What this server has no field for, or a time that it cannot read, does not cost the update.
         odd = {"type": "job", "timestamp": "2025-01-31 12:00:00", "steps": {"done": 1, "left": 2}, "queue": {"a": [1]}}
         oracle.publish("job_progress_updates", text(jobId="job_123", progress=50, **odd))
-        await eventually(lambda: version(one, "job_123") == 2)
+        await until(lambda: version(one, "job_123") == 2)
         assert record(one, "job_123")["steps"] == {"done": 1}
         assert channels_of(one).counters.trimmed == 1
         oracle.publish("job_completion_updates", text(jobId="job_123", error="disk full"))
-        await eventually(lambda: version(one, "job_123") == 3)
+        await until(lambda: version(one, "job_123") == 3)
         assert record(one, "job_123")["status"] == "failed"
 
 
@@ -102,10 +102,10 @@ async def test_bad_messages_are_counted_and_harm_nobody(
         for message in bad:
             oracle.publish("job_status_updates", message)
         oracle.publish("job_status_updates", text(jobId="good", userId="u"))
-        await eventually(lambda: version(running[1], "good") == 1)
+        await until(lambda: version(running[1], "good") == 1)
         counted = [channels_of(each).counters for each in running]
-        await eventually(lambda: sum(each.rejected for each in counted) == len(bad))
-        await eventually(lambda: sum(each.accepted for each in counted) == 1)
+        await until(lambda: sum(each.rejected for each in counted) == len(bad))
+        await until(lambda: sum(each.accepted for each in counted) == 1)
     refused = [line for line in caplog.messages if line == "ingest_refused"]
     assert len(refused) == 1  # not one for each
     assert "secret" not in caplog.text
@@ -118,22 +118,22 @@ async def test_equal_messages_within_the_window_count_as_one(redis: RedisServer,
         update = text(jobId="a", userId="u", progress=1)
         for channel in (*CHANNELS[:2], CHANNELS[0]):
             oracle.publish(channel, update)
-        await eventually(lambda: sum(channels_of(each).counters.duplicates for each in running) == 2)
+        await until(lambda: sum(channels_of(each).counters.duplicates for each in running) == 2)
         assert version(running[0], "a") == 1
         await trio.sleep(1.2)  # Redis' clock is the real one
         oracle.publish(CHANNELS[0], update)
-        await eventually(lambda: version(running[0], "a") == 2)
+        await until(lambda: version(running[0], "a") == 2)
         # What the completion channel adds to equal bytes makes another update of them.
         oracle.publish("job_completion_updates", update)
-        await eventually(lambda: record(running[0], "a")["status"] == "completed")
+        await until(lambda: record(running[0], "a")["status"] == "completed")
         # An event id holds for longer.
         named = text(jobId="b", userId="u", eventId="e")
         oracle.publish(CHANNELS[0], named)
-        await eventually(lambda: version(running[0], "b") == 1)
+        await until(lambda: version(running[0], "b") == 1)
         await trio.sleep(1.2)
         duplicates = sum(channels_of(each).counters.duplicates for each in running)
         oracle.publish(CHANNELS[1], named)
-        await eventually(lambda: sum(channels_of(each).counters.duplicates for each in running) == duplicates + 1)
+        await until(lambda: sum(channels_of(each).counters.duplicates for each in running) == duplicates + 1)
         assert version(running[0], "b") == 1
 
 
@@ -143,17 +143,17 @@ async def test_equal_messages_within_the_window_count_as_one(redis: RedisServer,
 async def test_stream(redis: RedisServer, oracle: redis_py.Redis) -> None:
     oracle.xadd(STREAM, {"data": text(jobId="early", userId="u")})  # waits for the first node
     async with nodes(redis.url) as running:
-        await eventually(lambda: version(running[0], "early") == 1, within=LONG_S)
+        await until(lambda: version(running[0], "early") == 1, within=LONG_S)
         for number in range(1, 51):
             oracle.xadd(STREAM, {"data": text(jobId="a", userId="u", message=f"step {number}")})
         oracle.xadd(STREAM, {"data": f"[{text(jobId='a', message='last')}, {text(jobId='b', userId='u')}]"})
-        await eventually(lambda: all(version(each, "a") == 51 for each in running), within=LONG_S)
+        await until(lambda: all(version(each, "a") == 51 for each in running), within=LONG_S)
         assert steps(running[0], "a") == [*(f"step {number}" for number in range(1, 51)), "last"]
-        await eventually(lambda: version(running[1], "b") == 1)
-        await eventually(lambda: oracle.xlen(STREAM) == 0)
+        await until(lambda: version(running[1], "b") == 1)
+        await until(lambda: oracle.xlen(STREAM) == 0)
         assert oracle.xpending(STREAM, GROUP)["pending"] == 0
         assert oracle.xlen(DEAD) == 0
-        await eventually(lambda: sum(stream_of(each).counters.accepted for each in running) == 53)
+        await until(lambda: sum(stream_of(each).counters.accepted for each in running) == 53)
 
 
 async def test_poison_is_set_aside(redis: RedisServer, oracle: redis_py.Redis) -> None:
@@ -170,8 +170,8 @@ async def test_poison_is_set_aside(redis: RedisServer, oracle: redis_py.Redis) -
                 {"data": text(jobId="a", progress=1, unknown=2)},
             )
         ]
-        await eventually(lambda: oracle.xlen(DEAD) == 6)
-        await eventually(lambda: version(one, "a") == 2)
+        await until(lambda: oracle.xlen(DEAD) == 6)
+        await until(lambda: version(one, "a") == 2)
         assert version(one, "b") == 1
         dead = [fields for _, fields in oracle.xrange(DEAD)]
         assert [(fields[b"entry"], fields[b"code"]) for fields in dead if fields[b"code"] != b"job_not_found"] == [
@@ -185,7 +185,7 @@ async def test_poison_is_set_aside(redis: RedisServer, oracle: redis_py.Redis) -
         (late,) = (fields for fields in dead if fields[b"code"] == b"job_not_found")
         assert (late[b"entry"], late[b"data"]) == (entries[5], text(jobId="unknown", progress=1).encode())
         assert b"unknown" in late[b"message"]
-        await eventually(lambda: oracle.xlen(STREAM) == 0)
+        await until(lambda: oracle.xlen(STREAM) == 0)
         counters = stream_of(one).counters
         assert (counters.received, counters.accepted, counters.dead, counters.trimmed) == (9, 3, 6, 1)
 
@@ -198,11 +198,11 @@ async def test_what_dead_consumers_left_is_taken_over(redis: RedisServer, oracle
     oracle.xclaim(STREAM, GROUP, "dead", 0, ids[1:2], retrycount=MAX_DELIVERIES - 2)
     oracle.xdel(STREAM, ids[2])
     async with nodes(redis.url, 1) as (one,):
-        await eventually(lambda: version(one, "a") == 4, within=LONG_S)
+        await until(lambda: version(one, "a") == 4, within=LONG_S)
         assert steps(one, "a") == ["step 1", "step 3", "step 4", "step 5"]
         ((_, dead),) = oracle.xrange(DEAD)
         assert (dead[b"entry"], dead[b"code"]) == (ids[0], b"redelivered")
-        await eventually(lambda: oracle.xlen(STREAM) == 0)
+        await until(lambda: oracle.xlen(STREAM) == 0)
         assert oracle.xpending(STREAM, GROUP)["pending"] == 0
         assert len(oracle.xinfo_consumers(STREAM, GROUP)) == 1
 
@@ -213,15 +213,15 @@ async def test_an_entry_that_was_accepted_but_not_acknowledged_counts_once(
     async with nodes(redis.url, 1) as (one,):
         for _ in range(2):
             oracle.xadd(STREAM, {"data": text(jobId="a", userId="u")}, id="5-1")
-            await eventually(lambda: oracle.xlen(STREAM) == 0)
+            await until(lambda: oracle.xlen(STREAM) == 0)
             oracle.delete(STREAM)  # it comes again as it was
-        await eventually(lambda: stream_of(one).counters.duplicates == 1)
+        await until(lambda: stream_of(one).counters.duplicates == 1)
         assert version(one, "a") == 1
         # The channels' event ids are the same ones.
         for _ in range(2):
             oracle.xadd(STREAM, {"data": text(jobId="b", userId="u", eventId="e")})
         oracle.publish(CHANNELS[0], text(jobId="b", userId="u", eventId="e"))
-        await eventually(
+        await until(
             lambda: stream_of(one).counters.duplicates + channels_of(one).counters.duplicates == 3, within=LONG_S
         )
         assert version(one, "b") == 1
@@ -233,14 +233,14 @@ async def test_what_will_pass_is_waited_for(redis: RedisServer, oracle: redis_py
         oracle.xadd(STREAM, {"data": text(jobId="a", userId="u")})
         oracle.xadd(STREAM, {"data": text(jobId="b", userId="u", message="first")})
         oracle.xadd(STREAM, {"data": text(jobId="b", message="second")})
-        await eventually(lambda: version(one, "a") == 1)
+        await until(lambda: version(one, "a") == 1)
         oracle.xadd(STREAM, {"data": text(jobId="b", message="third")})
-        await eventually(lambda: oracle.xpending(STREAM, GROUP)["pending"] == 3)
+        await until(lambda: oracle.xpending(STREAM, GROUP)["pending"] == 3)
         assert oracle.xlen(STREAM) == 3
         oracle.xadd(STREAM, {"data": text(jobId="a", status="completed")})  # makes room
-        await eventually(lambda: version(one, "b") == 3, within=LONG_S)
+        await until(lambda: version(one, "b") == 3, within=LONG_S)
         assert steps(one, "b") == ["first", "second", "third"]
-        await eventually(lambda: oracle.xlen(STREAM) == 0)
+        await until(lambda: oracle.xlen(STREAM) == 0)
         assert oracle.xlen(DEAD) == 0
 
 
@@ -253,16 +253,16 @@ async def test_keys_that_have_served_are_taken_away(
         for number in range(5):
             oracle.xadd(STREAM, {"data": text(jobId="a", userId="u", message=f"step {number}")})
             oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message=f"other step {number}"))
-        await eventually(lambda: version(one, "a") == 10)
-        await eventually(lambda: not oracle.keys("{statuswire}:key:*"))
+        await until(lambda: version(one, "a") == 10)
+        await until(lambda: not oracle.keys("{statuswire}:key:*"))
 
 
 async def test_other_groups_keep_their_entries(redis: RedisServer, oracle: redis_py.Redis) -> None:
     oracle.xgroup_create(STREAM, "others", "0", mkstream=True)
     async with nodes(redis.url, 1) as (one,):
         oracle.xadd(STREAM, {"data": text(jobId="a", userId="u")})
-        await eventually(lambda: version(one, "a") == 1)
-        await eventually(lambda: oracle.xpending(STREAM, GROUP)["pending"] == 0)
+        await until(lambda: version(one, "a") == 1)
+        await until(lambda: oracle.xpending(STREAM, GROUP)["pending"] == 0)
         assert oracle.xlen(STREAM) == 1
 
 
@@ -270,14 +270,14 @@ async def test_a_stream_that_is_lost_or_something_else(redis: RedisServer, oracl
     oracle.set(STREAM, "no stream")
     async with nodes(redis.url, 1) as (one,):
         oracle.publish(CHANNELS[0], text(jobId="a", userId="u"))
-        await eventually(lambda: version(one, "a") == 1)  # the channels do not mind
+        await until(lambda: version(one, "a") == 1)  # the channels do not mind
         oracle.delete(STREAM)
         oracle.xadd(STREAM, {"data": text(jobId="b", userId="u")})
-        await eventually(lambda: version(one, "b") == 1, within=LONG_S)
+        await until(lambda: version(one, "b") == 1, within=LONG_S)
         oracle.flushall()
         oracle.xadd(STREAM, {"data": text(jobId="c", userId="u")})
-        await eventually(lambda: version(one, "c") == 1, within=LONG_S)
-        await eventually(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+        await until(lambda: version(one, "c") == 1, within=LONG_S)
+        await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
 
 
 async def test_sources_can_be_off(redis: RedisServer, oracle: redis_py.Redis) -> None:
@@ -285,14 +285,14 @@ async def test_sources_can_be_off(redis: RedisServer, oracle: redis_py.Redis) ->
         await one.node.broker.follow(["*"])
         oracle.publish(CHANNELS[0], text(jobId="a", userId="u"))
         oracle.xadd(STREAM, {"data": text(jobId="b", userId="u")})
-        await eventually(lambda: version(one, "b") == 1, within=LONG_S)
+        await until(lambda: version(one, "b") == 1, within=LONG_S)
         assert version(one, "a") == 0
         assert oracle.pubsub_numsub(*CHANNELS) == [(channel, 0) for channel in CHANNELS]
 
 
 async def test_a_drain_finishes_what_was_taken(redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path) -> None:
     async with spawned(tmp_path, store={"url": redis.url}) as going:
-        await eventually(lambda: oracle.get("{statuswire}:ingest:stream"), within=LONG_S)
+        await until(lambda: oracle.get("{statuswire}:ingest:stream"), within=LONG_S)
         total = 2000
         for number in range(total):
             oracle.xadd(STREAM, {"data": text(jobId=f"j{number % 7}", userId="u", message=f"step {number}")})
@@ -304,6 +304,6 @@ async def test_a_drain_finishes_what_was_taken(redis: RedisServer, oracle: redis
         assert oracle.get("{statuswire}:ingest:stream") is None
         assert oracle.get("{statuswire}:ingest:channels") is None
         async with nodes(redis.url, 1) as (one,):
-            await eventually(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+            await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
             told = Counter(step for job in range(7) for step in steps(one, f"j{job}"))
             assert told == Counter(f"step {number}" for number in range(total))

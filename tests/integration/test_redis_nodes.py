@@ -28,7 +28,6 @@ from server.brokers.redis_keys import AFTER, CHANNELS, LOAD, NOTICES_SHARD, SHAR
 from server.transports import live
 from tests.redis_servers import (
     RedisServer,
-    eventually,
     running_cluster,
     running_proxy,
     running_sentinels,
@@ -164,12 +163,12 @@ async def under_load(nodes: tuple[InProcess, ...], *, jobs: int = 8) -> AsyncIte
                 async def more() -> None:
                     """Return when so much has been published since that all is well again."""
                     had = [len(watcher.messages) for watcher in watchers]
-                    await eventually(
+                    await until(
                         lambda: all(len(each.messages) > old for each, old in zip(watchers, had, strict=True)),
                         within=RESUMED_S,
                     )
                     goal = len(answered) + 100
-                    await eventually(lambda: len(answered) >= goal, within=LONG_S)
+                    await until(lambda: len(answered) >= goal, within=LONG_S)
 
                 yield watchers, more
                 await more()
@@ -180,7 +179,7 @@ async def under_load(nodes: tuple[InProcess, ...], *, jobs: int = 8) -> AsyncIte
             for watcher in watchers:
                 if not watcher.resets:
                     for job_id, version in newest.items():
-                        await eventually(partial(watcher.has, job_id, version), within=LONG_S)
+                        await until(partial(watcher.has, job_id, version), within=LONG_S)
                     watcher.check(answered, once)
             nursery.cancel_scope.cancel()
 
@@ -511,7 +510,7 @@ async def test_the_log_in_redis_is_bounded_by_age(redis: RedisServer) -> None:
 
             assert length() == 300
             # Each log keeps its newest entry: those who have read it know by it that they missed nothing.
-            await eventually(lambda: length() == len(logs), within=LONG_S)
+            await until(lambda: length() == len(logs), within=LONG_S)
         fresh = await publish(one, "job-3", progress=3)
         epoch = one.node.history.epoch
         # To node two all of it is new.
@@ -553,7 +552,7 @@ async def test_what_grew_old_while_a_node_was_away_is_not_lost(redis: RedisServe
             await publish(one, "a")
             with redis.oracle() as oracle:
                 log = f"{{statuswire}}:log:{shard_of('u')}"
-                await eventually(lambda: oracle.xlen(log) == 1, within=LONG_S)
+                await until(lambda: oracle.xlen(log) == 1, within=LONG_S)
             proxy.pass_again()
             reset = await ws.receive()
             assert (reset["type"], [job["version"] for job in reset["snapshot"]]) == ("reset", [22])
@@ -689,7 +688,7 @@ async def test_leases_that_are_not_to_be_declared_yet_hold_up_no_others(
         # As many as it would take a minute to declare, if only some were looked at each second.
         for number in range(100):
             await publish(one, f"short-{number}", userId="u", ttl=0.2)
-        await eventually(lambda: one.node.jobs.by_status["failed"] == 100, within=LONG_S / 2)
+        await until(lambda: one.node.jobs.by_status["failed"] == 100, within=LONG_S / 2)
         assert one.node.jobs.by_status["queued"] == 7
 
 

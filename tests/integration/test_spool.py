@@ -19,7 +19,7 @@ from server.app import StartError
 from server.brokers import redis_publisher
 from server.brokers.spool_file import left_by_others
 from server.brokers.spooling import SpoolingBroker
-from tests.redis_servers import Proxy, RedisServer, eventually, running_proxy, running_server
+from tests.redis_servers import Proxy, RedisServer, running_proxy, running_server
 from tests.streams import session
 from tests.support import InProcess, request_bytes, server, spawned, until, until_answered
 
@@ -56,7 +56,7 @@ async def outage(at: InProcess, proxy: Proxy) -> None:
 
 
 async def passed_on(at: InProcess) -> None:
-    await eventually(lambda: spool_of(at).pending == 0 and at.node.broker.available is None, within=LONG_S)
+    await until(lambda: spool_of(at).pending == 0 and at.node.broker.available is None, within=LONG_S)
 
 
 async def messages(at: InProcess, job_id: str) -> list[str]:

@@ -14,8 +14,7 @@ import pytest
 import trio
 
 from statuswire.running import PATTERN, progress_in
-from tests.redis_servers import eventually
-from tests.support import InProcess, server
+from tests.support import InProcess, server, until
 
 DEFAULT = re.compile(PATTERN)
 
@@ -118,7 +117,7 @@ async def test_it_is_stopped_by_whoever_cancels_the_job_and_by_signals(tmp_path:
         command = [sys.executable, "-m", "server", "run", "--url", at.url, "--user", "a", "--job", "j1", "--ttl", "1"]
         process = subprocess.Popen([*command, "--", "sleep", "60"], env=environment(tmp_path))  # noqa: ASYNC220
         try:
-            await eventually(lambda: at.node.jobs.get("j1") is not None, within=30)
+            await until(lambda: at.node.jobs.get("j1") is not None, within=30)
             if how == "cancel":
                 assert (await at.ask("POST", "/api/v2/jobs/j1/cancel", {})).status == 202
             else:

@@ -25,13 +25,13 @@ from server.brokers.redis_client import (
 from server.brokers.redis_url import parse_redis_url
 from tests.redis_servers import (
     RedisServer,
-    eventually,
     free_ports,
     make_server,
     running_proxy,
     running_server,
 )
 from tests.redis_witness import refusal, witnessed
+from tests.support import until
 
 pytestmark = pytest.mark.slow
 
@@ -193,7 +193,7 @@ async def test_tls(tmp_path: Path) -> None:
             assert await witness.client.call("SET", "a", big) == b"OK"
             assert await witness.client.call("GET", "a") == big
             assert await witness.client.call("PUBLISH", "news", big) == 1
-            await eventually(lambda: witness.messages == [(b"news", big)])
+            await until(lambda: witness.messages == [(b"news", big)])
     finally:
         server.kill()
 
@@ -252,7 +252,7 @@ async def test_scripts_are_loaded_on_each_connection(server: RedisServer) -> Non
         await witness.client.call_script(INCREMENT, ["n"], [1])
         server.kill()
         server.start()
-        await eventually(lambda: len(witness.ups) == 2)
+        await until(lambda: len(witness.ups) == 2)
         assert await witness.client.call("SCRIPT", "EXISTS", INCREMENT.sha) == [1]
 
 
@@ -291,7 +291,7 @@ async def test_a_failing_callback_harms_nobody(shared: RedisServer, caplog: pyte
         await client.wait_subscribed(["c"])
         client.send("PUBLISH", "c", "1").when_settled(lambda reply: 1 / 0)
         await client.call("PUBLISH", "c", "2")
-        await eventually(lambda: heard == [b"1", b"2"])
+        await until(lambda: heard == [b"1", b"2"])
         assert client.away is None
     assert "ZeroDivisionError" in caplog.text
 
@@ -311,11 +311,11 @@ async def test_subscriptions(shared: RedisServer) -> None:
         await client.wait_subscribed(["c1"])
         for n in range(100):
             client.send("PUBLISH", f"c{n % 3}", n)
-        await eventually(lambda: len(witness.messages) == 67)
+        await until(lambda: len(witness.messages) == 67)
         assert witness.messages == [(b"c%d" % (n % 3), b"%d" % n) for n in range(100) if n % 3 < 2]
         client.unsubscribe(["c0", "c1"])
         with shared.oracle() as oracle:
-            await eventually(lambda: oracle.pubsub_channels() == [])
+            await until(lambda: oracle.pubsub_channels() == [])
         assert client.subscribed == set()
 
 
@@ -325,7 +325,7 @@ async def test_a_subscriber_that_hears_nothing_stays_connected(shared: RedisServ
         await witness.client.wait_subscribed(["quiet"])
         with shared.oracle() as oracle:
             before = oracle.info("commandstats")["cmdstat_ping"]["calls"]
-            await eventually(lambda: oracle.info("commandstats")["cmdstat_ping"]["calls"] >= before + 10)
+            await until(lambda: oracle.info("commandstats")["cmdstat_ping"]["calls"] >= before + 10)
         assert (len(witness.ups), witness.downs, witness.lost) == (1, [], [])
 
 
@@ -339,7 +339,7 @@ async def test_kill_and_restart(server: RedisServer) -> None:
         await client.wait_subscribed(["news"])
         assert await client.call("SET", "kept", 1) == b"OK"
         server.kill()
-        await eventually(lambda: client.away and not client.subscribed)
+        await until(lambda: client.away and not client.subscribed)
         with pytest.raises(NotConnectedError):
             client.send("GET", "kept")
         with pytest.raises(NotConnectedError):
@@ -348,7 +348,7 @@ async def test_kill_and_restart(server: RedisServer) -> None:
         assert await client.call("GET", "kept", patience=3.0) == b"1"
         await client.wait_subscribed(["news"])
         await client.call("PUBLISH", "news", "again")
-        await eventually(lambda: witness.messages == [(b"news", b"again")])
+        await until(lambda: witness.messages == [(b"news", b"again")])
         assert len(witness.ups) == 2
         assert witness.ups[0].run_id != witness.ups[1].run_id
         assert (witness.ups[1].role, witness.ups[1].version[0] >= 6) == ("master", True)
@@ -364,7 +364,7 @@ async def test_frozen(server: RedisServer) -> None:
         await client.wait_subscribed(["news"])
         server.freeze()
         reply = client.send("SET", "doubt", 1)
-        took = await eventually(lambda: client.away and not client.subscribed, within=5)
+        took = await until(lambda: client.away and not client.subscribed, within=5)
         assert took < 4.0
         assert isinstance(reply.outcome, ConnectionLostError)
         assert reply.outcome.sent
@@ -381,9 +381,9 @@ async def test_dead_link(server: RedisServer) -> None:
         witnessed(f"redis://127.0.0.1:{proxy.port}", options) as witness,
     ):
         proxy.stop_passing()
-        await eventually(lambda: len(witness.downs) == 1)  # idle: the ping found out
+        await until(lambda: len(witness.downs) == 1)  # idle: the ping found out
         proxy.pass_again()
-        await eventually(lambda: len(witness.ups) == 2)
+        await until(lambda: len(witness.ups) == 2)
         assert await witness.client.call("PING") == b"PONG"
 
 
@@ -394,9 +394,9 @@ async def test_unsent_commands_are_known_to_be(server: RedisServer) -> None:
         proxy.stop_passing()
         # More than the buffers of kernel and proxy take: the rest stays here.
         replies = [client.send("SET", f"k{n}", b"x" * 1_000_000) for n in range(30)]
-        await eventually(lambda: proxy.chunks[-1] > 1000)
+        await until(lambda: proxy.chunks[-1] > 1000)
         proxy.cut()
-        await eventually(lambda: all(reply.settled for reply in replies))
+        await until(lambda: all(reply.settled for reply in replies))
         outcomes = [reply.outcome for reply in replies]
         flags = [outcome.sent for outcome in outcomes if isinstance(outcome, ConnectionLostError)]
         assert len(flags) == 30
@@ -430,9 +430,9 @@ async def test_client_kill_under_load_loses_no_answer(server: RedisServer) -> No
             nursery.start_soon(load)
             with server.oracle() as oracle:
                 for n in range(3):
-                    await eventually(lambda n=n: len(witness.ups) == n + 1)  # type: ignore[misc]
+                    await until(lambda n=n: len(witness.ups) == n + 1)  # type: ignore[misc]
                     oracle.client_kill_filter(_type="normal", skipme=True)
-        await eventually(lambda: done[0] == done[1])
+        await until(lambda: done[0] == done[1])
         assert client.pending == 0
 
 
@@ -467,6 +467,6 @@ async def test_nothing_is_left_behind(shared: RedisServer) -> None:
             await client.call("ECHO", "x" * 1000)
         link = client._subscription
         assert link is not None
-        await eventually(lambda: not link._unanswered)
+        await until(lambda: not link._unanswered)
         assert (link.wanted, link._asked, link.confirmed, link._fresh, client.subscribed) == (set(),) * 5
         assert (client.pending, client._link._held) == (0, 0)

@@ -20,11 +20,11 @@ from server.brokers.redis_cluster import ClusterClient
 from server.brokers.redis_topology import hash_slot, keys_of
 from server.brokers.redis_url import Address
 from tests.redis_servers import (
-    eventually,
     running_cluster,
     running_sentinels,
 )
 from tests.redis_witness import refusal, witnessed
+from tests.support import until
 
 INCREMENT = Script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
 
@@ -46,14 +46,14 @@ async def test_sentinel_failover(tmp_path: Path) -> None:
             old = redis_.master()
             redis_.sentinels[0].kill()  # the one that was asked first
             old.kill()
-            await eventually(lambda: len(witness.ups) == 2, within=20)
+            await until(lambda: len(witness.ups) == 2, within=20)
             assert witness.ups[1].address.port != old.port
             assert witness.ups[1].role == "master"
             assert witness.ups[0].replication_id == witness.ups[1].replication_id2
             assert await client.call("GET", "a") == b"1"
             await client.wait_subscribed(["news"])
             await client.call("PUBLISH", "news", "from the new one")
-            await eventually(lambda: witness.messages == [(b"news", b"from the new one")])
+            await until(lambda: witness.messages == [(b"news", b"from the new one")])
 
 
 @pytest.mark.slow
@@ -62,8 +62,8 @@ async def test_sentinel_failover_of_a_living_master(tmp_path: Path) -> None:
     with running_sentinels(tmp_path, count=1) as redis_:
         async with witnessed(redis_.url) as witness:
             old = witness.ups[0].address
-            await eventually(redis_.fail_over)
-            await eventually(lambda: witness.ups[-1].address != old, within=20)
+            await until(redis_.fail_over)
+            await until(lambda: witness.ups[-1].address != old, within=20)
             assert await witness.client.call("SET", "a", 1, patience=3) == b"OK"
 
 
@@ -108,7 +108,7 @@ async def test_cluster(tmp_path: Path) -> None:
             await client.wait_subscribed(keys)
             for key in keys:
                 client.send("SPUBLISH", key, "x")
-            await eventually(lambda: {channel for channel, _ in witness.messages} == {key.encode() for key in keys})
+            await until(lambda: {channel for channel, _ in witness.messages} == {key.encode() for key in keys})
             with pytest.raises(CrossSlotError):
                 client.send_script(INCREMENT, ["a", "b"], [])
             assert await client.call("MGET", "{t}a", "{t}b") == [None, None]
@@ -133,10 +133,10 @@ async def test_cluster(tmp_path: Path) -> None:
             cluster.move_slot(slot, target)
             assert await client.call("GET", "moving") == b"1"
             assert client._owners[slot] == Address("127.0.0.1", target.port)
-            await eventually(lambda: witness.lost == [frozenset({b"moving"})])
+            await until(lambda: witness.lost == [frozenset({b"moving"})])
             await client.wait_subscribed(["moving"])
             assert await client.call("SPUBLISH", "moving", "news") == 1
-            await eventually(lambda: witness.messages[-1] == (b"moving", b"news"))
+            await until(lambda: witness.messages[-1] == (b"moving", b"news"))
             assert client.pending == 0
 
 
@@ -154,13 +154,13 @@ async def test_cluster_promotes_a_replica(tmp_path: Path, blow: str) -> None:
             assert await client.call("SET", "key", 1) == b"OK"
             assert await client.call("WAIT", 1, 5000, key="key") == 1
             getattr(victim, blow)()
-            await eventually(lambda: witness.downs, within=5)
+            await until(lambda: witness.downs, within=5)
             assert await client.call("SET", other, 1) == b"OK"  # the other masters go on
             await client.wait_up()
             assert await client.call("GET", "key") == b"1"
             await client.wait_subscribed(["key", other])
             await client.call("SPUBLISH", "key", "new")
-            await eventually(lambda: witness.messages == [(b"key", b"new")])
+            await until(lambda: witness.messages == [(b"key", b"new")])
 
 
 @pytest.mark.slow

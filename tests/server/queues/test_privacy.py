@@ -15,9 +15,9 @@ import pytest
 import redis as redis_py
 
 from tests.queueing import LONG_S, until_up
-from tests.redis_servers import RedisServer, eventually, running_server
+from tests.redis_servers import RedisServer, running_server
 from tests.streams import event_stream
-from tests.support import ADMIN, AUTH, server
+from tests.support import ADMIN, AUTH, server, until
 
 SECRET = "hunter2"
 PYTHON_TRACE = (
@@ -126,9 +126,7 @@ async def test_nothing_of_what_jobs_carry_is_shown(
             with redis.oracle() as oracle:
                 fill(oracle)
             jobs = one.node.jobs
-            await eventually(
-                lambda: len(jobs) == 3 and all(job.latest.ended for job in jobs.jobs.values()), within=LONG_S
-            )
+            await until(lambda: len(jobs) == 3 and all(job.latest.ended for job in jobs.jobs.values()), within=LONG_S)
             seen = []
             while len({event["jobId"] for event in seen if event.get("endedAt")}) < 3:
                 seen.append((await stream.event()).data)

@@ -13,9 +13,9 @@ import redis as redis_py
 
 from protocol.queues.sighting import Sighting
 from server.ingest.queues.taker import TurnLostError
-from tests.queueing import LONG_S, shown, until, until_up
-from tests.redis_servers import RedisServer, eventually, running_server
-from tests.support import InProcess, server
+from tests.queueing import LONG_S, shown, until_up
+from tests.redis_servers import RedisServer, running_server
+from tests.support import InProcess, server, until
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ async def test_a_job_of_another_source_with_the_same_id_is_left_alone(
             add(two, "video", "1", owner)
             tell(two, "video", "1", event="progress", data='{"percent": 50, "message": "not for alice"}')
             tell(two, "video", "1", event="completed")
-            await eventually(lambda: rejected(at, "two") == 3, within=LONG_S)
+            await until(lambda: rejected(at, "two") == 3, within=LONG_S)
             assert shown(at.node, "video:1") == before
             assert "queue_refused" in caplog.messages
 
@@ -99,7 +99,7 @@ async def test_a_prefix_keeps_them_apart(redis: RedisServer) -> None:
             assert at.node.queues is not None
             add(two, "video", "x" * 120, "bob")
             taker = at.node.queues.sources["two"].taker
-            await eventually(lambda: taker.is_known("video", "x" * 120), within=LONG_S)
+            await until(lambda: taker.is_known("video", "x" * 120), within=LONG_S)
             await taker.begin()
             assert {(one.queue, one.job) for one in taker.open.values()} == {("video", "x" * 120)}
 
@@ -125,7 +125,7 @@ async def test_queues_whose_names_and_ids_read_alike(redis: RedisServer) -> None
             before = await until(at.node, "a:b:c", "processing")
             add(oracle, "a", "b:c", "bob")
             tell(oracle, "a", "b:c", event="progress", data='{"percent": 50, "message": "not for alice"}')
-            await eventually(lambda: rejected(at, "one") == 2, within=LONG_S)
+            await until(lambda: rejected(at, "one") == 2, within=LONG_S)
             assert shown(at.node, "a:b:c") == before
 
 
