@@ -11,6 +11,7 @@ from typing import Any
 import redis as redis_py
 
 from server.node import Node
+from tests.support import until
 
 FIXTURES = Path(__file__).parent / "fixtures" / "queues"
 LONG_S = 60.0  # reached only by what would never end
@@ -55,7 +56,7 @@ async def until_up(node: Node) -> None:
     await until(lambda: all(state["state"] == "up" for state in queues.states().values()), within=LONG_S)
 
 
-async def until(node: Node, job_id: str, *statuses: str) -> dict[str, Any]:
+async def until_status(node: Node, job_id: str, *statuses: str) -> dict[str, Any]:
     """Wait until a job has one of these statuses; its record then."""
     await until(lambda: status(node, job_id) in statuses, within=LONG_S)
     return shown(node, job_id)

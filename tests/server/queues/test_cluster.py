@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.brokers.redis_topology import hash_slot
-from tests.queueing import LONG_S, captured, put_stream, status, steps, until_up
+from tests.queueing import LONG_S, captured, put_stream, status, steps, until_status, until_up
 from tests.redis_servers import Cluster, running_cluster
 from tests.support import server, until
 
@@ -43,8 +43,8 @@ async def test_bullmq_goes_on_when_its_slot_moves(cluster: Cluster) -> None:
             put_stream(oracle, f"{PREFIX}:video:events", STREAM[:12])
             oracle.hset(f"{PREFIX}:mail:meta", mapping=BULLMQ["meta_hash"])
             put_stream(oracle, f"{PREFIX}:mail:events", STREAM[:6])
-        assert (await until(one.node, "video:1", "completed"))["userId"] == "user_789"
-        await until(one.node, "mail:1", "completed")
+        assert (await until_status(one.node, "video:1", "completed"))["userId"] == "user_789"
+        await until_status(one.node, "mail:1", "completed")
         cluster.move_slot(SLOT, second)
         with second.oracle() as oracle:
             put_stream(oracle, f"{PREFIX}:video:events", STREAM[12:])
@@ -64,5 +64,5 @@ async def test_bull_is_heard_from_any_node(cluster: Cluster) -> None:
         with owner.oracle() as oracle:
             for message in bull4["messages"]:
                 oracle.publish(PREFIX + message["channel"].removeprefix("bull"), message["data"])
-        assert (await until(one.node, "report:1", "completed"))["message"] == "Encoding"
-        assert (await until(one.node, "report:2", "failed"))["error"] == "boom"
+        assert (await until_status(one.node, "report:1", "completed"))["message"] == "Encoding"
+        assert (await until_status(one.node, "report:2", "failed"))["error"] == "boom"

@@ -13,7 +13,7 @@ import redis as redis_py
 
 from protocol.queues.sighting import Sighting
 from server.ingest.queues.taker import TurnLostError
-from tests.queueing import LONG_S, shown, until_up
+from tests.queueing import LONG_S, shown, until_status, until_up
 from tests.redis_servers import RedisServer, running_server
 from tests.support import InProcess, server, until
 
@@ -57,7 +57,7 @@ async def test_a_job_of_another_source_with_the_same_id_is_left_alone(
     with redis.oracle() as one, redis.oracle(db=1) as two:
         async with server(**tables(redis)) as at:
             add(one, "video", "1", "alice")
-            before = await until(at.node, "video:1", "processing")
+            before = await until_status(at.node, "video:1", "processing")
             add(two, "video", "1", owner)
             tell(two, "video", "1", event="progress", data='{"percent": 50, "message": "not for alice"}')
             tell(two, "video", "1", event="completed")
@@ -90,10 +90,10 @@ async def test_a_prefix_keeps_them_apart(redis: RedisServer) -> None:
         async with server(**tables(redis, id_prefix="staging:")) as at:
             add(one, "video", "1", "alice")
             add(two, "video", "1", "bob")
-            assert (await until(at.node, "video:1", "processing"))["userId"] == "alice"
-            assert (await until(at.node, "staging:video:1", "processing"))["userId"] == "bob"
+            assert (await until_status(at.node, "video:1", "processing"))["userId"] == "alice"
+            assert (await until_status(at.node, "staging:video:1", "processing"))["userId"] == "bob"
             tell(two, "video", "1", event="completed")
-            await until(at.node, "staging:video:1", "completed")
+            await until_status(at.node, "staging:video:1", "completed")
             assert shown(at.node, "video:1")["status"] == "processing"
             # Another session finds the job by its own name.
             assert at.node.queues is not None
@@ -122,7 +122,7 @@ async def test_queues_whose_names_and_ids_read_alike(redis: RedisServer) -> None
     with redis.oracle() as oracle:
         async with server(store={"url": "memory:"}, **{"queues.one": queues}) as at:
             add(oracle, "a:b", "c", "alice")
-            before = await until(at.node, "a:b:c", "processing")
+            before = await until_status(at.node, "a:b:c", "processing")
             add(oracle, "a", "b:c", "bob")
             tell(oracle, "a", "b:c", event="progress", data='{"percent": 50, "message": "not for alice"}')
             await until(lambda: rejected(at, "one") == 2, within=LONG_S)

@@ -13,7 +13,7 @@ import redis as redis_py
 import trio
 
 from server.ingest.queues import bullmq, celery
-from tests.queueing import LONG_S, captured, put_stream, raw, shown, status, steps, until_up
+from tests.queueing import LONG_S, captured, put_stream, raw, shown, status, steps, until_status, until_up
 from tests.redis_servers import RedisServer, running_server
 from tests.support import ADMIN, AUTH, bearer, server, until
 
@@ -86,7 +86,7 @@ async def test_it_goes_on_where_it_was_and_finds_what_happened_meanwhile(
     put_hashes(oracle)
     put_stream(oracle, "bull:video:events", STREAM[:12])
     async with server(store=store, **queues) as one:
-        await until(one.node, "video:2", "queued", "processing", "failed")
+        await until_status(one.node, "video:2", "queued", "processing", "failed")
         await until_up(one.node)
     put_stream(oracle, "bull:video:events", STREAM[12:])
     async with server(store=store, **queues) as one:
@@ -117,15 +117,15 @@ async def test_what_the_stream_has_lost_is_in_the_hashes(
     oracle.hset("bull:video:1", mapping=BULLMQ["job_hashes"]["transcode:active"])
     oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
     async with server(store=store, **table(redis, "bullmq")) as one:
-        await until(one.node, "video:2", "queued")
+        await until_status(one.node, "video:2", "queued")
         await until_up(one.node)
     put_hashes(oracle)
     put_stream(oracle, "bull:video:events", STREAM[9:])
     oracle.xtrim("bull:video:events", maxlen=1, approximate=False)
     async with server(store=store, **table(redis, "bullmq")) as one:
-        record = await until(one.node, "video:2", "failed")
+        record = await until_status(one.node, "video:2", "failed")
         assert (record["attempt"], record["error"]) == (2, "ffmpeg exited with code 1")
-        assert (await until(one.node, "video:job_123", "completed"))["userId"] == "user_1"
+        assert (await until_status(one.node, "video:job_123", "completed"))["userId"] == "user_1"
 
 
 async def test_what_jobs_carry_is_not_read_if_it_is_too_large(redis: RedisServer, oracle: redis_py.Redis) -> None:
@@ -156,16 +156,16 @@ async def test_a_job_whose_worker_has_died_is_stalled_and_then_failed(
     put_stream(oracle, "bull:video:events", STREAM[:3])
     queues = table(redis, "bullmq", stalled_after=2.0)
     async with server(store={"url": "memory:"}, **queues) as one:
-        await until(one.node, "video:1", "processing")
+        await until_status(one.node, "video:1", "processing")
         await until_up(one.node)
         oracle.delete("bull:video:1:lock")
-        assert (await until(one.node, "video:1", "stalled"))["error"] == "its worker is gone"
-        assert (await until(one.node, "video:1", "failed"))["error"] == "lost"
+        assert (await until_status(one.node, "video:1", "stalled"))["error"] == "its worker is gone"
+        assert (await until_status(one.node, "video:1", "failed"))["error"] == "lost"
         # The queue gives it to another one.
         entry = {"event": "waiting", "jobId": "1", "prev": "active"}
         oracle.xadd("bull:video:events", entry)
         oracle.xadd("bull:video:events", {"event": "active", "jobId": "1", "prev": "waiting"})
-        record = await until(one.node, "video:1", "processing")
+        record = await until_status(one.node, "video:1", "processing")
         assert record["attempt"] == 2
         assert "error" not in record
 
@@ -178,14 +178,14 @@ async def test_bull_four_from_its_channels_and_its_hashes(redis: RedisServer, or
     oracle.zadd("bull:report:completed", {"9": 1})
     async with server(store={"url": "memory:"}, **table(redis, "bull4")) as one:
         # It was over before anybody looked.
-        assert (await until(one.node, "report:9", "completed"))["userId"] == "user_789"
+        assert (await until_status(one.node, "report:9", "completed"))["userId"] == "user_789"
         await until_up(one.node)
         oracle.hset("bull:report:1", mapping=hashes["added"])
         oracle.hset("bull:report:2", mapping=hashes["added"])
         for message in bull4["messages"]:
             oracle.publish(message["channel"], message["data"])
-        assert (await until(one.node, "report:1", "completed"))["message"] == "Encoding"
-        assert (await until(one.node, "report:2", "failed"))["error"] == "boom"
+        assert (await until_status(one.node, "report:1", "completed"))["message"] == "Encoding"
+        assert (await until_status(one.node, "report:2", "failed"))["error"] == "boom"
         assert steps(one.node, "report:1") == ["queued", "processing", "completed"]
 
 
@@ -216,13 +216,13 @@ async def test_celery_results_that_came_while_nobody_listened(
     async with server(store=store, **table(redis, "celery")) as one:
         await until_up(one.node)
         oracle.publish(started["channel"], started["data"])
-        await until(one.node, task, "processing")
+        await until_status(one.node, task, "processing")
         await one.node.broker.save_mark("queue:src", '{"at_ms":1000000000000}')
     for message in messages:
         if message["channel"].startswith("celery-task-meta-"):
             oracle.set(message["channel"], message["data"])
     async with server(store=store, **table(redis, "celery")) as one:
-        await until(one.node, task, "completed")
+        await until_status(one.node, task, "completed")
         await until(lambda: len(one.node.jobs) == 5, within=LONG_S)
         assert {job.latest.ended for job in one.node.jobs.jobs.values()} == {True}
 
@@ -247,8 +247,8 @@ async def test_rq_told_by_notices_and_polled(redis: RedisServer, oracle: redis_p
                 previous = command["t"]
                 pipeline.execute_command(*(raw(argument) for argument in command["args"]))
             pipeline.execute()
-        ok = await until(one.node, rq["job_ok"], "completed")
-        failed = await until(one.node, rq["job_failed_after_retry"], "failed")
+        ok = await until_status(one.node, rq["job_ok"], "completed")
+        failed = await until_status(one.node, rq["job_failed_after_retry"], "failed")
         assert (ok["userId"], ok["kind"], ok["progress"]) == ("user_789", "jobs.encode", 100)
         assert failed["message"] == failed["error"]
         assert failed["userId"] == "queue:src"
@@ -268,14 +268,14 @@ async def test_rq_is_polled_where_notices_may_not_be_asked_for(redis: RedisServe
         oracle.hset("rq:job:a", mapping={**common, "status": "queued"})
         oracle.sadd("rq:queues", "rq:queue:video")
         oracle.rpush("rq:queue:video", "a")
-        await until(one.node, "a", "queued")
+        await until_status(one.node, "a", "queued")
         oracle.hset("rq:job:a", mapping={"status": "started", "meta": '{"user_id": "alice", "progress": 40}'})
         oracle.zadd("rq:wip:video", {"a:1": 1})
         oracle.delete("rq:queue:video")
-        assert (await until(one.node, "a", "processing"))["progress"] == 40
+        assert (await until_status(one.node, "a", "processing"))["progress"] == 40
         oracle.hset("rq:job:a", "status", "finished")
         oracle.delete("rq:wip:video")
-        assert (await until(one.node, "a", "completed"))["userId"] == "alice"
+        assert (await until_status(one.node, "a", "completed"))["userId"] == "alice"
         assert steps(one.node, "a") == ["queued", "processing", "completed"]
 
 
@@ -294,9 +294,9 @@ async def test_a_user_who_may_only_read_is_enough(
         await until_up(one.node)
         if kind == "celery":
             oracle.publish("celery-task-meta-a", '{"task_id":"a","status":"SUCCESS","result":null}')
-            await until(one.node, "a", "completed")
+            await until_status(one.node, "a", "completed")
         else:
-            await until(one.node, "video:job_123", "completed")
+            await until_status(one.node, "video:job_123", "completed")
     log = oracle.execute_command("ACL", "LOG")
     assert [entry for entry in log if b"shown" in entry] == []
 
@@ -314,13 +314,13 @@ async def test_an_rq_job_whose_worker_is_silent_and_one_that_vanishes(
     oracle.zadd("rq:wip:other", {"c:x": 1})
     queues = table(redis, "rq", poll=0.05, stalled_after=0.5, queues=["video"])
     async with server(store={"url": "memory:"}, **queues) as one:
-        await until(one.node, "a", "stalled")
-        assert (await until(one.node, "a", "failed"))["error"] == "lost"
+        await until_status(one.node, "a", "stalled")
+        assert (await until_status(one.node, "a", "failed"))["error"] == "lost"
         oracle.hset("rq:job:a", mapping={"status": "queued", "enqueued_at": "2026-01-01T00:01:00.000001Z"})
-        assert (await until(one.node, "a", "queued"))["attempt"] == 2
-        await until(one.node, "b", "processing")
+        assert (await until_status(one.node, "a", "queued"))["attempt"] == 2
+        await until_status(one.node, "b", "processing")
         oracle.delete("rq:job:b")
-        await until(one.node, "b", "completed")
+        await until_status(one.node, "b", "completed")
         assert status(one.node, "c") is None
 
 
@@ -340,7 +340,7 @@ async def test_a_source_that_is_away_is_told_and_comes_back(tmp_path: Path) -> N
             await until_up(one.node)
             with redis.oracle() as oracle:
                 put_stream(oracle, "bull:video:events", STREAM[:6])
-            await until(one.node, "video:1", "completed")
+            await until_status(one.node, "video:1", "completed")
 
 
 @pytest.mark.slow
@@ -349,7 +349,7 @@ async def test_of_several_nodes_one_takes_in_and_another_goes_on(redis: RedisSer
     async with server(**tables) as first:
         await until_up(first.node)
         put_stream(oracle, "bull:video:events", STREAM[:3])
-        await until(first.node, "video:1", "processing")
+        await until_status(first.node, "video:1", "processing")
         async with server(**tables) as second:
             assert second.node.queues is not None
             theirs = second.node.queues
@@ -357,7 +357,7 @@ async def test_of_several_nodes_one_takes_in_and_another_goes_on(redis: RedisSer
             first.node.start_drain()
             await until_up(second.node)
             put_stream(oracle, "bull:video:events", STREAM[3:6])
-            record = await until(second.node, "video:1", "completed")
+            record = await until_status(second.node, "video:1", "completed")
             assert record["version"] == 6
 
 
@@ -371,7 +371,7 @@ async def test_many_queues_are_found_as_they_come(
             oracle.hset(f"bull:q{number}:meta", mapping=BULLMQ["meta_hash"])
             put_stream(oracle, f"bull:q{number}:events", STREAM[:6])
         for number in range(5):
-            await until(one.node, f"q{number}:1", "completed")
+            await until_status(one.node, f"q{number}:1", "completed")
 
 
 async def test_celery_results_that_are_too_large_end_their_tasks_nevertheless(
@@ -386,12 +386,12 @@ async def test_celery_results_that_are_too_large_end_their_tasks_nevertheless(
         await until_up(one.node)
         for task in "ab":
             oracle.publish(f"celery-task-meta-{task}", result("STARTED", {}).replace('"a"', f'"{task}"'))
-            await until(one.node, task, "processing")
+            await until_status(one.node, task, "processing")
         oracle.publish("celery-task-meta-a", result("SUCCESS", "x" * 2_000_000))
-        assert "result" not in await until(one.node, "a", "completed")
+        assert "result" not in await until_status(one.node, "a", "completed")
         # What nobody heard is found where it is kept.
         oracle.set("celery-task-meta-b", result("FAILURE", {"exc_message": "x" * 2_000_000}))
-        assert (await until(one.node, "b", "failed"))["error"] == "failed"
+        assert (await until_status(one.node, "b", "failed"))["error"] == "failed"
 
 
 async def test_events_are_read_while_queues_are_looked_for(
@@ -413,7 +413,7 @@ async def test_events_are_read_while_queues_are_looked_for(
         monkeypatch.setattr(bullmq.Search, "look", look)
         await until(lambda: looks > 2, within=LONG_S)
         put_stream(oracle, "bull:video:events", STREAM[:6])
-        await until(one.node, "video:1", "completed")
+        await until_status(one.node, "video:1", "completed")
 
 
 async def test_a_job_is_not_taken_for_a_queue(redis: RedisServer, oracle: redis_py.Redis) -> None:
@@ -421,7 +421,7 @@ async def test_a_job_is_not_taken_for_a_queue(redis: RedisServer, oracle: redis_
         oracle.hset(f"bull:{queue}:meta", mapping=BULLMQ["meta_hash"])
     put_stream(oracle, "bull:video:events", STREAM[:6])
     async with server(store={"url": "memory:"}, **table(redis, "bullmq")) as one:
-        await until(one.node, "video:1", "completed")
+        await until_status(one.node, "video:1", "completed")
         await until_up(one.node)
         mark: dict[str, str] = {}
         with trio.fail_after(LONG_S):
@@ -463,8 +463,8 @@ async def test_an_rq_worker_whose_clock_is_wrong(hours: int, redis: RedisServer,
             beat()
         assert steps(one.node, "a") == ["processing"]
     async with server(store={"url": "memory:"}, **table(redis, "rq", poll=0.02, stalled_after=1.0)) as one:
-        assert (await until(one.node, "a", "stalled"))["attempt"] == 1
+        assert (await until_status(one.node, "a", "stalled"))["attempt"] == 1
         beat()  # it was only slow
-        again = await until(one.node, "a", "processing")
+        again = await until_status(one.node, "a", "processing")
         assert again["attempt"] in (1, 2), "it may have been given up by then"
-        assert (await until(one.node, "a", "failed"))["error"] == "lost"
+        assert (await until_status(one.node, "a", "failed"))["error"] == "lost"
