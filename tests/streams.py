@@ -154,6 +154,10 @@ class WebSocket:
                 await self._more()
         return self._messages.pop(0)
 
+    async def messages(self, count: int) -> list[dict[str, Any]]:
+        """The next so many messages."""
+        return [await self.receive() for _ in range(count)]
+
     async def ask(self, type_: str, **fields: object) -> dict[str, Any]:
         """Send one message and give the next one that comes."""
         await self.send(type_, **fields)
@@ -450,3 +454,8 @@ async def poll(where: Address, *, headers: Headers = (), **query: object) -> dic
 def versions(messages: Sequence[Mapping[str, Any]], job_id: str) -> list[int]:
     """The versions of one job in these messages, in order."""
     return [message["version"] for message in messages if message.get("jobId") == job_id and "version" in message]
+
+
+def seen(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """What these messages or records tell of: job and version of each, in order."""
+    return [(message["jobId"], message["version"]) for message in messages]

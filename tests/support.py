@@ -50,6 +50,8 @@ def bearer(sub: str = "alice", **claims: object) -> dict[str, str]:
 
 ADMIN: Final = bearer("root", admin=True)
 WORKER: Final = bearer("worker", capabilities=["publish"])
+ALICE: Final = bearer("alice")
+BOB: Final = bearer("bob")
 
 
 # Answers

@@ -12,9 +12,8 @@ import pytest
 import trio
 
 from tests.streams import SseEvent, Stream, clean_server, parse_events, stream_at
-from tests.support import ADMIN, AUTH, WORKER, Answer, InProcess, bearer, in_seconds
+from tests.support import ADMIN, ALICE, AUTH, BOB, WORKER, Answer, InProcess, bearer, in_seconds
 
-ALICE, BOB = bearer("alice"), bearer("bob")
 PROJECT = "/api/projects/p1"
 STATUS = f"{PROJECT}/initial-report-status"
 NOT_STARTED = {"projectId": "p1", "reportExists": False, "status": "not_started", "progress": 0}

@@ -11,9 +11,20 @@ import pytest
 import trio
 
 from tests.streams import Stream, clean_server, event_stream, parse_events, stream_at
-from tests.support import ADMIN, AUTH, WORKER, Answer, InProcess, bearer, in_seconds, request_bytes, until_answered
+from tests.support import (
+    ADMIN,
+    ALICE,
+    AUTH,
+    BOB,
+    WORKER,
+    Answer,
+    InProcess,
+    bearer,
+    in_seconds,
+    request_bytes,
+    until_answered,
+)
 
-ALICE, BOB = bearer("alice"), bearer("bob")
 EVENT_SOURCE = {"Accept": "text/event-stream"}
 BASE = "/api/brand-monitor/progress"
 

@@ -1,0 +1,216 @@
+"""Messages of WebSocket clients: publishes and their answers, and what is wrong, or too much."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import trio
+from wsproto.events import BytesMessage, TextMessage
+
+from tests.streams import (
+    clean_server,
+    cursor,
+    put,
+    session,
+    websocket,
+)
+from tests.support import AUTH, InProcess, token, until
+
+# Publishing
+
+
+async def test_publish_is_answered_when_kept_with_what_was_rejected(guarded: InProcess) -> None:
+    put(guarded, "done", status="completed")
+    async with session(guarded, token=token("w", capabilities=["publish"])) as ws:
+        answer = await ws.ask(
+            "publish",
+            ref=1,
+            updates=[
+                {"jobId": "a", "userId": "alice", "seq": 1},
+                {"jobId": "a", "seq": 1},
+                {"jobId": "a", "progress": "much"},
+                {"jobId": "done", "progress": 1},
+                5,
+                {"jobId": "a", "status": "processing"},
+            ],
+        )
+        rejected = answer.pop("rejected")
+        assert answer == {"type": "published", "ref": 1, "accepted": 2, "duplicates": 1, "id": cursor(guarded)}
+        assert [(refusal["index"], refusal["code"]) for refusal in rejected] == [
+            (2, "invalid_field"), (3, "job_ended"), (4, "invalid_update"),
+        ]  # fmt: skip
+        assert guarded.node.jobs.jobs["a"].latest.version == 2
+
+
+async def test_a_worker_learns_that_it_shall_stop(server: InProcess) -> None:
+    put(server, "a", status="processing")
+    put(server, "b", status="processing")
+    assert (await server.post("/api/v2/jobs/a/cancel", {})).status == 202
+    async with session(server) as ws:
+        answer = await ws.ask("publish", updates=[{"jobId": "a", "progress": 1}, {"jobId": "b", "progress": 1}])
+        assert (answer["accepted"], answer["cancelRequested"]) == (2, ["a"])
+
+
+async def test_publishing_needs_the_capability(guarded: InProcess) -> None:
+    async with session(guarded, token=token("alice")) as ws:
+        answer = await ws.ask("publish", ref="p", updates=[{"jobId": "a", "userId": "alice"}])
+        assert (answer["type"], answer["code"], answer["ref"]) == ("error", "forbidden", "p")
+        assert not guarded.node.jobs.jobs
+
+
+async def test_many_publishes_are_answered_in_order(tmp_path: Any) -> None:
+    async with clean_server(store={"url": f"sqlite:{tmp_path}/jobs.db"}) as server, session(server) as ws:
+        for number in range(100):
+            await ws.send("publish", ref=number, updates=[{"jobId": f"job{number}", "userId": "u"}])
+        answers = await ws.messages(100)
+        assert [(answer["ref"], answer["accepted"]) for answer in answers] == [(number, 1) for number in range(100)]
+        assert len(server.node.jobs.jobs) == 100
+
+
+async def test_publishing_during_a_drain_is_refused(server: InProcess) -> None:
+    async with session(server) as ws:
+        server.node.start_drain()
+        answer = await ws.ask("publish", updates=[{"jobId": "a", "userId": "u"}])
+        assert (answer["type"], answer["code"]) == ("error", "try_later")
+        assert not server.node.jobs.jobs
+
+
+async def test_publishes_that_come_together_are_answered_together_and_before_what_follows(server: InProcess) -> None:
+    async with session(server) as ws:
+        (reader,) = server.node.streams
+        sends: list[int] = []
+        send = reader.sock_send  # type: ignore[attr-defined]
+
+        def counted(data: bytes) -> int:
+            sends.append(len(data))
+            return int(send(data))
+
+        reader.sock_send = counted  # type: ignore[attr-defined]
+        publish = '{"type":"publish","ref":%d,"updates":[{"jobId":"a","userId":"alice","progress":%d}]}'
+        publishes = b"".join(ws.connection.send(TextMessage(publish % (n, n))) for n in range(5))
+        await ws.http.send(publishes)
+        answers = await ws.messages(5)
+        assert [(answer["type"], answer["ref"]) for answer in answers] == [("published", n) for n in range(5)]
+        assert len(sends) == 1
+        ping = ws.connection.send(TextMessage('{"type":"ping","ref":9}'))
+        await ws.http.send(publishes + ping + publishes)
+        answers = await ws.messages(11)
+        assert [answer["ref"] for answer in answers] == [0, 1, 2, 3, 4, 9, 0, 1, 2, 3, 4]
+        await ws.http.send(publishes + b"\x83\x80" + bytes(4))
+        closed = await ws.closed()
+        assert (closed.code, [message["ref"] for message in ws.left]) == (1002, [0, 1, 2, 3, 4])
+
+
+async def test_publishes_that_are_kept_together_are_answered_together(tmp_path: Path) -> None:
+    async with clean_server(store={"url": f"sqlite:{tmp_path}/s.db"}) as at, session(at) as ws:
+        publish = '{"type":"publish","ref":%d,"updates":[{"jobId":"a%d","userId":"alice"}]}'
+        for start in range(0, 200, 40):
+            await ws.http.send(
+                b"".join(ws.connection.send(TextMessage(publish % (n, n))) for n in range(start, start + 40))
+            )
+            answers = await ws.messages(40)
+            assert sorted(answer["ref"] for answer in answers) == list(range(start, start + 40))
+        (reader,) = at.node.streams
+        assert not reader.corked  # type: ignore[attr-defined]
+
+
+# Wrong messages
+
+
+async def test_wrong_messages_get_errors_and_ten_in_a_row_a_close(server: InProcess) -> None:
+    wrong = ["", "{", "[]", "5", '"x"', "null", "{}", '{"type":1}', '{"type":"dance"}']
+    async with session(server) as ws:
+        for _ in range(2):
+            for text in wrong:  # nine
+                await ws.send_text(text)
+                answer = await ws.receive()
+                assert answer["type"] == "error"
+                assert answer["code"] in ("malformed_json", "invalid_field"), answer
+                assert answer["message"]
+            await ws.quiet()  # a good one in between: counted from the start again
+        for _ in range(10):
+            await ws.send_text("{")
+        closed = await ws.closed()
+        assert closed.code == 1008
+        assert len(ws.left) == 10
+
+
+async def test_deep_nesting_is_an_error(server: InProcess) -> None:
+    async with session(server) as ws:
+        for text in ('{"a":' * 20_000, "[" * 100_000, '{"type":"ping","ref":' + "[" * 100_000):
+            await ws.send_text(text)
+            answer = await ws.receive()
+            assert (answer["type"], answer["code"] in ("malformed_json", "invalid_field")) == ("error", True)
+        await ws.quiet()
+
+
+async def test_binary_is_unsupported_and_counts_as_malformed(server: InProcess) -> None:
+    async with session(server) as ws:
+        await ws.send_event(BytesMessage(b'{"type":"ping"}'))
+        answer = await ws.receive()
+        assert (answer["type"], answer["code"]) == ("error", "unsupported_data")
+        await ws.quiet()
+        for _ in range(10):
+            await ws.send_event(BytesMessage(b""))
+        assert (await ws.closed()).code == 1008
+
+
+async def test_strangers_get_ten_mistakes_too(guarded: InProcess) -> None:
+    async with websocket(guarded) as ws:
+        for _ in range(10):
+            await ws.send("ping")
+        closed = await ws.closed()
+        assert (closed.code, {error["code"] for error in ws.left}) == (1008, {"unauthorized"})
+
+
+async def test_ack_and_ping(server: InProcess) -> None:
+    async with session(server) as ws:
+        await ws.send("ack", id=cursor(server))
+        pong = await ws.ask("ping", ref="p")
+        assert (pong["type"], pong["ref"]) == ("pong", "p")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", pong["timestamp"])
+        assert (await ws.ask("ack"))["field"] == "id"
+
+
+# Rates
+
+
+async def test_too_fast_is_an_error_then_4429() -> None:
+    async with clean_server(auth=AUTH, limits={"messages_per_second": 0.5}) as server:
+        async with session(server, token=token("alice")) as ws:
+            await ws.quiet()
+            for number in range(10):
+                await ws.send("ping", ref=number)
+            closed = await ws.closed()
+            assert closed.code == 4429
+            assert [(error["code"], error["ref"]) for error in ws.left] == [("rate_limited", n) for n in range(10)]
+        async with session(server, token=token("bob")) as ws:  # each user has a rate of its own
+            await ws.quiet()
+        server.node.limits.sweep(trio.current_time() + 1000)
+
+
+async def test_publishing_too_fast_is_an_error() -> None:
+    async with clean_server(limits={"publishes_per_second": 1}) as server, session(server) as ws:
+        updates = [{"jobId": "a", "userId": "u"}]
+        assert (await ws.ask("publish", updates=updates))["type"] == "published"
+        answer = await ws.ask("publish", updates=updates, ref=7)
+        assert (answer["type"], answer["code"], answer["ref"]) == ("error", "rate_limited", 7)
+        server.node.limits.sweep(trio.current_time() + 1000)
+
+
+async def test_too_many_connections_of_a_user_is_an_error_then_4429() -> None:
+    async with clean_server(auth=AUTH, limits={"connections_per_user": 1}) as server:
+        async with session(server, token=token("alice")):
+            async with websocket(server, token=token("alice")) as ws:
+                assert (await ws.closed()).code == 4429
+                assert [(m["type"], m["code"]) for m in ws.left] == [("error", "rate_limited")]
+            async with websocket(server) as ws:
+                await ws.send("auth", token=token("alice"))
+                assert (await ws.closed()).code == 4429
+            async with session(server, token=token("bob")):
+                pass
+        await until(lambda: not server.node.streams)
+        async with session(server, token=token("alice")) as ws:
+            await ws.quiet()
