@@ -65,10 +65,12 @@ class Reader(ABC):
         offset: everything up to here has been given, held or filtered.
         open_jobs: named jobs that have not ended yet, for readers that stop with the last; else None.
         sock_send: the socket's non-blocking ``send``.
+        wanted: what is wanted of all its channels, None while it is on none; if that is not the same of all, of how
+            many channels each is wanted. Kept by the hub.
         wants: channel name to what is wanted of it; kept by the hub.
     """
 
-    __slots__ = ("direct", "form", "multi", "offset", "open_jobs", "sock_send", "wants")
+    __slots__ = ("direct", "form", "multi", "offset", "open_jobs", "sock_send", "wanted", "wants")
 
     def __init__(self, form: WireForm, offset: int, sock_send: Callable[[bytes | memoryview], int]) -> None:
         self.direct = False
@@ -77,6 +79,7 @@ class Reader(ABC):
         self.offset = offset
         self.open_jobs: set[str] | None = None
         self.sock_send = sock_send
+        self.wanted: Want | dict[Want, int] | None = None
         self.wants: dict[str, Want] = {}
 
     @abstractmethod
@@ -162,28 +165,51 @@ class Hub:
 
     # Registration
 
-    def attach(self, reader: Reader, wants: Iterable[tuple[str, Want]]) -> None:
+    def enter(self, reader: Reader) -> None:
+        """Know a reader, though it is on no channel yet: should the log be lost, it is told."""
+        self.readers[reader] = None
+
+    def attach(self, reader: Reader, names: Sequence[str], want: Want) -> None:
         """Put a reader on channels; a channel it is on already takes the new want."""
         self.readers[reader] = None
-        for name, want in wants:
+        if not names:
+            return
+        wants, wanted = reader.wants, reader.wanted
+        if not isinstance(wanted, dict):
+            # Counted are only different wants: nearly every reader has the same of all its channels.
+            wanted = None if wanted is None or wanted == want else {wanted: len(wants)}
+        for name in names:
             channel = self.channels.get(name)
             if channel is None:
                 channel = self.channels[name] = Channel(name)
-            reader.wants[name] = want
+            if wanted is not None:
+                if name in wants:
+                    _uncount(wanted, wants[name])
+                wanted[want] = wanted.get(want, 0) + 1
+            wants[name] = want
             channel.readers[reader] = None
             channel.order = None
-        reader.multi = len(reader.wants) > 1
+        reader.wanted = want if wanted is None or len(wanted) == 1 else wanted
+        reader.multi = len(wants) > 1
 
     def detach(self, reader: Reader, names: Iterable[str]) -> None:
         """Take a reader off channels; a channel without readers goes."""
+        wanted = reader.wanted
         for name in names:
-            if reader.wants.pop(name, None) is None:
+            want = reader.wants.pop(name, None)
+            if want is None:
                 continue
+            if isinstance(wanted, dict):
+                _uncount(wanted, want)
             channel = self.channels[name]
             del channel.readers[reader]
             channel.order = None
             if not channel.readers:
                 del self.channels[name]
+        if not reader.wants:
+            reader.wanted = None
+        elif isinstance(wanted, dict) and len(wanted) == 1:
+            (reader.wanted,) = wanted
         reader.multi = len(reader.wants) > 1
 
     def leave(self, reader: Reader) -> None:
@@ -440,6 +466,12 @@ class Hub:
                 reader.log_lost()
             except Exception as error:
                 _end(reader, error)
+
+
+def _uncount(wanted: dict[Want, int], want: Want) -> None:
+    wanted[want] -= 1
+    if not wanted[want]:
+        del wanted[want]
 
 
 def _end(reader: Reader, error: Exception) -> None:

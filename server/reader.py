@@ -224,16 +224,13 @@ class PushReader(Reader):
 
     def settle(self) -> None:
         """Work out whether the hub may write directly, after wants or interval changed."""
-        wants = self.wants.values()
-        if len(wants) == 1:
-            (want,) = wants
-            self.form = want.form
-            self._plain = want.filter.is_any and not self.min_interval_s
+        wanted = self.wanted
+        if isinstance(wanted, dict):  # with other filters or in other forms
+            self._plain = False
         else:
-            forms = {want.form for want in wants}
-            if len(forms) == 1:
-                self.form = next(iter(forms))
-            self._plain = len(forms) <= 1 and all(want.filter.is_any for want in wants) and not self.min_interval_s
+            if wanted is not None:
+                self.form = wanted.form
+            self._plain = (wanted is None or wanted.filter.is_any) and not self.min_interval_s
         self._resume()
 
     def _resume(self) -> None:

@@ -33,14 +33,16 @@ class PollReader(Reader):
 
     Attributes:
         wake: set when there is something to answer with.
+        filter: which updates are wanted.
         heard: the targets of notifications that are wanted.
     """
 
-    __slots__ = ("heard", "wake")
+    __slots__ = ("filter", "heard", "wake")
 
-    def __init__(self, wake: trio.Event, form: WireForm, offset: int, heard: Set[str]) -> None:
+    def __init__(self, wake: trio.Event, form: WireForm, offset: int, filter: Filter, heard: Set[str]) -> None:
         super().__init__(form, offset, _not_written_to)
         self.wake = wake
+        self.filter = filter
         self.heard = heard
 
     def take(self, batch: Sequence[Update]) -> None:
@@ -48,10 +50,7 @@ class PollReader(Reader):
         for update in batch:
             if update.offset <= self.offset:
                 continue
-            if update.targets is not None:
-                wanted = reaches(update, self.heard)
-            else:
-                wanted = any(want.filter.passes(update) for want in self.wants.values())
+            wanted = reaches(update, self.heard) if update.targets is not None else self.filter.passes(update)
             if wanted:
                 self.wake.set()
 
@@ -89,11 +88,11 @@ async def poll(exchange: Exchange) -> Response:
     token_left = math.inf if identity.expires_at is None else max(0.0, identity.expires_at - time.time())
 
     wake = trio.Event()
-    reader = PollReader(wake, wire_form(Framing.JSON, watch.fields), last, hearing.names)
+    reader = PollReader(wake, wire_form(Framing.JSON, watch.fields), last, watch.filter, hearing.names)
     timed_out = False
     # Registered before the log is read, so nothing can fall between reading and waiting.
     on = [*names, NOTICES] if hearing.names else names
-    node.hub.attach(reader, [(name, Want(watch.filter, reader.form)) for name in on])
+    node.hub.attach(reader, on, Want(watch.filter, reader.form))
     node.polls[wake] = None
     node.counters.opened["poll"] += 1
     node.counters.begin(resumed=begin.after is not None, lost=begin.lost)

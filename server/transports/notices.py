@@ -58,7 +58,7 @@ class NoticeStream(SseReader):
     def begin(self, head: bytes, start: Start) -> None:
         """Greet, and queue what it is owed. It is in ``presence`` by now, so what comes later comes live."""
         node = self.node
-        node.hub.attach(self, ())
+        node.hub.enter(self)
         self.offset = node.history.last
         notices, _ = owed(node, start, self.user, self.heard())
         node.counters.begin(resumed=start.after is not None, lost=start.lost)

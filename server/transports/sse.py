@@ -171,7 +171,7 @@ class EventStream(SseReader):
         node, watch = self.node, self._watch
         # Of another kind: that is settled by the form, so that all updates may take the direct way.
         wanted = ANY if self.form.kind else watch.filter
-        node.hub.attach(self, [(name, Want(wanted, self.form)) for name in self._names])
+        node.hub.attach(self, self._names, Want(wanted, self.form))
         self.settle()
         self.offset = node.history.last
         if watch.job_ids is not None:

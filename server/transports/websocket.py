@@ -191,8 +191,7 @@ class Session(LiveReader):
             self._auth_timer.cancel()
             self._auth_timer = None
         self.enter(identity)
-        # Known to the hub from here on, though on no channel yet: should the log be lost, it is told.
-        self.hub.attach(self, ())
+        self.hub.enter(self)
         self.offset = self.hub.history.last
         stored = owed(self.node, FRESH, identity.user, set())
         greeting = server_message(

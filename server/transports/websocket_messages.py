@@ -79,7 +79,7 @@ async def _auth(session: Session, message: AuthMessage) -> None:
         if allowed != name:
             session.hub.detach(session, [name])
             if allowed is not None and allowed not in session.wants:
-                session.hub.attach(session, [(allowed, want)])
+                session.hub.attach(session, [allowed], want)
     _leave(session, [channel for channel in session.channels if not may_join(session.node, identity, channel)])
     session.settle()
     expires = None if identity.expires_at is None else format_time(int(identity.expires_at * 1000))
@@ -119,7 +119,7 @@ async def _subscribe(session: Session, message: Subscribe) -> None:
     session.catch_up()
     if interval is not None:
         session.min_interval_s = interval
-    session.hub.attach(session, [(name, Want(wanted, form)) for name in names])
+    session.hub.attach(session, names, Want(wanted, form))
     session.node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
     head = {"type": "subscribed", "ref": message.ref} if message.ref is not None else {"type": "subscribed"}
     scope: dict[str, Any] = {"jobIds": job_ids or [], "denied": denied}

@@ -43,6 +43,7 @@ class Recorder:
         self.form = form
         self.multi = False
         self.open_jobs: set[str] | None = None
+        self.wanted: Want | dict[Want, int] | None = None
         self.wants: dict[str, Want] = {}
         self.sent: list[bytes] = []
         self.taken: list[list[int]] = []
@@ -92,7 +93,7 @@ class Bench:
 
     def reader(self, *names: str, form: WireForm | None = None, filter: Filter = ANY) -> Recorder:
         reader = Recorder(form or self.form, offset=self.history.last)
-        self.hub.attach(reader, [(name, Want(filter, reader.form)) for name in names])
+        self.hub.attach(reader, names, Want(filter, reader.form))
         return reader
 
     def deliver(self, *updates: Update) -> None:
@@ -122,7 +123,7 @@ async def test_registering_and_delivering_never_wait(bench: Bench) -> None:
     with assert_no_checkpoints():
         reader = bench.reader("j/a", "u/u")
         bench.next()
-        bench.hub.attach(reader, [("*", Want(ANY, bench.form))])
+        bench.hub.attach(reader, ["*"], Want(ANY, bench.form))
         bench.hub.detach(reader, ["*", "unknown"])
         bench.hub.log_lost()
         bench.hub.leave(reader)
@@ -519,7 +520,7 @@ async def test_others_run_in_between_when_somebody_waits(
 
     readers = [Noting(bench.form) for _ in range(20)]
     for reader in readers:
-        bench.hub.attach(reader, [("j/a", Want(ANY, bench.form))])  # type: ignore[arg-type]
+        bench.hub.attach(reader, ["j/a"], Want(ANY, bench.form))  # type: ignore[arg-type]
 
     async with trio.open_nursery() as others:
 

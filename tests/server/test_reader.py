@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 from trio.testing import assert_no_checkpoints, wait_all_tasks_blocked
 
 from protocol.update import Update
@@ -17,6 +22,9 @@ from server.history import History
 from server.hub import Hub, Want
 from server.reader import PushReader
 from server.wheel import Wheel
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 FORM = wire_form(Framing.SSE)
 
@@ -58,7 +66,7 @@ class Bench:
         nursery.start_soon(self.wheel.run)
 
     def watch(self, *names: str, filter: Filter = ANY) -> None:
-        self.hub.attach(self.reader, [(name, Want(filter, FORM)) for name in names])
+        self.hub.attach(self.reader, names, Want(filter, FORM))
         self.reader.settle()
 
     def put(
@@ -116,6 +124,73 @@ def bench(nursery: trio.Nursery) -> Iterator[Bench]:
 
 def ids(events: list[dict[str, object]]) -> list[object]:
     return [str(event["id"]).partition(":")[2] for event in events if "id" in event]
+
+
+NAMES = st.lists(st.integers(0, 5).map("j/{}".format), max_size=4, unique=True)
+WANTS = st.builds(
+    Want, st.sampled_from([ANY, Filter(kinds=frozenset({"k"}))]), st.sampled_from([FORM, wire_form(Framing.WEBSOCKET)])
+)
+
+
+@given(st.lists(st.tuples(NAMES, WANTS | st.none()), max_size=30))
+async def test_only_what_is_wanted_alike_of_all_channels_goes_the_direct_way(
+    steps: list[tuple[list[str], Want | None]],
+) -> None:
+    history = History("e", max_updates=1, max_age=1e9, max_bytes=1)
+    hub = Hub(history)
+    ours, peer = socket.socketpair()
+    with ours, peer:
+        nursery = cast("trio.Nursery", None)  # nothing is sent
+        reader = Probe(ours, nursery, hub, Wheel(), FORM, backlog_bytes=1)
+        for names, want in steps:
+            if want is None:
+                hub.detach(reader, names)
+            else:
+                hub.attach(reader, names, want)
+            reader.settle()
+            wants = set(reader.wants.values())
+            assert reader.direct == (
+                len({want.form for want in wants}) < 2 and all(want.filter.is_any for want in wants)
+            )
+            if len(wants) == 1:
+                assert reader.form is next(iter(wants)).form
+            assert set(hub.channels) == set(reader.wants)
+
+
+def opcodes(work: Callable[[], object]) -> int:
+    """How much of the interpreter a piece of work takes."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> TraceFunction:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+async def test_one_more_channel_costs_the_same_however_many_there_are(bench: Bench) -> None:
+    plain, filtered = Want(ANY, FORM), Want(Filter(kinds=frozenset({"k"})), FORM)
+
+    def one_more() -> None:
+        for want in (plain, filtered):
+            bench.hub.attach(bench.reader, ["j/one"], want)
+            bench.reader.settle()
+            bench.hub.detach(bench.reader, ["j/one"])
+            bench.reader.settle()
+
+    costs = []
+    for count in (10, 1000):
+        bench.hub.attach(bench.reader, [f"j/{number}" for number in range(count)], plain)
+        costs.append(opcodes(one_more))
+    assert costs[0] == costs[1] > 0
 
 
 async def test_what_the_hub_calls_never_waits(bench: Bench) -> None:
