@@ -34,7 +34,7 @@ NOTIFICATION: Final = "notification"
 TYPE_OF_STATUS: Final = {COMPLETED: JOB_COMPLETED, FAILED: JOB_FAILED, CANCELLED: JOB_CANCELLED}
 
 
-class Update(msgspec.Struct, gc=False, eq=False):
+class Update(msgspec.Struct, array_like=True, gc=False, eq=False):
     """One entry of the log. Immutable by convention; encoded once, when it was accepted.
 
     Attributes:
@@ -148,7 +148,7 @@ class Private(msgspec.Struct, array_like=True, gc=False, frozen=True):
     cancel_requested: bool = False
 
 
-class Job(msgspec.Struct, gc=False, eq=False, frozen=True):
+class Job(msgspec.Struct, array_like=True, gc=False, eq=False, frozen=True):
     """The state of one job, shown or being worked on. Replaced, never mutated.
 
     Attributes:

@@ -67,12 +67,26 @@ def new_epoch() -> str:
 class Group:
     """What is kept together or not at all: the outcome of all submissions since the last group was taken."""
 
-    __slots__ = ("bytes", "entries", "gone", "keys", "newest", "silent", "stored", "submissions", "taken")
+    __slots__ = (
+        "bytes",
+        "deleted",
+        "entries",
+        "forgotten",
+        "gone",
+        "keys",
+        "newest",
+        "silent",
+        "stored",
+        "submissions",
+        "taken",
+    )
 
     def __init__(self) -> None:
         self.entries: list[tuple[Update, Job | None]] = []
         self.newest: dict[str, Job | None] = {}  # state of every touched job; None: gone
         self.silent: set[str] = set()  # of these, the ones whose newest state has no entry of its own
+        self.deleted: dict[int, int] = {}  # by offset of the deletion: ``Job.created`` of what was deleted
+        self.forgotten: list[int] = []  # ``Job.created`` of those that went without an entry
         self.keys: list[Kept] = []
         self.stored: list[Update] = []  # of the entries, the notifications that are kept for their users
         self.gone: list[Place] = []  # stored ones that need not be kept any more
@@ -267,6 +281,7 @@ class LocalBroker(ABC):
         update = rules.delete(before, offset=self._offset + 1, now_ms=now_ms)
         self._count -= 1
         self._stage(before, None, update)
+        self._group.deleted[update.offset] = before.created
         return Accepted(update.offset, update.version, False, False, None)
 
     def _expire(self, operation: Expire, now_ms: int) -> Accepted:
@@ -385,6 +400,7 @@ class LocalBroker(ABC):
             job_id = oldest.latest.job_id
             if job_id not in self._working:  # else it was reopened or deleted since
                 self._add_silent(job_id, None)
+                self._group.forgotten.append(oldest.created)
                 self._count -= 1
                 return
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -18,6 +19,7 @@ from protocol.errors import ApiError
 from server.brokers.base import Deliver
 from server.brokers.local import HOUSEKEEPING_S, Group, LocalBroker, log, new_epoch
 from server.brokers.sqlite_file import Loaded, SqliteFile
+from server.brokers.thread import StoreThread
 from server.history import History
 from server.jobs import Jobs
 from server.wheel import Wheel
@@ -48,6 +50,7 @@ class SqliteBroker(LocalBroker):
     ) -> None:
         super().__init__(jobs, history, deliver, wheel)
         self._file = SqliteFile(path, max_updates=history.max_updates, max_age=history.max_age)
+        self._thread = StoreThread()
         self._on_new_epoch = on_new_epoch
         self._wake = trio.Event()
         self._writing = trio.Lock()  # run() and close() take turns
@@ -59,18 +62,24 @@ class SqliteBroker(LocalBroker):
         # A commit takes the GIL back half a dozen times, and waits for it up to the switch interval when the main
         # thread is busy: at the default of 5 ms a commit of 100 rows took 20 to 100 ms then, at 1 ms it took 5.
         sys.setswitchinterval(min(_SWITCH_INTERVAL_S, sys.getswitchinterval()))
-        loaded = await trio.to_thread.run_sync(self._open_and_load)
+        loaded = await self._thread.run(self._open_and_load)
         self._open = True
         self._adopt(loaded)
-        self._marks = await trio.to_thread.run_sync(self._file.marks)
+        self._marks = await self._thread.run(self._file.marks)
         while self._count > self._jobs.max_jobs:  # the bound may have been lowered since
             oldest = self._jobs.take_oldest_ended()
             if oldest is None:
                 break
             self._add_silent(oldest.latest.job_id, None)
+            self._group.forgotten.append(oldest.created)
             self._count -= 1
         if not self._group.empty:
             await self._keep_group()
+
+    def _settle_and_close(self) -> None:
+        with suppress(sqlite3.Error):  # it is in the log
+            self._file.settle()
+        self._file.close()
 
     def _open_and_load(self) -> Loaded:
         self._file.open(new_epoch())
@@ -101,7 +110,7 @@ class SqliteBroker(LocalBroker):
                 raise ApiError(503, "store_unavailable", "the store is closed")
             with trio.CancelScope(shield=True):
                 try:
-                    await trio.to_thread.run_sync(self._file.save_mark, name, text)
+                    await self._thread.run(partial(self._file.save_mark, name, text))
                 except sqlite3.Error as error:
                     raise ApiError(503, "store_unavailable", f"the store is away ({error})") from error
         self._marks[name] = text
@@ -116,7 +125,8 @@ class SqliteBroker(LocalBroker):
             async with self._writing:
                 if self._open:
                     self._open = False
-                    await trio.to_thread.run_sync(self._file.close)
+                    await self._thread.run(self._settle_and_close)
+            self._thread.stop()
 
     def _gathered(self) -> None:
         self._wake.set()
@@ -130,7 +140,7 @@ class SqliteBroker(LocalBroker):
                 return
             with trio.CancelScope(shield=True):  # a commit under way cannot be taken back
                 try:
-                    await trio.to_thread.run_sync(self._write, group)
+                    await self._thread.run(partial(self._write, group))
                 except Exception as error:
                     await self._failed(group, error)
                 else:
@@ -141,7 +151,7 @@ class SqliteBroker(LocalBroker):
         async with self._writing:
             with trio.CancelScope(shield=True):
                 try:
-                    await trio.to_thread.run_sync(self._write, None)
+                    await self._thread.run(partial(self._write, None))
                 except Exception as error:
                     await self._failed(Group(), error)
                 else:
@@ -168,9 +178,9 @@ class SqliteBroker(LocalBroker):
         loaded: Loaded | None = None
         self._in_doubt = True
         try:
-            if await trio.to_thread.run_sync(self._file.last_offset) != self._kept_offset:
+            if await self._thread.run(self._file.last_offset) != self._kept_offset:
                 load = partial(self._file.load, renew_epoch=new_epoch(), new_epoch=new_epoch())
-                loaded = await trio.to_thread.run_sync(load)
+                loaded = await self._thread.run(load)
             self._in_doubt = False
         except Exception as worse:
             log.error("the store cannot be read: %s", worse)

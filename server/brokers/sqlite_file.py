@@ -1,6 +1,9 @@
-"""The file of the sqlite broker: tables, writing a group in one transaction, reading everything back.
+"""The file of the sqlite broker: writing a group in one transaction, reading everything back.
 
-Runs in worker threads, one call at a time. Nothing here knows Trio or the rules of jobs.
+Runs in the broker's thread, one call at a time. Nothing here knows Trio or the rules of jobs.
+
+The log is what makes an update durable: a group is one row, which a lone statement adds. The table of jobs follows in
+larger steps: it has every job as of the offset ``settled``, and what became of them since is read from the log.
 """
 
 from __future__ import annotations
@@ -8,41 +11,30 @@ from __future__ import annotations
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from heapq import merge
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from protocol.notice import notice_entry, users_of
-from protocol.update import ENDED, JOB_DELETED, NOTIFICATION, Job, Private, Update
+from protocol.update import JOB_DELETED, Job, Update
 from server.brokers.base import StoreError
 from server.brokers.keys import KEEP_MS, Kept
 from server.brokers.local import Group
-
-SCHEMA_VERSION: Final = 2
-
-_NOTICE_TABLES: Final = (
-    "CREATE TABLE notices (offset INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, event TEXT NOT NULL,"
-    " targets TEXT NOT NULL, body BLOB NOT NULL)",
-    "CREATE TABLE inbox (user_id TEXT NOT NULL, offset INTEGER NOT NULL, PRIMARY KEY (user_id, offset)) WITHOUT ROWID",
-    "CREATE INDEX inbox_offset ON inbox (offset)",
+from server.brokers.sqlite_formats import (
+    ENTRIES_PER_ROW,
+    SCHEMA_VERSION,
+    TABLES,
+    entry,
+    migrate,
+    pack,
+    unpack_entries,
+    unpack_job,
 )
-_TABLES: Final = (
-    "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE log (offset INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, type TEXT NOT NULL, job_id TEXT NOT NULL,"
-    " user_id TEXT NOT NULL, kind TEXT, status TEXT NOT NULL, version INTEGER NOT NULL, urgent INTEGER NOT NULL,"
-    " body BLOB NOT NULL, targets TEXT)",
-    "CREATE TABLE jobs (job_id TEXT PRIMARY KEY, created INTEGER NOT NULL, offset INTEGER NOT NULL,"
-    " at_ms INTEGER NOT NULL, type TEXT NOT NULL, user_id TEXT NOT NULL, kind TEXT, status TEXT NOT NULL,"
-    " version INTEGER NOT NULL, urgent INTEGER NOT NULL, body BLOB NOT NULL, private BLOB NOT NULL)",
-    "CREATE TABLE keys (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, fingerprint BLOB NOT NULL,"
-    " job_id TEXT NOT NULL, offset INTEGER NOT NULL, version INTEGER NOT NULL, at_ms INTEGER NOT NULL)",
-    "CREATE TABLE probe (filler BLOB NOT NULL)",
-    *_NOTICE_TABLES,
-)
-# What takes a file from a format to the next one.
-_MIGRATIONS: Final = {1: ("ALTER TABLE log ADD COLUMN targets TEXT", *_NOTICE_TABLES)}
 
 # Rows of one statement. The sqlite3 module releases the GIL around every step; with executemany that is once per row,
 # and a busy main thread gives it back only after the switch interval. Measured, 1,000 rows while the main thread
@@ -51,32 +43,16 @@ _MIGRATIONS: Final = {1: ("ALTER TABLE log ADD COLUMN targets TEXT", *_NOTICE_TA
 # fixed sizes keep the statements in the module's cache.
 _ROWS: Final = (256, 32, 4, 1)
 
-# A job's row is written over. REPLACE would take it out and put a new one at the end of the table and into the index:
-# five pages in the commit of a lone update instead of two (25 instead of 21 for a hundred), and a ninth more CPU.
-_ANEW: Final = " ON CONFLICT (job_id) DO UPDATE SET " + ", ".join(
-    f"{name} = excluded.{name}"
-    for name in (
-        "created",
-        "offset",
-        "at_ms",
-        "type",
-        "user_id",
-        "kind",
-        "status",
-        "version",
-        "urgent",
-        "body",
-        "private",
-    )
-)
+# Jobs whose newest state is in the log only, and entries that are to be read for it: some 3 ms of a commit then, and
+# 20 ms of a start.
+_UNSETTLED_JOBS: Final = 1000
+_UNSETTLED_ENTRIES: Final = 20_000
 
 # A trim takes at most this many rows, or twice what the group adds: it catches up without ever making one commit long.
 _TRIM_STEP: Final = 1000
 _TRIM_SLACK: Final = 256  # rows over the bound before a trim is worth it
 _TRIM_EVERY_S: Final = 1.0
 
-_encode_private = msgspec.json.Encoder().encode
-_decode_private = msgspec.json.Decoder(Private).decode
 _decode_targets = msgspec.json.Decoder(tuple[str, ...]).decode
 
 
@@ -120,7 +96,10 @@ class SqliteFile:
         self.max_updates = max_updates
         self.max_age = max_age
         self._first = 1  # lowest offset in the log, or lower
+        self._last = 0  # highest offset that was written
         self._trimmed_at = 0.0  # time.monotonic()
+        self._settled = 0  # the offset as of which the table has every job
+        self._unsettled: dict[int, Job | None] = {}  # those that changed since, by ``created``; None: gone
 
     def open(self, epoch: str) -> None:
         """Open or create the file and lock it.
@@ -158,17 +137,13 @@ class SqliteFile:
         db.execute("BEGIN EXCLUSIVE")
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables:
-            for statement in _TABLES:
+            for statement in TABLES:
                 db.execute(statement)
-            db.execute("INSERT INTO meta VALUES ('schema', ?), ('epoch', ?)", (str(SCHEMA_VERSION), epoch))
+            values = (str(SCHEMA_VERSION), epoch)
+            db.execute("INSERT INTO meta VALUES ('schema', ?), ('epoch', ?), ('settled', '0')", values)
         elif not {"meta", "log", "jobs", "keys"} <= tables:
             raise StoreError(f"store.url: {self.path} is a database of another application; name another file")
-        found = self._meta("schema")
-        while found is not None and found.isdecimal() and int(found) in _MIGRATIONS:
-            for statement in _MIGRATIONS[int(found)]:
-                db.execute(statement)
-            db.execute("UPDATE meta SET value = ? WHERE name = 'schema'", (str(int(found) + 1),))
-            found = self._meta("schema")
+        found = migrate(db, self._meta("schema"))
         db.execute("COMMIT")
         if found != str(SCHEMA_VERSION):
             raise StoreError(
@@ -213,11 +188,9 @@ class SqliteFile:
 
     def _load(self, renew_epoch: str | None, new_epoch: str) -> Loaded:
         db = self._db
-        last_in_log, at_ms = db.execute("SELECT max(offset), max(at_ms) FROM log").fetchone()
+        last_in_log, at_ms = db.execute("SELECT last, at_ms FROM log ORDER BY last DESC LIMIT 1").fetchone() or (0, 0)
         last = self.last_offset()
-        if last > (
-            last_in_log or 0
-        ):  # rows that were there are gone: offsets may have been used that we cannot vouch for
+        if last > last_in_log:  # rows that were there are gone: offsets may have been used that we cannot vouch for
             renew_epoch = renew_epoch or new_epoch
         if renew_epoch is not None:
             db.execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (renew_epoch,))
@@ -227,25 +200,21 @@ class SqliteFile:
         tail: dict[int, Update] = {}
         gaps_until = self._gaps_until()
         previous = last - self.max_updates
-        for row in db.execute(
-            "SELECT offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent, targets FROM log"
-            " WHERE offset > ? ORDER BY offset",
-            (previous,),
-        ):
-            update = _update(row)
+        for update in self.entries(previous + 1):
             if update.offset != previous + 1 and update.offset > gaps_until:
                 tail.clear()
             tail[update.offset] = update
             previous = update.offset
         if previous != last:
             tail.clear()
-        self._first = db.execute("SELECT coalesce(min(offset), 1) FROM log").fetchone()[0]
+        self._first = db.execute("SELECT coalesce(min(last), 1) FROM log").fetchone()[0]
+        self._last = last
         jobs = [Job(tail.get(job.latest.offset) or job.latest, job.created, job.private) for job in self.jobs()]
         keys = [
             Kept(*row)
             for row in db.execute("SELECT digest, fingerprint, job_id, offset, version, at_ms FROM keys ORDER BY id")
         ]
-        return Loaded(epoch, last, at_ms or 0, jobs, list(tail.values()), keys, self._load_stored(tail))
+        return Loaded(epoch, last, at_ms, jobs, list(tail.values()), keys, self._load_stored(tail))
 
     def _load_stored(self, tail: dict[int, Update]) -> list[tuple[Update, list[str]]]:
         stored: list[tuple[Update, list[str]]] = []
@@ -260,11 +229,33 @@ class SqliteFile:
 
     def jobs(self) -> Iterator[Job]:
         """Every job, oldest first."""
-        for created, private, *row in self._db.execute(
-            "SELECT created, private, offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent"
-            " FROM jobs ORDER BY created"
-        ):
-            yield Job(_update(row), created, _decode_private(private))
+        self._replay()
+        unsettled = self._unsettled
+        settled = (
+            unpack_job(state)
+            for created, state in self._db.execute("SELECT created, state FROM jobs ORDER BY created")
+            if created not in unsettled
+        )
+        newer = [unsettled[created] for created in sorted(unsettled)]
+        for job in merge(settled, (job for job in newer if job is not None), key=attrgetter("created")):
+            _intern(job.latest)
+            yield job
+
+    def _replay(self) -> None:
+        """Read from the log what became of jobs since the table was settled."""
+        self._settled = int(self._meta("settled") or 0)
+        unsettled: dict[int, Job | None] = {}
+        for item in self._items(self._settled + 1):
+            if item.created:
+                unsettled[item.created] = None if item.latest.type == JOB_DELETED else item
+        self._unsettled = unsettled
+
+    def _items(self, first: int) -> Iterator[Job]:
+        """The log from an offset on, as it is packed."""
+        for (entries,) in self._db.execute("SELECT entries FROM log WHERE last >= ? ORDER BY last", (first,)):
+            for item in unpack_entries(entries):
+                if item.latest.offset >= first:
+                    yield item
 
     def _gaps_until(self) -> int:
         """The offset up to which the log may have gaps."""
@@ -278,23 +269,18 @@ class SqliteFile:
         if epoch is None:
             raise StoreError(f"store.url: {self.path} is damaged (no epoch); restore a copy, or move it away")
         (at_ms,) = self._db.execute("SELECT coalesce(max(at_ms), 0) FROM log").fetchone()
-        first = last + 1
-        for (offset,) in self._db.execute(
-            "SELECT offset FROM log WHERE offset > ? ORDER BY offset DESC", (last - self.max_updates,)
-        ):
-            if offset != first - 1 and (first > last or first > gaps_until):
-                break
-            first = offset
-        return Standing(epoch, last, at_ms, first)
+        first, previous = last + 1, 0
+        for update in self.entries(last - self.max_updates + 1):
+            if first > last or (update.offset != previous + 1 and update.offset > gaps_until):
+                first = update.offset
+            previous = update.offset
+        return Standing(epoch, last, at_ms, first if previous == last else last + 1)
 
     def entries(self, first: int) -> Iterator[Update]:
         """The log from an offset on."""
-        for row in self._db.execute(
-            "SELECT offset, at_ms, type, job_id, user_id, kind, status, version, body, urgent, targets FROM log"
-            " WHERE offset >= ? ORDER BY offset",
-            (first,),
-        ):
-            yield _update(row)
+        for item in self._items(first):
+            _intern(item.latest)
+            yield item.latest
 
     def stored(self) -> list[tuple[Update, list[str]]]:
         """Notifications that are kept for their users, oldest first, and who has not acknowledged them."""
@@ -304,52 +290,96 @@ class SqliteFile:
         self, jobs: Sequence[Job], updates: Sequence[Update], stored: Sequence[tuple[Update, list[str]]]
     ) -> None:
         """Put something into a file that is being filled."""
-        self._db.execute("BEGIN IMMEDIATE")
-        self._insert("INSERT INTO log VALUES", 11, [_log_row(update) for update in updates])
-        self._insert("INSERT INTO jobs VALUES", 12, [_job_row(job) for job in jobs])
-        self._insert("INSERT INTO notices VALUES", 5, [_notice_row(notice) for notice, _ in stored])
-        places = [(user, notice.offset) for notice, users in stored for user in users]
-        self._insert("INSERT INTO inbox VALUES", 2, places)
-        self._db.execute("COMMIT")
+        with self._transaction():
+            self._append([entry(update, None) for update in updates])
+            self._insert("INSERT INTO jobs VALUES", 2, [(job.created, pack(job)) for job in jobs])
+            self._insert("INSERT INTO notices VALUES", 5, [_notice_row(notice) for notice, _ in stored])
+            places = [(user, notice.offset) for notice, users in stored for user in users]
+            self._insert("INSERT INTO inbox VALUES", 2, places)
 
     def complete(self, gaps_until: int) -> None:
         """The file is filled; up to this offset its log may have gaps."""
+        db = self._db
         if gaps_until:
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('gaps_until', ?)", (str(gaps_until),))
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('gaps_until', ?)", (str(gaps_until),))
+        newest = [job.latest.offset for job in self.jobs()]
+        self._set_settled(max(self.last_offset(), *newest, 0))
 
     def last_offset(self) -> int:
         """Highest offset of any kept entry, 0 without one."""
-        row = self._db.execute(
-            "SELECT max(coalesce((SELECT max(offset) FROM log), 0), coalesce((SELECT max(offset) FROM jobs), 0))"
-        ).fetchone()
-        return int(row[0])
+        (last,) = self._db.execute("SELECT coalesce(max(last), 0) FROM log").fetchone()
+        return max(int(last), int(self._meta("settled") or 0))
 
     def write(self, group: Group) -> None:
         """Keep a group, on disk when this returns. Raises sqlite3.Error; ``last_offset`` tells if it is kept then."""
-        db = self._db
+        items = [entry(update, job, group.deleted.get(update.offset, 0)) for update, job in group.entries]
+        last = items[-1].latest.offset if items else self._last
+        changes = _changes(group)
+        trims = bool(items) and self._is_to_trim(items[-1].latest)
+        upto = self._trimmable(items[-1].latest, len(items)) if trims else 0
+        settles = (
+            bool(group.silent)  # what has no entry is in no log
+            or upto > self._settled
+            or len(self._unsettled) + len(changes) > _UNSETTLED_JOBS
+            or last - self._settled > _UNSETTLED_ENTRIES
+        )
+        if trims or settles or len(items) > ENTRIES_PER_ROW or group.keys or group.stored or group.gone:
+            with self._transaction():
+                self._append(items)
+                self._insert(
+                    "REPLACE INTO keys (digest, fingerprint, job_id, offset, version, at_ms) VALUES",
+                    6,
+                    [
+                        (kept.digest, kept.fingerprint, kept.job_id, kept.offset, kept.version, kept.at_ms)
+                        for kept in group.keys
+                    ],
+                )
+                self._keep_notices(group)
+                if settles:
+                    self._write_jobs(self._unsettled | changes, last)
+                if trims:
+                    self._trim(upto, items[-1].latest.at_ms, len(items))
+        else:
+            self._append(items)  # one statement is a transaction by itself
+        self._last = last
+        if settles:
+            self._settled, self._unsettled = last, {}
+        else:
+            self._unsettled.update(changes)
+
+    def settle(self) -> None:
+        """Have every job in the table. Raises sqlite3.Error, and nothing is lost then."""
+        if self._unsettled:
+            with self._transaction():
+                self._write_jobs(self._unsettled, self._last)
+            self._settled, self._unsettled = self._last, {}
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         try:
-            db.execute("BEGIN IMMEDIATE")
-            self._insert("INSERT INTO log VALUES", 11, [_log_row(update) for update, _ in group.entries])
-            gone = [(job_id,) for job_id, job in group.newest.items() if job is None]
-            for rows in chunks(gone):
-                places = ", ".join("?" * len(rows))
-                db.execute(f"DELETE FROM jobs WHERE job_id IN ({places})", [job_id for (job_id,) in rows])
-            self._insert("INSERT INTO jobs VALUES", 12, [_job_row(job) for job in group.newest.values() if job], _ANEW)
-            self._insert(
-                "REPLACE INTO keys (digest, fingerprint, job_id, offset, version, at_ms) VALUES",
-                6,
-                [
-                    (kept.digest, kept.fingerprint, kept.job_id, kept.offset, kept.version, kept.at_ms)
-                    for kept in group.keys
-                ],
-            )
-            self._keep_notices(group)
-            if group.entries:
-                self._trim(group.entries[-1][0], len(group.entries))
-            db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._roll_back()
+            if self._db.in_transaction:  # some errors roll back by themselves
+                self._db.execute("ROLLBACK")
             raise
+
+    def _append(self, items: Sequence[Job]) -> None:
+        for start in range(0, len(items), ENTRIES_PER_ROW):
+            portion = items[start : start + ENTRIES_PER_ROW]
+            newest = portion[-1].latest
+            self._db.execute("INSERT INTO log VALUES (?, ?, ?)", (newest.offset, newest.at_ms, pack(portion)))
+
+    def _write_jobs(self, states: Mapping[int, Job | None], settled: int) -> None:
+        self._delete_in("jobs", "created", [created for created, job in states.items() if job is None])
+        self._insert(
+            "REPLACE INTO jobs VALUES", 2, [(created, pack(job)) for created, job in states.items() if job is not None]
+        )
+        self._set_settled(settled)
+
+    def _set_settled(self, offset: int) -> None:
+        self._db.execute("UPDATE meta SET value = ? WHERE name = 'settled'", (str(offset),))
 
     def marks(self) -> dict[str, str]:
         """Every short text that was kept, by name."""
@@ -374,32 +404,22 @@ class SqliteFile:
                 f"DELETE FROM inbox WHERE (user_id, offset) IN (VALUES {places})",
                 [value for row in rows for value in row],
             )
-        for rows in chunks([(offset,) for offset in {place.offset for place in group.gone}]):
-            places = ", ".join("?" * len(rows))
-            self._db.execute(
-                f"DELETE FROM notices WHERE offset IN ({places})"
-                " AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.offset = notices.offset)",
-                [offset for (offset,) in rows],
-            )
+        self._delete_in(
+            "notices",
+            "offset",
+            list({place.offset for place in group.gone}),
+            " AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.offset = notices.offset)",
+        )
 
     def probe(self) -> None:
         """Find out whether a commit works: one that needs some room. Raises sqlite3.Error."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             self._db.execute("INSERT INTO probe VALUES (zeroblob(65536))")
             self._db.execute("DELETE FROM probe")
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._roll_back()
-            raise
 
     def close(self) -> None:
         """Release the file."""
         self._db.close()
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:  # some errors roll back by themselves
-            self._db.execute("ROLLBACK")
 
     def _insert(self, head: str, columns: int, rows: Sequence[tuple[object, ...]], tail: str = "") -> None:
         places = f"({', '.join('?' * columns)})"
@@ -407,27 +427,48 @@ class SqliteFile:
             values = [value for row in chunk for value in row]
             self._db.execute(f"{head} {', '.join([places] * len(chunk))}{tail}", values)
 
-    def _trim(self, newest: Update, added: int) -> None:
-        """Drop what is over the bounds of count and age; never the newest entry, which says where the log stands."""
-        now = time.monotonic()
+    def _delete_in(self, table: str, column: str, values: Sequence[int], also: str = "") -> None:
+        for rows in chunks([(value,) for value in values]):
+            places = ", ".join("?" * len(rows))
+            self._db.execute(f"DELETE FROM {table} WHERE {column} IN ({places}){also}", [value for (value,) in rows])
+
+    def _is_to_trim(self, newest: Update) -> bool:
         floor = newest.offset - self.max_updates  # highest offset that is over the count
-        if floor < self._first + _TRIM_SLACK and now < self._trimmed_at + _TRIM_EVERY_S:
-            return
-        self._trimmed_at = now
-        step = max(_TRIM_STEP, 2 * added)
+        return floor >= self._first + _TRIM_SLACK or time.monotonic() >= self._trimmed_at + _TRIM_EVERY_S
+
+    def _trimmable(self, newest: Update, added: int) -> int:
+        """Up to where the log may be dropped now: what is over the bounds of count and age, though never the newest
+        entry, which says where the log stands."""
+        self._trimmed_at = time.monotonic()
+        step = _trim_step(added)
         (aged,) = self._db.execute(
-            "SELECT max(offset) FROM (SELECT offset, at_ms FROM log ORDER BY offset LIMIT ?) WHERE at_ms < ?",
+            "SELECT max(last) FROM (SELECT last, at_ms FROM log ORDER BY last LIMIT ?) WHERE at_ms < ?",
             (step, newest.at_ms - int(self.max_age * 1000)),
         ).fetchone()
-        upto = min(max(floor, aged or 0), self._first + step - 1, newest.offset - 1)
+        floor = newest.offset - self.max_updates
+        return min(max(floor, aged or 0), self._first + step - 1, newest.offset - 1)
+
+    def _trim(self, upto: int, now_ms: int, added: int) -> None:
         if upto >= self._first:
-            self._db.execute("DELETE FROM log WHERE offset <= ?", (upto,))
+            self._db.execute("DELETE FROM log WHERE last <= ?", (upto,))
             self._first = upto + 1
         self._db.execute(
             "DELETE FROM keys WHERE id <= (SELECT max(id) FROM (SELECT id, at_ms FROM keys ORDER BY id LIMIT ?)"
             " WHERE at_ms < ?)",
-            (step, newest.at_ms - KEEP_MS),
+            (_trim_step(added), now_ms - KEEP_MS),
         )
+
+
+def _trim_step(added: int) -> int:
+    return max(_TRIM_STEP, 2 * added)
+
+
+def _changes(group: Group) -> dict[int, Job | None]:
+    """What a group makes of jobs, by ``created``; None: gone."""
+    changes: dict[int, Job | None] = {job.created: job for job in group.newest.values() if job is not None}
+    if group.deleted or group.forgotten:
+        changes |= dict.fromkeys((*group.deleted.values(), *group.forgotten))
+    return changes
 
 
 def chunks(rows: Sequence[tuple[object, ...]]) -> Iterator[Sequence[tuple[object, ...]]]:
@@ -439,22 +480,6 @@ def chunks(rows: Sequence[tuple[object, ...]]) -> Iterator[Sequence[tuple[object
             start += size
 
 
-def _log_row(update: Update) -> tuple[object, ...]:
-    return (
-        update.offset,
-        update.at_ms,
-        update.type,
-        update.job_id,
-        update.user_id,
-        update.kind,
-        update.status,
-        update.version,
-        update.urgent,
-        update.body,
-        _targets_text(update),
-    )
-
-
 def _notice_row(notice: Update) -> tuple[object, ...]:
     return notice.offset, notice.at_ms, notice.kind, _targets_text(notice), notice.body
 
@@ -463,38 +488,9 @@ def _targets_text(update: Update) -> str | None:
     return None if update.targets is None else msgspec.json.encode(update.targets).decode()
 
 
-def _job_row(job: Job) -> tuple[object, ...]:
-    latest = job.latest
-    return (
-        latest.job_id,
-        job.created,
-        latest.offset,
-        latest.at_ms,
-        latest.type,
-        latest.user_id,
-        latest.kind,
-        latest.status,
-        latest.version,
-        latest.urgent,
-        latest.body,
-        _encode_private(job.private),
-    )
-
-
-def _update(row: Sequence[Any]) -> Update:
-    offset, at_ms, type_, job_id, user_id, kind, status, version, body, urgent, *targets = row
-    if type_ == NOTIFICATION:
-        return notice_entry(offset, at_ms, kind, _decode_targets(targets[0]), body)
-    return Update(
-        offset,
-        at_ms,
-        sys.intern(type_),
-        job_id,
-        sys.intern(user_id),
-        sys.intern(kind) if kind is not None else None,
-        sys.intern(status),
-        version,
-        body,
-        type_ == JOB_DELETED or status in ENDED,
-        bool(urgent),
-    )
+def _intern(update: Update) -> None:
+    """Texts that many have in common, once in memory."""
+    update.type, update.status = sys.intern(update.type), sys.intern(update.status)
+    update.user_id = sys.intern(update.user_id)
+    if update.kind is not None:
+        update.kind = sys.intern(update.kind)

@@ -232,4 +232,7 @@ def _update(raw: Raw) -> Update:
     values["body"] = bytes(fields.get("body", b""))
     if not values["body"]:
         raise ValueError("an update without body")
-    return msgspec.convert(values, Update)
+    try:
+        return msgspec.convert([values[name] for name in _FIELDS], Update)
+    except KeyError as error:
+        raise ValueError(f"an update without {error.args[0]}") from None
