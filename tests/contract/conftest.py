@@ -9,6 +9,8 @@ import pytest
 
 from tests.contract.harness import Rig, running
 from tests.redis_servers import RedisServer, running_server
+from tests.streams import clean_server
+from tests.support import AUTH, InProcess
 
 STORES = ["memory", "sqlite", "redis"]
 
@@ -46,3 +48,17 @@ def store(request: pytest.FixtureRequest) -> str:
 async def rig(store: str, tmp_path: Path) -> AsyncIterator[Rig]:
     async with running(store, tmp_path / "test.db") as rig:
         yield rig
+
+
+@pytest.fixture
+async def at(store_url: str) -> AsyncIterator[InProcess]:
+    """A server in open mode, over each store; it must have forgotten all of its readers at the end."""
+    async with clean_server(store={"url": store_url}) as running:
+        yield running
+
+
+@pytest.fixture
+async def guarded(store_url: str) -> AsyncIterator[InProcess]:
+    """The same with tokens."""
+    async with clean_server(store={"url": store_url}, auth=AUTH) as running:
+        yield running

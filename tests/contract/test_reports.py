@@ -19,18 +19,6 @@ STATUS = f"{PROJECT}/initial-report-status"
 NOT_STARTED = {"projectId": "p1", "reportExists": False, "status": "not_started", "progress": 0}
 
 
-@pytest.fixture
-async def at(store_url: str) -> AsyncIterator[InProcess]:
-    async with clean_server(store={"url": store_url}) as running:
-        yield running
-
-
-@pytest.fixture
-async def guarded(store_url: str) -> AsyncIterator[InProcess]:
-    async with clean_server(store={"url": store_url}, auth=AUTH) as running:
-        yield running
-
-
 async def register(at: InProcess, project: str = "p1", user: str = "alice", headers: Any = ()) -> Answer:
     answer = await at.ask("PUT", f"/api/projects/{project}", {"userId": user}, headers)
     assert answer.status in (200, 201), answer

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import pytest
 import trio
 
 from tests.streams import Stream, clean_server, event_stream, parse_events, stream_at
@@ -27,18 +26,6 @@ from tests.support import (
 
 EVENT_SOURCE = {"Accept": "text/event-stream"}
 BASE = "/api/brand-monitor/progress"
-
-
-@pytest.fixture
-async def at(store_url: str) -> AsyncIterator[InProcess]:
-    async with clean_server(store={"url": store_url}) as running:
-        yield running
-
-
-@pytest.fixture
-async def guarded(store_url: str) -> AsyncIterator[InProcess]:
-    async with clean_server(store={"url": store_url}, auth=AUTH) as running:
-        yield running
 
 
 async def create(at: InProcess, task: str = "t1", headers: Any = (), **fields: object) -> Answer:

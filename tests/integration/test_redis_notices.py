@@ -6,18 +6,17 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import pytest
 import trio
 
+from tests.notifying import SENDER, notified, send
 from tests.redis_servers import RedisServer, running_cluster, running_server
-from tests.streams import SseEvent, Stream, poll, session, stream_at, websocket
-from tests.support import ADMIN, AUTH, Headers, InProcess, bearer, server, token, until
+from tests.streams import poll, session, websocket
+from tests.support import ADMIN, AUTH, InProcess, bearer, server, token, until
 
 pytestmark = pytest.mark.slow
 
-SENDER = bearer("app", capabilities=["notify"])
 LONG_S = 60.0
 
 
@@ -35,26 +34,6 @@ async def two_nodes(url: str, **tables: Any) -> AsyncIterator[tuple[InProcess, I
         yield one, two
 
 
-async def send(to: InProcess, target: str, name: Any = None, event: str = "note", **more: Any) -> dict[str, Any]:
-    message: dict[str, Any] = {"target": target, "event": event, "data": {"n": 1}} | more
-    if name is not None:
-        message["targetIds" if isinstance(name, list) else "targetId"] = name
-    answer = await to.post("/api/sse/message", message, SENDER)
-    assert answer.status == 200, answer
-    body = answer.json
-    assert isinstance(body, dict)
-    return body
-
-
-@asynccontextmanager
-async def notified(
-    to: InProcess, user: str, headers: Headers = (), **query: object
-) -> AsyncIterator[tuple[Stream, SseEvent]]:
-    async with stream_at(to, f"/api/sse?{urlencode(query, safe=',:')}", headers=bearer(user) | dict(headers)) as stream:
-        assert stream.status == 200
-        yield stream, await stream.event()
-
-
 async def until_online(to: InProcess, user: str, count: int) -> None:
     """Wait until a node knows of so many connections of a user."""
     with trio.fail_after(LONG_S):
@@ -65,7 +44,7 @@ async def until_online(to: InProcess, user: str, count: int) -> None:
 async def test_every_target_reaches_readers_of_the_other_node(redis: RedisServer) -> None:
     async with (
         two_nodes(redis.url) as (one, two),
-        notified(two, "ann", channels="news") as (stream, hello),
+        notified(two, bearer("ann"), channels="news") as (stream, hello),
         session(two, token=token("ann")) as ws,
         session(one, token=token("bob")) as bob,
     ):
@@ -106,14 +85,14 @@ async def test_every_target_reaches_readers_of_the_other_node(redis: RedisServer
 
 async def test_a_cursor_of_one_node_replays_on_the_other_and_on_one_that_starts_later(redis: RedisServer) -> None:
     async with two_nodes(redis.url) as (one, two):
-        async with notified(one, "ann") as (stream, hello):
+        async with notified(one, bearer("ann")) as (stream, hello):
             first = await send(two, "user", "ann", "first")
             assert (await stream.event()).id == first["id"]
         second = await send(one, "user", "ann", "second")
         third = await send(two, "broadcast", event="third")
         async with server(auth=AUTH, store={"url": redis.url}) as three:
             for at in (one, two, three):
-                async with notified(at, "ann", {"Last-Event-ID": first["id"]}) as (stream, _):
+                async with notified(at, bearer("ann") | {"Last-Event-ID": first["id"]}) as (stream, _):
                     events = [await stream.event(), await stream.event()]
                     assert [(event.name, event.data["data"]) for event in events] == [
                         ("second", {"n": 1}),
@@ -140,11 +119,11 @@ async def test_what_is_stored_waits_on_every_node_until_it_is_acknowledged_on_an
             await ws.send("ack", id=first["id"])
             await ws.quiet()
         await until(lambda: one.node.broker.inboxes.places == 2)
-        async with notified(one, "ann") as (stream, _):
+        async with notified(one, bearer("ann")) as (stream, _):
             assert (await stream.event()).name == "second"
     # Nobody was there for a while.
     async with two_nodes(redis.url) as (one, two):
-        async with notified(two, "ann") as (stream, _):
+        async with notified(two, bearer("ann")) as (stream, _):
             event = await stream.event()
             assert (event.name, event.data["data"]) == ("second", {"n": 1})
         assert (await two.post("/api/sse/ack", {"id": second["id"]}, bearer("ann"))).status == 204
@@ -177,7 +156,7 @@ async def test_a_burst_from_both_nodes_comes_once_and_in_order_everywhere(redis:
         two_nodes(redis.url) as (one, two),
         session(one, token=token("ann")) as first,
         session(two, token=token("ann")) as second,
-        notified(two, "ann") as (stream, _),
+        notified(two, bearer("ann")) as (stream, _),
     ):
 
         async def burst(at: InProcess, job_id: str) -> None:
@@ -206,7 +185,7 @@ async def test_redis_goes_away_and_comes_back(tmp_path: Path) -> None:
 async def go_away_and_come_back(redis: RedisServer) -> None:
     async with (
         two_nodes(redis.url) as (one, two),
-        notified(two, "ann") as (stream, _),
+        notified(two, bearer("ann")) as (stream, _),
         session(one, token=token("ann")) as ws,
     ):
         before = await send(one, "user", "ann", store=True)
@@ -230,7 +209,7 @@ async def go_away_and_come_back(redis: RedisServer) -> None:
 
 
 async def test_lost_connections_cost_no_notification_and_double_none(redis: RedisServer) -> None:
-    async with two_nodes(redis.url) as (one, two), notified(two, "ann") as (stream, _):
+    async with two_nodes(redis.url) as (one, two), notified(two, bearer("ann")) as (stream, _):
         ids: list[str] = []
         done = False
 
@@ -269,7 +248,7 @@ async def test_lost_connections_cost_no_notification_and_double_none(redis: Redi
 async def test_a_store_that_lost_everything_resets_the_readers(redis: RedisServer) -> None:
     async with (
         two_nodes(redis.url) as (one, two),
-        notified(two, "ann") as (stream, _),
+        notified(two, bearer("ann")) as (stream, _),
         session(one, token=token("ann")) as ws,
     ):
         await send(one, "user", "ann", store=True)
@@ -293,7 +272,7 @@ async def test_who_joins_and_leaves_is_told_on_every_node(redis: RedisServer) ->
     async with (
         two_nodes(redis.url) as (one, two),
         session(one, token=token("ann")) as ws,
-        notified(two, "op", channels="presence:team") as (stream, _),
+        notified(two, bearer("op"), channels="presence:team") as (stream, _),
     ):
         await ws.subscribe(channels=["presence:team", "presence:user:ann"])
         async with session(two, token=token("bob")) as bob:
@@ -312,7 +291,7 @@ async def test_who_joins_and_leaves_is_told_on_every_node(redis: RedisServer) ->
 
 
 async def test_connections_are_found_and_ended_from_the_other_node(redis: RedisServer) -> None:
-    async with two_nodes(redis.url) as (one, two), notified(two, "ann", username="Ann") as (stream, hello):
+    async with two_nodes(redis.url) as (one, two), notified(two, bearer("ann"), username="Ann") as (stream, hello):
         client = f"/api/sse/clients/{hello.data['clientId']}"
         await until_online(one, "ann", 1)
         found = (await one.get(client, bearer("ann"))).json
@@ -327,7 +306,7 @@ async def test_connections_are_found_and_ended_from_the_other_node(redis: RedisS
 
 async def test_on_a_cluster(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as cluster:
-        async with two_nodes(cluster.url) as (one, two), notified(two, "ann", channels="news") as (stream, _):
+        async with two_nodes(cluster.url) as (one, two), notified(two, bearer("ann"), channels="news") as (stream, _):
             sent = await send(one, "channel", "news", eventId="k")
             assert (await send(two, "channel", "news", eventId="k"))["id"] == sent["id"]
             assert (await stream.event()).id == sent["id"]
@@ -336,6 +315,6 @@ async def test_on_a_cluster(tmp_path: Path) -> None:
             await until(lambda: two.node.broker.inboxes.places == 2)
             assert (await one.post("/api/sse/ack", {"id": stored["id"]}, bearer("ann"))).status == 204
             await until(lambda: two.node.broker.inboxes.places == 1)
-        async with two_nodes(cluster.url) as (one, two), notified(two, "bob") as (stream, _):
+        async with two_nodes(cluster.url) as (one, two), notified(two, bearer("bob")) as (stream, _):
             assert (await stream.event()).name == "note"
             assert one.node.broker.inboxes.of_user("ann") == []
