@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,11 +21,13 @@ class Response(NamedTuple):
         status: HTTP status code.
         headers: without those that every answer has (Date, X-Request-Id, CORS, framing).
         body: bytes, or pieces for a body too large to build at once.
+        then: called when all of it has been sent; must not wait.
     """
 
     status: int
     headers: Sequence[tuple[str, str]] = ()
     body: bytes | Iterable[bytes] = b""
+    then: Callable[[], object] | None = None
 
 
 def json_answer(status: int, value: Any, *headers: tuple[str, str]) -> Response:

@@ -8,7 +8,13 @@ from __future__ import annotations
 import logging
 import math
 import re
+import select
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from functools import cache
+from types import ModuleType
+from typing import ClassVar, Final, NamedTuple
 
 import trio
 
@@ -23,10 +29,20 @@ from server.logs import log_event
 from server.node import LOG, Node
 from server.origins import cors_headers
 from server.poller import Peer
-from server.socketio import RECEIVE_BYTES, Socket, linger, receive, send_all
+from server.socketio import RECEIVE_BYTES, Socket, condition, linger, receive, send_all
 from server.wheel import Timer
 
+# A body that comes in pieces is sent in portions of this much at least, its head with the first.
+SEND_BYTES: Final = 16384
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
+
+
+@cache
+def _routes() -> ModuleType:
+    """Imported late: routes know transports, which know connections."""
+    from server import routes
+
+    return routes
 
 
 class _Outcome(Enum):
@@ -113,11 +129,49 @@ class Exchange:
         )
 
 
+class Deferred(ABC):
+    """A request that waits for something to answer with. There is no task for it: whoever has news of it calls
+    ``Connection.wake``.
+
+    Attributes:
+        exchange: the request.
+        patience_s: for so long it waits.
+        headers: those of its answer, if that is a 200.
+    """
+
+    __slots__ = ()
+
+    exchange: Exchange
+    patience_s: float
+    headers: ClassVar[Sequence[tuple[str, str]]]
+
+    @abstractmethod
+    def answer(self, *, late: bool) -> Response:
+        """What there is to say now; ``late`` if the time is over. Must not wait.
+
+        Raises:
+            ApiError: it is refused after all.
+        """
+
+    @abstractmethod
+    def leave(self) -> None:
+        """It waits no more: leave no trace. Must not wait nor raise."""
+
+
+class _Owed(NamedTuple):
+    """What a turn has to send of an answer: the rest, or all of it; and what is to be done when that is done."""
+
+    rest: bytes | tuple[Exchange, Response]
+    then: Callable[[], object] | None = None
+
+
 class Connection(Peer):
     """The shell round ``HttpConnection``: reads, deadlines, answers.
 
     Requests are served in order until either side ends the connection, or one of them begins a stream: that takes its
-    place with the poller, and this object, the parser and the request need not idle along with it.
+    place with the poller, and this object, the parser and the request need not idle along with it. A request that waits
+    for news is set aside (``Deferred``) and answered by whoever brings them; only what the socket does not take then,
+    or what comes behind the answer, has a turn.
 
     Args:
         node: the server.
@@ -133,10 +187,13 @@ class Connection(Peer):
     __slots__ = (
         "_closed",
         "_deadline",
+        "_deferred",
         "_due",
         "_first",
+        "_heeds",
         "_held",
         "_over",
+        "_owed",
         "_timer",
         "_turned_away",
         "http",
@@ -163,6 +220,9 @@ class Connection(Peer):
         self._first = True
         self._over = False
         self._closed = False
+        self._deferred: Deferred | None = None
+        self._owed: _Owed | None = None
+        self._heeds = select.EPOLLIN  # of what the poller tells while a request waits
         # Until when the next head, or more of it, has to be there; and the timer that will have a look, later at times:
         # it is not made anew for each request.
         self._deadline = math.inf
@@ -173,7 +233,12 @@ class Connection(Peer):
         """Serve the next request, if it is there. Nothing that goes wrong leaves here."""
         outcome = _CLOSE
         try:
-            outcome = await self._serve()
+            if self._deferred is not None:
+                outcome = self._overhear(self._deferred)
+            elif self._owed is not None:
+                outcome = await self._settle(self._owed)
+            else:
+                outcome = await self._serve()
         except (OSError, Disconnected):
             pass  # the peer may go at any time
         except Exception as error:
@@ -184,8 +249,6 @@ class Connection(Peer):
         return outcome is _AGAIN
 
     async def _serve(self) -> _Outcome:
-        from server.routes import answer  # imported late: routes know transports, which know connections
-
         request = await self._next_request()
         if not isinstance(request, Request):
             return request
@@ -198,27 +261,128 @@ class Connection(Peer):
         self._first = False
         node.begin()
         try:
-            stream = await answer(exchange)
+            stream = await _routes().answer(exchange)
+            if isinstance(stream, Deferred):
+                self._deferred = stream
+                self._expect(stream.patience_s)
+                return _WAIT
         finally:
             if self._held:
                 self.hold(-self._held)
-            node.end()
+            if self._deferred is None:
+                node.end()
         if stream is not None:
             if self._timer is not None:
                 self._timer.cancel()
             return _AGAIN if stream.adopt(self.place) else _WAIT
-        if proxied:
+        return self._go_on() or await self._linger()
+
+    def _go_on(self) -> _Outcome | None:
+        """What is to be done after an answer; None: read what still comes, and close."""
+        if self.place and self.node.proxies.trusts(self.peer):
             self._leave()
         if self._over:
             return _CLOSE
         if not self.http.next_request():
-            await linger(self.sock)
-            return _CLOSE
+            return None
         if self.http.begun:  # pipelined: others have their turn first
             self._expect(self.node.config.limits.head_timeout)
             return _AGAIN
-        self._expect(node.config.limits.idle_timeout)
+        self._expect(self.node.config.limits.idle_timeout)
         return _WAIT
+
+    async def _linger(self) -> _Outcome:
+        await linger(self.sock)
+        return _CLOSE
+
+    # A request that waits
+
+    def wake(self, deferred: Deferred, *, late: bool = False) -> None:
+        """Answer a request that has waited. Again, or when nobody waits for it any more, does nothing. Never waits."""
+        if self._deferred is not deferred:
+            return
+        self._deferred = None
+        self._deadline = math.inf
+        owed: _Owed | None = None
+        try:
+            deferred.leave()
+            owed = self._owed = self._answer(deferred, late)
+        except (OSError, Disconnected):
+            self.abandon()
+        except Exception as error:
+            self._failed(error)
+            self.abandon()
+        if owed is None:
+            self.node.end()
+        else:
+            self.node.poller.call(self.sock.fileno())
+
+    def _answer(self, deferred: Deferred, late: bool) -> _Owed | None:
+        """Answer it as far as the socket takes that now; what is left for a turn."""
+        exchange, http = deferred.exchange, self.http
+        response = _routes().late_answer(exchange, deferred, late)
+        if self._heeds != select.EPOLLIN:
+            self._heed(select.EPOLLIN)
+        if not http.pending and response.status != 200:
+            raise Disconnected  # a 200 has begun: all that can be said is that it ends
+        body = response.body
+        if not isinstance(body, bytes):
+            return _Owed((exchange, response))
+        data = self._encode(exchange, response, body) if http.pending else http.stream_chunk(body) + http.end_stream()
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            return _Owed(data[sent:], response.then)
+        if response.then is not None:
+            response.then()
+        outcome = self._go_on()
+        if outcome is _AGAIN:
+            self.node.poller.call(self.sock.fileno())
+        return None if outcome in (_WAIT, _AGAIN) else _Owed(b"")
+
+    async def _settle(self, owed: _Owed) -> _Outcome:
+        """Send the rest of an answer, and go on."""
+        try:
+            if isinstance(owed.rest, tuple):
+                await self.respond(*owed.rest)
+            elif owed.rest:
+                await self.send(owed.rest)
+            if owed.then is not None:
+                owed.then()
+        finally:
+            self._owed = None
+            self.node.end()
+        return self._go_on() or await self._linger()
+
+    def _overhear(self, deferred: Deferred) -> _Outcome:
+        """The peer has said something while its request waits, or that it says no more, or it is gone."""
+        if self._heeds == select.EPOLLIN:
+            try:
+                data = self.sock.recv(RECEIVE_BYTES)
+            except BlockingIOError:
+                return _WAIT
+            self.http.receive(data)
+            if data:  # for after the answer; no more of it is taken before
+                self._heed(select.EPOLLRDHUP)
+                return _WAIT
+        else:
+            is_now = condition(self.sock)
+            if is_now & (select.POLLHUP | select.POLLERR):
+                return _CLOSE
+            if not self._heeds or not is_now & select.POLLRDHUP:
+                return _WAIT
+        # It waits for its answer, or nobody is there any more: that shows only when something is sent. So the answer
+        # begins now; who is gone resets the connection.
+        self._heed(0)
+        headers = [*deferred.exchange.headers(), *deferred.headers]
+        head = self.http.start_stream(200, headers, close=self.node.draining)
+        return _WAIT if self.sock.send(head) == len(head) else _CLOSE
+
+    def _heed(self, events: int) -> None:
+        self._heeds = events
+        self.node.poller.heed(self.sock.fileno(), events)
 
     async def _next_request(self) -> Request | _Outcome:
         """The next request if it is there, else what is to be done now."""
@@ -269,6 +433,8 @@ class Connection(Peer):
             return
         if left > 0:
             self._look_in(left)
+        elif self._deferred is not None:
+            self.wake(self._deferred, late=True)
         elif self.http.begun:
             self.node.poller.release(self.sock.fileno(), self._time_out)
         else:
@@ -293,6 +459,11 @@ class Connection(Peer):
         """Close it, whatever it is at. Again does nothing."""
         if not self._closed:
             self._closed = True
+            if self._deferred is not None:
+                self._deferred.leave()
+            if self._deferred is not None or self._owed is not None:
+                self._deferred = self._owed = None
+                self.node.end()
             if self._timer is not None:
                 self._timer.cancel()
             self.node.poller.peers.pop(self.sock.fileno(), None)
@@ -381,15 +552,31 @@ class Connection(Peer):
 
     async def respond(self, exchange: Exchange, response: Response) -> None:
         """Send an answer whole, or in pieces if its body comes in pieces."""
-        headers = [*exchange.headers(), *response.headers]
-        close = self.node.draining or self.refusal is not None
+        http = self.http
         if isinstance(response.body, bytes):
-            await self.send(self.http.respond(response.status, headers, response.body, close=close))
-            return
-        await self.send(self.http.start_stream(response.status, headers, close=close))
-        for piece in response.body:
-            await self.send(self.http.stream_chunk(piece))
-        await self.send(self.http.end_stream())
+            await self.send(self._encode(exchange, response, response.body))
+        else:
+            data = b""
+            if http.pending:
+                headers = [*exchange.headers(), *response.headers]
+                data = http.start_stream(response.status, headers, close=self._closes)
+            for piece in response.body:
+                data += http.stream_chunk(piece)
+                if len(data) >= SEND_BYTES:
+                    await self.send(data)
+                    data = b""
+            await self.send(data + http.end_stream())
+        if response.then is not None:
+            response.then()
+
+    def _encode(self, exchange: Exchange, response: Response, body: bytes) -> bytes:
+        headers = [*exchange.headers(), *response.headers]
+        return self.http.respond(response.status, headers, body, close=self._closes)
+
+    @property
+    def _closes(self) -> bool:
+        """Whether this connection's next answer is its last."""
+        return self.node.draining or self.refusal is not None
 
     async def send(self, data: bytes) -> None:
         """Send bytes as they are. Raises OSError, also for a peer that takes nothing."""

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from server.brokers.spooling import SpoolingBroker
     from server.callbacks import Callbacks
     from server.cluster import Cluster
+    from server.connection import Deferred
     from server.ingest.queues.service import Queues
     from server.ingest.service import Ingest
 
@@ -79,7 +80,7 @@ class Node:
         turned_away: those of them that came over a limit.
         presence: who is connected.
         poller: serves the sockets.
-        polls: wake-ups of the polls that wait.
+        polls: those that wait.
         intakes: the reading of lines of NDJSON.
         counters: what has happened so far.
         started: when, in unix seconds.
@@ -163,7 +164,7 @@ class Node:
         self.seen = Seen(self.presence, self.shared, wanted=unseen)
         self.callbacks: Callbacks | None = None
         self.streams: dict[Stream, None] = {}
-        self.polls: dict[trio.Event, None] = {}
+        self.polls: dict[Deferred, None] = {}
         self.intakes: set[trio.CancelScope] = set()
         self.connections = 0
         self.turned_away = 0
@@ -298,8 +299,8 @@ class Node:
             self.ingest.stop()
         if self.queues is not None:
             self.queues.stop()
-        for wake in self.polls:
-            wake.set()
+        for poll in list(self.polls):
+            poll.exchange.connection.wake(poll)
 
     async def drain_streams(self, seconds: float) -> None:
         """End the live streams evenly over so many seconds, in random order."""

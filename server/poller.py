@@ -104,6 +104,15 @@ class Poller:
         self.peers[fd] = peer
         self._ready[fd] = None
 
+    def heed(self, fd: int, events: int) -> None:
+        """Give a peer its turns for these events only, until this is said again. Errors and hang-ups always count."""
+        self._set.modify(fd, events)
+
+    def call(self, fd: int) -> None:
+        """Give a peer a turn soon, whatever is there."""
+        self._ready[fd] = None
+        self._wake_leader()
+
     def release(self, fd: int, farewell: Callable[[], Awaitable[object]]) -> None:
         """Serve a socket no more that has no turn under way; what is left to be done with it has a task of its own.
 
@@ -208,8 +217,7 @@ class Poller:
             del self._waiting[peer]
             self._unmask(fd)
         if again and fd in self.peers:
-            self._ready[fd] = None
-            self._wake_leader()
+            self.call(fd)
 
     def _wake_leader(self) -> None:
         """Have it look at what is ready, though it may be asleep; it takes the bell out again, as nobody's."""

@@ -8,6 +8,7 @@ for readiness can be cancelled, and then nothing was lost. Each ``wait_readable`
 from __future__ import annotations
 
 import fcntl
+import select
 import socket
 import struct
 import termios
@@ -114,3 +115,11 @@ def all_acknowledged(sock: Socket) -> bool:
     except OSError:
         return False
     return bool(unsent == 0)
+
+
+def condition(sock: Socket) -> int:
+    """What the kernel says of a connection: ``POLLRDHUP`` if the peer says no more, ``POLLHUP`` or ``POLLERR`` if it
+    is gone, and others (see poll(2))."""
+    asked = select.poll()
+    asked.register(sock.fileno(), select.POLLRDHUP)
+    return next((events for _, events in asked.poll(0)), 0)

@@ -12,7 +12,7 @@ from protocol.views import all_views
 from protocol.views.jobs import VIEW as JOBS
 from server.answers import Response, error_answer
 from server.auth import unauthorized
-from server.connection import Disconnected, Exchange
+from server.connection import Deferred, Disconnected, Exchange
 from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
 from server.routes import descriptions, health, jobs, notices, operations, page, webhooks
@@ -23,14 +23,14 @@ from server.transports.notices import notice_stream
 from server.transports.sse import stream, try_later
 from server.transports.websocket import jobs_socket
 
-Handler = Callable[[Exchange], Awaitable[Response | Stream | None]]
+Handler = Callable[[Exchange], Awaitable[Response | Stream | Deferred | None]]
 
 
 class Route(NamedTuple):
     """How one method of one path is answered.
 
     Attributes:
-        handler: gives the answer, or a stream that has begun, or None if all is said already.
+        handler: gives the answer, or what waits for it, or a stream that has begun, or None if all is said already.
         capability: what the caller must be allowed, "" if being known is enough.
         public: nobody is asked who they are.
         always: answered while draining and over connection limits, too.
@@ -87,8 +87,9 @@ _ALWAYS: Final = frozenset(path for path, methods in ROUTES.items() if any(route
 _ECHO: Final = {"GET": Route(echo_socket, public=True, head=False)}
 
 
-async def answer(exchange: Exchange) -> Stream | None:
-    """Answer one request, whatever happens, and log it. Gives the stream that it began, if it did.
+async def answer(exchange: Exchange) -> Stream | Deferred | None:
+    """Answer one request, whatever happens, and log it. Gives the stream that it began, if it did, or what waits for
+    an answer: for that there is ``late_answer``.
 
     Raises:
         OSError: the connection failed while the answer was sent.
@@ -111,8 +112,9 @@ async def answer(exchange: Exchange) -> Stream | None:
         raise
     except Exception as error:
         failure, code = error, "internal_error"
-        message = "something went wrong here; the log has it under this request id"
-        response = error_answer(ApiError(500, code, message), exchange.request_id)
+        response = _internal_error(exchange)
+    if isinstance(response, Deferred):
+        return response
     if not isinstance(response, Response):
         exchange.log(200, client_id=None if response is None else response.client_id)
         return response
@@ -124,7 +126,35 @@ async def answer(exchange: Exchange) -> Stream | None:
     return None
 
 
-async def _route(exchange: Exchange) -> Response | Stream | None:
+def late_answer(exchange: Exchange, deferred: Deferred, late: bool) -> Response:
+    """The answer to a request that has waited, whatever happens; logged. Does not wait."""
+    code: str | None = None
+    failure: Exception | None = None
+    try:
+        response = deferred.answer(late=late)
+        _note_seen(exchange)
+    except ApiError as error:
+        code = error.code
+        response = error_answer(error, exchange.request_id)
+    except Exception as error:
+        failure, code = error, "internal_error"
+        response = _internal_error(exchange)
+    exchange.log(response.status, code, failure)
+    return response
+
+
+def _internal_error(exchange: Exchange) -> Response:
+    message = "something went wrong here; the log has it under this request id"
+    return error_answer(ApiError(500, "internal_error", message), exchange.request_id)
+
+
+def _note_seen(exchange: Exchange) -> None:
+    """Its user has been shown something. Said then and not before: what a poll shows it may have waited for."""
+    if exchange.identity is not None:
+        exchange.node.seen.note(exchange.identity.user)
+
+
+async def _route(exchange: Exchange) -> Response | Stream | Deferred | None:
     node, request = exchange.node, exchange.request
     if request.path.removeprefix(node.config.server.base_path) not in _ALWAYS:
         if exchange.connection.refusal is not None:
@@ -151,8 +181,8 @@ async def _route(exchange: Exchange) -> Response | Stream | None:
         if route.capability and not exchange.identity.can(route.capability):
             raise ApiError(403, "forbidden", f"this needs the capability {route.capability!r}")
     response = await route.handler(exchange)
-    if exchange.identity is not None and request.method in ("GET", "HEAD"):
-        node.seen.note(exchange.identity.user)  # now, not before: a poll may have waited for what it shows
+    if request.method in ("GET", "HEAD") and not isinstance(response, Deferred):
+        _note_seen(exchange)
     return response
 
 
