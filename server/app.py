@@ -234,6 +234,7 @@ async def drain(node: Node, seconds: float) -> None:
     """Stop gracefully: refuse new work, answer polls, end live streams spread over ``seconds``, finish requests."""
     ends = trio.current_time() + seconds
     node.start_drain()
+    await node.answer_polls()
     await node.drain_streams(seconds)
     await trio.sleep_until(ends)
     node.end_intakes()

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 LOG: Final = logging.getLogger("statuswire")
 
+# A drain answers so many polls that wait before others have their turn: some 2 ms.
+POLLS_AT_ONCE: Final = 64
 # Reconnects after a drain come back spread over at least this long.
 MIN_SPREAD_S: Final = 2.0
 
@@ -293,14 +295,19 @@ class Node:
     # Going away
 
     def start_drain(self) -> None:
-        """From now on only health is answered; polls that wait are answered now."""
+        """From now on only health is answered."""
         self.draining = True
         if self.ingest is not None:
             self.ingest.stop()
         if self.queues is not None:
             self.queues.stop()
-        for poll in list(self.polls):
+
+    async def answer_polls(self) -> None:
+        """Answer all polls that wait, with nothing if there is nothing."""
+        for count, poll in enumerate(list(self.polls), 1):
             poll.exchange.connection.wake(poll)
+            if count % POLLS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
 
     async def drain_streams(self, seconds: float) -> None:
         """End the live streams evenly over so many seconds, in random order."""

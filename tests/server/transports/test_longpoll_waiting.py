@@ -1,0 +1,202 @@
+"""Polls that wait have no task: who goes away meanwhile, who says more, and what is left of an answer to send."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+
+from server.app import drain
+from server.transports.longpoll import WaitingPoll
+from tests.streams import clean_server, connect, put, reset_connection
+from tests.support import AUTH, Answer, Ended, Http, InProcess, bearer, in_seconds, request_bytes, until
+
+POLL = "/api/v2/jobs/poll"
+# Far below what the polls here wait for.
+SOON_S = 30.0
+
+
+async def begin(at: InProcess, http: Http, query: str = "jobIds=j", **headers: str) -> None:
+    """Send a poll that waits, and see it wait."""
+    before = len(at.node.polls)
+    await http.send(request_bytes("GET", f"{POLL}?timeout=60&{query}", headers=headers))
+    await until(lambda: len(at.node.polls) == before + 1)
+
+
+def half_close(http: Http) -> None:
+    assert isinstance(http.stream, trio.SocketStream)
+    http.stream.socket.shutdown(socket.SHUT_WR)
+
+
+def close(http: Http) -> None:
+    assert isinstance(http.stream, trio.SocketStream)
+    http.stream.socket.close()
+
+
+def jobs(answer: Answer) -> list[str]:
+    assert answer.status == 200, answer
+    return [update["jobId"] for update in answer.json["updates"]]
+
+
+async def test_it_takes_no_task_and_its_connection_goes_on() -> None:
+    async with clean_server() as at, connect(at) as http:
+        for number in range(3):
+            await begin(at, http, f"jobIds=j{number}")
+            assert not at.node.poller._waiting
+            put(at, f"j{number}")
+            answer = await http.answer()
+            assert jobs(answer) == [f"j{number}"]
+            assert "transfer-encoding" not in answer.headers, "in one piece"
+        assert (await http.request("GET", "/health")).status == 200
+
+
+@pytest.mark.parametrize("go", [close, reset_connection])
+@pytest.mark.parametrize("more", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["", "pipelined"])
+async def test_who_is_gone_is_let_go_at_once(go: object, more: bytes) -> None:
+    async with clean_server() as at, connect(at) as http:
+        await begin(at, http)
+        if more:
+            (waiting,) = at.node.polls
+            await http.send(more)
+            await until(lambda: waiting.exchange.connection.http.begun)
+        go(http)  # type: ignore[operator]
+        await until(lambda: not at.node.connections, within=SOON_S)
+        assert not at.node.polls
+        assert not at.node.hub.channels
+        assert not at.node._busy
+
+
+async def test_who_is_gone_from_a_unix_socket_is_let_go_at_once(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    async with clean_server(server={"unix_socket": path}) as at:
+        sock = trio.socket.socket(socket.AF_UNIX)
+        await sock.connect(path)
+        await begin(at, Http(trio.SocketStream(sock)))
+        sock.close()
+        await until(lambda: not at.node.connections, within=SOON_S)
+        assert not at.node.polls
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+async def test_who_has_half_closed_gets_the_answer(version: str) -> None:
+    async with clean_server() as at, connect(at) as http:
+        head = request_bytes("GET", f"{POLL}?jobIds=j&timeout=60").replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+        await http.send(head)
+        half_close(http)
+        await until(lambda: at.node.polls)
+        status, headers = await http.head()
+        assert (status, headers["connection"], headers["cache-control"]) == (200, "close", "no-store")
+        assert ("transfer-encoding" in headers) is (version == "1.1")
+        put(at, "j", progress=5)
+        if version == "1.1":
+            body = b"".join([piece async for piece in http.chunks()])
+            assert await http.closed()
+        else:
+            body = await http.rest()
+        assert [update["progress"] for update in json.loads(body)["updates"]] == [5]
+
+
+async def test_what_was_pipelined_before_a_half_close_is_answered_too() -> None:
+    async with clean_server() as at, connect(at) as http:
+        await begin(at, http)
+        (waiting,) = at.node.polls
+        await http.send(request_bytes("GET", "/health"))
+        await until(lambda: waiting.exchange.connection.http.begun)
+        half_close(http)
+        assert (await http.head())[0] == 200
+        put(at, "j")
+        assert json.loads(b"".join([piece async for piece in http.chunks()]))["updates"][0]["jobId"] == "j"
+        assert (await http.answer()).json == {"status": "ok"}
+        assert await http.closed()
+
+
+async def test_a_token_that_expires_cuts_off_an_answer_that_has_begun() -> None:
+    async with clean_server(auth=AUTH) as at, connect(at) as http:
+        token = bearer("alice", exp=in_seconds(0.5))["Authorization"]
+        await http.send(request_bytes("GET", f"{POLL}?jobIds=j&timeout=60", headers={"Authorization": token}))
+        half_close(http)
+        with pytest.raises(Ended):
+            await http.answer()
+
+
+async def test_an_answer_that_the_socket_does_not_take_is_sent_as_it_is_read() -> None:
+    async with clean_server() as at, connect(at, receive_buffer=1) as http:
+        # Some in one piece, one that comes in several.
+        for size in (60_000, 63_000, 1000):
+            await begin(at, http, f"last_seen={at.node.history.epoch}:{at.node.history.last}")
+            (waiting,) = at.node.polls
+            waiting.exchange.connection.sock.setsockopt(  # type: ignore[attr-defined]
+                socket.SOL_SOCKET, socket.SO_SNDBUF, 1
+            )
+            many = 1 if size > 1000 else 200
+            batch = [
+                {"jobId": f"{size}.{number}", "userId": "a", "metadata": {"text": "x" * size}} for number in range(many)
+            ]
+            assert (await at.post("/api/v2/updates", batch)).status == 200
+            await until(lambda: at.node.poller._waiting)
+            assert at.node._busy
+            first = jobs(await http.answer())
+            assert first == [f"{size}.{number}" for number in range(len(first))]
+            await until(lambda: not at.node._busy)
+        assert (await http.request("GET", "/health")).status == 200
+
+
+async def test_who_reads_nothing_of_a_late_answer_is_given_up() -> None:
+    limits = {"send_timeout": 0.2}
+    async with clean_server(limits=limits) as at, connect(at, receive_buffer=1) as http:
+        await begin(at, http, f"last_seen={at.node.history.epoch}:0&client_id=c")
+        (waiting,) = at.node.polls
+        waiting.exchange.connection.sock.setsockopt(  # type: ignore[attr-defined]
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 1
+        )
+        put(at, "j", metadata={"text": "x" * 60_000})
+        await until(lambda: not at.node.connections)
+        assert not at.node._busy
+        assert not at.node.cursors._cursors, "what was not sent was not seen"
+
+
+async def test_the_last_answer_of_a_connection_closes_it() -> None:
+    async with clean_server() as at, connect(at) as http:
+        await begin(at, http, Connection="close")
+        put(at, "j")
+        answer = await http.answer()
+        assert (jobs(answer), answer.headers["connection"]) == (["j"], "close")
+        assert await http.closed()
+
+
+async def test_a_drain_answers_many() -> None:
+    async with clean_server() as at:
+        async with trio.open_nursery() as nursery:
+            answers: list[Answer] = []
+
+            async def ask() -> None:
+                answers.append(await at.get(f"{POLL}?jobIds=j&timeout=60"))
+
+            for _ in range(20):
+                nursery.start_soon(ask)
+            await until(lambda: len(at.node.polls) == 20)
+            await drain(at.node, 0)
+        assert [(jobs(answer), answer.headers["connection"]) for answer in answers] == [([], "close")] * 20
+
+
+async def test_a_mistake_of_ours_is_a_500_and_the_connection_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: WaitingPoll, *, late: bool) -> None:
+        raise ValueError("the password is hunter2")
+
+    async with clean_server() as at, connect(at) as http:
+        await begin(at, http)
+        with monkeypatch.context() as patch:
+            patch.setattr(WaitingPoll, "answer", fail)
+            put(at, "j")
+            answer = await http.answer()
+        assert (answer.status, answer.error) == (500, "internal_error")
+        assert b"hunter2" not in answer.body
+        assert (await http.request("GET", "/health")).status == 200
+    (failure,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert failure.exc_info
