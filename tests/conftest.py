@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.redis_servers import RedisServer
 
 # How long an example takes depends on what else the machine does, which is no property of what is tested.
 settings.register_profile("any machine", deadline=None)
@@ -14,3 +21,12 @@ settings.load_profile("any machine")
 # as commands are tested with it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of the test's own, empty, that keeps nothing on disk."""
+    from tests.redis_servers import running_server  # few tests need it, and its imports take a while
+
+    with running_server(tmp_path) as running:
+        yield running

@@ -7,7 +7,6 @@ import itertools
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -18,7 +17,7 @@ import trio
 from tests.fleet import Reader
 from tests.integration.test_redis_fleet import fleet
 from tests.integration.test_web_examples import nginx
-from tests.redis_servers import RedisServer, free_ports, running_server
+from tests.redis_servers import RedisServer, free_ports
 from tests.support import Address, Ended, bearer, until
 from tools.examples.nginx_example import configure
 
@@ -30,12 +29,6 @@ ROUNDS_PER_S: Final = 5
 DRAIN_S: Final = 6.0
 LONG_S: Final = 240.0
 MIX: Final = ("ws", "sse", "ws", "sse", "ws", "sse", "ws", "sse", "ws", "poll")
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer
 from tests.support import ADMIN, AUTH, ROOT, InProcess, bearer, server, token
 
 pytestmark = pytest.mark.slow
@@ -25,14 +25,6 @@ HERE = Path(__file__).parent / "hooks"
 LONG_S = 90.0
 ARQ = "arq>=0.26"
 Start = Callable[..., subprocess.Popen[bytes]]
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    directory = tmp_path / "redis"
-    directory.mkdir()
-    with running_server(directory) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -16,47 +15,21 @@ from protocol.presence import PresenceEvent, Target
 from server import cluster as cluster_module
 from server.cluster import Cluster
 from server.metrics import Sample
-from tests.redis_servers import RedisServer, running_cluster, running_server
+from tests.redis_nodes import joined, nodes
+from tests.redis_servers import RedisServer, running_cluster
 from tests.server.test_auth_hook import application
 from tests.server.test_presence import Someone, presence, told_of_comings_and_goings
 from tests.streams import event_stream, session, websocket
-from tests.support import AUTH, InProcess, bearer, server, spawned, token, until
+from tests.support import AUTH, InProcess, bearer, for_a_while, server, spawned, token, until, until_so
 
 pytestmark = pytest.mark.slow
 
-LONG_S = 60.0
 EVERYBODY = Target("broadcast")
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
-
-
-@asynccontextmanager
-async def nodes(url: str, count: int = 2, **tables: Any) -> AsyncIterator[list[InProcess]]:
-    """So many servers, each of which has its lease."""
-    async with AsyncExitStack() as stack:
-        found = [await stack.enter_async_context(server(store={"url": url}, **tables)) for _ in range(count)]
-        await until(lambda: all(joined(at) for at in found))
-        yield found
 
 
 def cluster(at: InProcess) -> Cluster:
     assert at.node.cluster is not None
     return at.node.cluster
-
-
-def joined(at: InProcess) -> bool:
-    return cluster(at).joined
-
-
-async def until_so(ask: Callable[[], Awaitable[bool]]) -> None:
-    """Ask until the answer is yes."""
-    with trio.fail_after(LONG_S):
-        while not await ask():  # noqa: ASYNC110  # other processes set no events
-            await trio.sleep(0.01)
 
 
 async def until_counted(at: InProcess, target: Target, number: int) -> None:
@@ -272,7 +245,7 @@ async def test_whatever_comes_and_goes_leaves_nothing_behind(redis: RedisServer)
                 with redis.oracle() as oracle:
                     oracle.flushall() if step == 200 else oracle.script_flush()
             if dice.random() < 0.2:
-                await trio.sleep(0.003)
+                await for_a_while(0.003)  # so that the next step begins a batch of its own
         for each in pair:
             for channel in "xy":
                 number = sum(channel in someone.channels for someone in there)
@@ -469,7 +442,7 @@ async def test_a_rate_holds_over_all_nodes(redis: RedisServer) -> None:
                         taken += 1
                     except ApiError as error:
                         refusal = error
-                await trio.sleep(0.002)
+                await for_a_while(0.002)  # they ask faster than they may, and for some seconds
             lasted = trio.current_time() - began
             # What a burst allows and what came meanwhile, and hardly less: a block may lie about unspent.
             assert rate * (1 + lasted) * 0.8 < taken <= rate * (1 + lasted) + 1

@@ -6,7 +6,6 @@ import json
 import random
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import redis as redis_py
 import trio
 
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer
 from tests.support import Address, server, spawned, until
 
 pytestmark = pytest.mark.slow
@@ -24,14 +23,6 @@ JOBS = 150
 REPORTS = 20
 # added, waiting, active, the reports, completed
 EVENTS = REPORTS + 4
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    directory = tmp_path / "redis"
-    directory.mkdir()
-    with running_server(directory) as running:
-        yield running
 
 
 def write(oracle: redis_py.Redis, step: int) -> None:

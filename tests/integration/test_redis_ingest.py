@@ -15,16 +15,10 @@ from server.ingest import redis_channels, redis_stream
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM
 from tests.ingesting import LONG_S, channels_of, nodes, record, steps, stream_of, text, version
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer
 from tests.support import server, spawned, until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
 
 
 @pytest.fixture

@@ -29,12 +29,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
 def oracle(redis: RedisServer) -> Iterator[redis_py.Redis]:
     with redis.oracle() as client:
         yield client

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +9,27 @@ import pytest
 import trio
 
 from tests.notifying import SENDER, notified, send
+from tests.redis_nodes import nodes
 from tests.redis_servers import RedisServer, running_cluster, running_server
 from tests.streams import poll, session, websocket
-from tests.support import ADMIN, AUTH, InProcess, bearer, server, token, until
+from tests.support import ADMIN, AUTH, PATIENCE_S, InProcess, bearer, server, token, until, until_so
 
 pytestmark = pytest.mark.slow
-
-LONG_S = 60.0
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
-
-
-@asynccontextmanager
-async def two_nodes(url: str, **tables: Any) -> AsyncIterator[tuple[InProcess, InProcess]]:
-    store = {"store": {"url": url}}
-    async with server(auth=AUTH, **store, **tables) as one, server(auth=AUTH, **store, **tables) as two:
-        await until(lambda: all(at.node.cluster is not None and at.node.cluster.joined for at in (one, two)))
-        yield one, two
 
 
 async def until_online(to: InProcess, user: str, count: int) -> None:
     """Wait until a node knows of so many connections of a user."""
-    with trio.fail_after(LONG_S):
-        while (await to.get(f"/api/sse/users/{user}", ADMIN)).json["connections"] != count:  # noqa: ASYNC110
-            await trio.sleep(0.01)
+
+    async def online() -> bool:
+        connections: int = (await to.get(f"/api/sse/users/{user}", ADMIN)).json["connections"]
+        return connections == count
+
+    await until_so(online)
 
 
 async def test_every_target_reaches_readers_of_the_other_node(redis: RedisServer) -> None:
     async with (
-        two_nodes(redis.url) as (one, two),
+        nodes(redis.url, auth=AUTH) as (one, two),
         notified(two, bearer("ann"), channels="news") as (stream, hello),
         session(two, token=token("ann")) as ws,
         session(one, token=token("bob")) as bob,
@@ -84,7 +70,7 @@ async def test_every_target_reaches_readers_of_the_other_node(redis: RedisServer
 
 
 async def test_a_cursor_of_one_node_replays_on_the_other_and_on_one_that_starts_later(redis: RedisServer) -> None:
-    async with two_nodes(redis.url) as (one, two):
+    async with nodes(redis.url, auth=AUTH) as (one, two):
         async with notified(one, bearer("ann")) as (stream, hello):
             first = await send(two, "user", "ann", "first")
             assert (await stream.event()).id == first["id"]
@@ -106,7 +92,7 @@ async def test_a_cursor_of_one_node_replays_on_the_other_and_on_one_that_starts_
 
 
 async def test_what_is_stored_waits_on_every_node_until_it_is_acknowledged_on_any(redis: RedisServer) -> None:
-    async with two_nodes(redis.url) as (one, two):
+    async with nodes(redis.url, auth=AUTH) as (one, two):
         first = await send(one, "user", "ann", "first", store=True)
         second = await send(two, "users", ["ann", "bob"], "second", store=True)
         for at in (one, two):
@@ -122,7 +108,7 @@ async def test_what_is_stored_waits_on_every_node_until_it_is_acknowledged_on_an
         async with notified(one, bearer("ann")) as (stream, _):
             assert (await stream.event()).name == "second"
     # Nobody was there for a while.
-    async with two_nodes(redis.url) as (one, two):
+    async with nodes(redis.url, auth=AUTH) as (one, two):
         async with notified(two, bearer("ann")) as (stream, _):
             event = await stream.event()
             assert (event.name, event.data["data"]) == ("second", {"n": 1})
@@ -136,7 +122,7 @@ async def test_what_is_stored_waits_on_every_node_until_it_is_acknowledged_on_an
 
 
 async def test_a_key_counts_once_over_all_nodes(redis: RedisServer) -> None:
-    async with two_nodes(redis.url) as (one, two), session(two, token=token("ann")) as ws:
+    async with nodes(redis.url, auth=AUTH) as (one, two), session(two, token=token("ann")) as ws:
         answers = []
 
         async def again(at: InProcess) -> None:
@@ -153,7 +139,7 @@ async def test_a_key_counts_once_over_all_nodes(redis: RedisServer) -> None:
 
 async def test_a_burst_from_both_nodes_comes_once_and_in_order_everywhere(redis: RedisServer) -> None:
     async with (
-        two_nodes(redis.url) as (one, two),
+        nodes(redis.url, auth=AUTH) as (one, two),
         session(one, token=token("ann")) as first,
         session(two, token=token("ann")) as second,
         notified(two, bearer("ann")) as (stream, _),
@@ -184,7 +170,7 @@ async def test_redis_goes_away_and_comes_back(tmp_path: Path) -> None:
 
 async def go_away_and_come_back(redis: RedisServer) -> None:
     async with (
-        two_nodes(redis.url) as (one, two),
+        nodes(redis.url, auth=AUTH) as (one, two),
         notified(two, bearer("ann")) as (stream, _),
         session(one, token=token("ann")) as ws,
     ):
@@ -198,7 +184,7 @@ async def go_away_and_come_back(redis: RedisServer) -> None:
         assert (refused.status, refused.error) == (503, "store_unavailable")
         redis.start()
         await until(lambda: one.node.broker.available is None and two.node.broker.available is None)
-        with trio.fail_after(LONG_S):
+        with trio.fail_after(PATIENCE_S):
             after = await send(two, "user", "ann", "after")
             while (event := await stream.event()).name != "after":
                 assert event.name == "heartbeat"
@@ -209,15 +195,20 @@ async def go_away_and_come_back(redis: RedisServer) -> None:
 
 
 async def test_lost_connections_cost_no_notification_and_double_none(redis: RedisServer) -> None:
-    async with two_nodes(redis.url) as (one, two), notified(two, bearer("ann")) as (stream, _):
+    async with nodes(redis.url, auth=AUTH) as (one, two), notified(two, bearer("ann")) as (stream, _):
         ids: list[str] = []
+        cuts = 0
         done = False
 
         async def cut() -> None:
+            """Whenever some have got through, while others are on their way."""
+            nonlocal cuts
             while not done:
+                cuts += 1
                 with redis.oracle() as oracle:
                     oracle.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-                await trio.sleep(0.05)
+                enough = len(ids) + 20
+                await until(lambda enough=enough: done or len(ids) >= enough)  # type: ignore[misc]
 
         async def some(start: int) -> None:
             for number in range(start, start + 40):
@@ -227,6 +218,7 @@ async def test_lost_connections_cost_no_notification_and_double_none(redis: Redi
                     if answer.status == 200:
                         break
                     assert answer.status == 503, answer
+                    await until(lambda: one.node.broker.available is None)
                 ids.append(answer.json["id"])
 
         async with trio.open_nursery() as nursery:
@@ -235,6 +227,7 @@ async def test_lost_connections_cost_no_notification_and_double_none(redis: Redi
                 for start in range(0, 200, 40):
                     senders.start_soon(some, start)
             done = True
+        assert cuts >= 5
         assert len(set(ids)) == 200
         names = []
         while len(names) < 200:
@@ -247,7 +240,7 @@ async def test_lost_connections_cost_no_notification_and_double_none(redis: Redi
 
 async def test_a_store_that_lost_everything_resets_the_readers(redis: RedisServer) -> None:
     async with (
-        two_nodes(redis.url) as (one, two),
+        nodes(redis.url, auth=AUTH) as (one, two),
         notified(two, bearer("ann")) as (stream, _),
         session(one, token=token("ann")) as ws,
     ):
@@ -256,7 +249,7 @@ async def test_a_store_that_lost_everything_resets_the_readers(redis: RedisServe
         await ws.receive()
         with redis.oracle() as oracle:
             oracle.flushall()
-        with trio.fail_after(LONG_S):
+        with trio.fail_after(PATIENCE_S):
             while (event := await stream.event()).name != "reset":
                 assert event.name == "heartbeat"
             while (got := await ws.receive())["type"] != "reset":
@@ -270,28 +263,31 @@ async def test_a_store_that_lost_everything_resets_the_readers(redis: RedisServe
 
 async def test_who_joins_and_leaves_is_told_on_every_node(redis: RedisServer) -> None:
     async with (
-        two_nodes(redis.url) as (one, two),
+        nodes(redis.url, auth=AUTH) as (one, two),
         session(one, token=token("ann")) as ws,
         notified(two, bearer("op"), channels="presence:team") as (stream, _),
     ):
         await ws.subscribe(channels=["presence:team", "presence:user:ann"])
         async with session(two, token=token("bob")) as bob:
             await bob.subscribe(channels=["team"])
-            with trio.fail_after(LONG_S):
+            with trio.fail_after(PATIENCE_S):
                 joined = await ws.receive()
                 assert (joined["type"], joined["event"]) == ("notification", "join")
                 assert joined["data"] == {"userId": "bob", "channel": "team", "count": 1}
                 event = await stream.event()
                 assert (event.name, event.data["data"]) == ("join", joined["data"])
                 assert event.id == joined["id"]
-        with trio.fail_after(LONG_S):
+        with trio.fail_after(PATIENCE_S):
             left = await ws.receive()
             assert (left["event"], left["data"]) == ("leave", {"userId": "bob", "channel": "team", "count": 0})
             assert (await stream.event()).id == left["id"]
 
 
 async def test_connections_are_found_and_ended_from_the_other_node(redis: RedisServer) -> None:
-    async with two_nodes(redis.url) as (one, two), notified(two, bearer("ann"), username="Ann") as (stream, hello):
+    async with (
+        nodes(redis.url, auth=AUTH) as (one, two),
+        notified(two, bearer("ann"), username="Ann") as (stream, hello),
+    ):
         client = f"/api/sse/clients/{hello.data['clientId']}"
         await until_online(one, "ann", 1)
         found = (await one.get(client, bearer("ann"))).json
@@ -306,7 +302,10 @@ async def test_connections_are_found_and_ended_from_the_other_node(redis: RedisS
 
 async def test_on_a_cluster(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as cluster:
-        async with two_nodes(cluster.url) as (one, two), notified(two, bearer("ann"), channels="news") as (stream, _):
+        async with (
+            nodes(cluster.url, auth=AUTH) as (one, two),
+            notified(two, bearer("ann"), channels="news") as (stream, _),
+        ):
             sent = await send(one, "channel", "news", eventId="k")
             assert (await send(two, "channel", "news", eventId="k"))["id"] == sent["id"]
             assert (await stream.event()).id == sent["id"]
@@ -315,6 +314,6 @@ async def test_on_a_cluster(tmp_path: Path) -> None:
             await until(lambda: two.node.broker.inboxes.places == 2)
             assert (await one.post("/api/sse/ack", {"id": stored["id"]}, bearer("ann"))).status == 204
             await until(lambda: two.node.broker.inboxes.places == 1)
-        async with two_nodes(cluster.url) as (one, two), notified(two, bearer("bob")) as (stream, _):
+        async with nodes(cluster.url, auth=AUTH) as (one, two), notified(two, bearer("bob")) as (stream, _):
             assert (await stream.event()).name == "note"
             assert one.node.broker.inboxes.of_user("ann") == []

@@ -1,4 +1,4 @@
-"""``statuswire serve`` with a Redis that cannot be used ends soon, and says what to do without the password."""
+"""A server whose Redis cannot be used ends soon, and says what to do without the password; else it may have to warn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from urllib.parse import quote
 import pytest
 import trio
 
+from server.app import StartError
+from tests.redis_nodes import publish
 from tests.redis_servers import (
+    RedisServer,
     free_ports,
     make_server,
     running_cluster,
@@ -19,7 +22,7 @@ from tests.redis_servers import (
     running_sentinels,
     running_server,
 )
-from tests.support import PATIENCE_S, ROOT, command, stop, write_config
+from tests.support import PATIENCE_S, ROOT, command, server, stop, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -180,3 +183,35 @@ async def test_a_redis_that_comes_soon_is_waited_for(tmp_path: Path) -> None:
     finally:
         stop(process)
         redis.kill()
+
+
+async def test_start_errors_say_what_to_do(tmp_path: Path) -> None:
+    with running_server(tmp_path) as redis:
+        with redis.oracle() as oracle:
+            oracle.config_set("requirepass", "secret")
+        redis.password = "secret"
+        for url, words in [
+            (redis.url, "password"),
+            (f"redis://:wrong@127.0.0.1:{redis.port}", "password"),
+            (f"redis://:secret@127.0.0.1:{redis.port}/99", "database"),
+        ]:
+            with pytest.raises(StartError, match=words):
+                async with server(store={"url": url}):
+                    pass
+        with redis.oracle() as oracle:
+            oracle.hset("{statuswire}:meta", mapping={"epoch": "e", "schema": 99, "shards": 16, "offset": 0, "at": 0})
+        with pytest.raises(StartError, match="format 99"):
+            async with server(store={"url": f"redis://:secret@127.0.0.1:{redis.port}"}):
+                pass
+
+
+async def test_a_redis_that_drops_keys_is_warned_of(redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    with redis.oracle() as oracle:
+        oracle.config_set("maxmemory-policy", "allkeys-lru")
+        async with server(store={"url": redis.url}) as one:
+            await publish(one, "a", userId="u")
+            assert "noeviction" not in caplog.text  # without a bound it drops nothing
+        oracle.config_set("maxmemory", "1gb")
+        async with server(store={"url": redis.url}) as one:
+            await publish(one, "a", userId="u")
+            assert "set its maxmemory-policy to noeviction" in caplog.text

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import trio
 
 from server.app import StartError
 from server.cli import main
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer
 from tests.streams import event_stream, session, stream_at
 from tests.support import InProcess, server, until
 
@@ -31,12 +31,6 @@ PAIRS = [
     pytest.param("redis", "redis"),
 ]
 KINDS = ["sqlite", pytest.param("redis")]
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
 
 
 @pytest.fixture

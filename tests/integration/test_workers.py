@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,13 @@ from typing import Any
 import pytest
 import trio
 
-from tests.redis_servers import RedisServer, free_ports, running_server
+from tests.redis_servers import RedisServer, free_ports
 from tests.streams import WebSocket, event_stream, session, websocket
 from tests.support import Spawned, command, spawned, until, until_answered, write_config
 
 pytestmark = pytest.mark.slow
 
 WORKERS = 3
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ import signal
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import trio
 from server import callbacks
 from server.config import Callback
 from server.seen import Seen
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer
 from tests.streams import event_stream, lose_log, put, session
 from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, until
 
@@ -341,12 +341,6 @@ async def test_killed_before_it_told(tmp_path: Path) -> None:
         async with spawned(tmp_path, **mail(app)) as at:
             await until(lambda: app.got)
         assert app.jobs == ["j1"]
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
 
 
 async def test_of_several_nodes_one_tells(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +13,7 @@ import pytest
 
 from protocol.signatures import MAX_SKEW_S, sign
 from server.routes import webhooks
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer
 from tests.streams import session
 from tests.support import AUTH, ROOT, Address, Answer, bearer, request_bytes, server
 
@@ -78,12 +77,6 @@ async def test_what_is_sent_again_is_known_after_a_restart(tmp_path: Path) -> No
         assert (await at.ask("POST", "/api/webhooks/hook", body, headers)).status == 202
     async with server(**store, **hook()) as at:
         assert (await at.ask("POST", "/api/webhooks/hook", body, headers)).status == 409
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
 
 
 async def test_what_is_sent_again_is_known_on_another_node(redis: RedisServer) -> None:

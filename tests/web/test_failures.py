@@ -13,7 +13,7 @@ import trio
 
 from tests.integration.browser import Page, started_chromium, using_browser
 from tests.integration.running import running
-from tests.redis_servers import RedisServer, running_proxy, running_sentinels, running_server
+from tests.redis_servers import RedisServer, running_proxy, running_sentinels
 from tests.support import AUTH, PATIENCE_S, WORKER, Address, in_seconds, server, token, until, until_answered
 from tests.web.pages import NewPage, busy, publish, start, start_all, until_all, until_live, versions
 
@@ -29,12 +29,6 @@ ENDED = "seen.at(-1)?.status === 'completed'"
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
         yield address
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,14 +12,8 @@ import redis as redis_py
 from protocol.queues.sighting import Sighting
 from server.ingest.queues.taker import TurnLostError
 from tests.queueing import LONG_S, shown, until_status, until_up
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer
 from tests.support import InProcess, server, until
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with running_server(tmp_path) as running:
-        yield running
 
 
 def add(oracle: redis_py.Redis, queue: str, job: str, user: str | None = None) -> None:
