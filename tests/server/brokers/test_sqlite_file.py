@@ -14,19 +14,8 @@ from protocol.notice import decode_notice
 from protocol.update import Job, Private
 from server.brokers import sqlite_file, sqlite_formats
 from server.brokers.base import Cancel, Delete, Notify, Operation
-from server.brokers.sqlite import SqliteBroker
-from server.brokers.sqlite_file import SqliteFile
 from tests.contract.harness import Rig, publish, running
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "test.db"
-
-
-def file_of(rig: Rig) -> SqliteFile:
-    assert isinstance(rig.broker, SqliteBroker)
-    return rig.broker._file
+from tests.server.brokers.disks import file_of
 
 
 def shown(rig: Rig) -> tuple[list[tuple[str, bytes, int, Private]], list[tuple[int, str, bytes]]]:
