@@ -35,6 +35,8 @@ YIELD_AFTER_S: Final = 0.001
 YIELD_ALWAYS_S: Final = 0.005
 # Looking at the clock costs 50 ns; once in 16 sends (about 100 µs) is often enough.
 LOOK_EVERY: Final = 16
+# So many channels are encoded before any of them is sent: sends in quick succession find more of their readers awake.
+AHEAD: Final = 16
 # Updates joined into one send hold at most about this much text, so that one flush of large records cannot
 # make one giant buffer per wire form.
 JOIN_BYTES: Final = 1024 * 1024
@@ -271,38 +273,51 @@ class Hub:
             soon, self._soon = self._soon, []
             for callback in soon:
                 callback()
-            self._flushing = True
-            epoch, target = self.history.epoch, self.history.last
-            dirty, self._dirty = self._dirty, []
-            self._sharing, self._overlapping = self._overlapping, False
-            shared: dict[Reader, list[list[Update]]] = {}
-            batches: list[tuple[Channel, list[Update]]] = []
-            for channel in dirty:
-                batch, channel.pending = channel.pending, []
-                self._pending_bytes -= sum([len(update.body) for update in batch])
-                batches.append((channel, batch))
-            notices, self._notices = self._notices, []
-            self._pending_bytes -= sum([len(notice.body) for notice in notices])
-            if self._pending_bytes <= PENDING_BYTES:
-                self._room.set()
-            started = self._ran = perf_counter()
-            sent = self.counters.delivered
-            if notices:
-                started = await self._find_audience(notices, epoch, shared, started)
-            heard = list(shared)
-            for channel, batch in batches:
-                for part in _split(batch):
-                    started = await self._send(channel, part, epoch, shared, started)
+            if self._dirty or self._notices:
+                await self._flush()
+
+    async def _flush(self) -> None:
+        """Send all that is pending now."""
+        self._flushing = True
+        history = self.history
+        epoch, target = history.epoch, history.last
+        dirty, self._dirty = self._dirty, []
+        notices, self._notices = self._notices, []
+        self._sharing, self._overlapping = self._overlapping, False
+        batches: list[tuple[Channel, list[Update]]] = []
+        for channel in dirty:
+            batches.append((channel, channel.pending))
+            channel.pending = []
+        first = [batch[0].at_ms for _, batch in batches[:1]] + [notice.at_ms for notice in notices[:1]]
+        if self._pending_bytes > JOIN_BYTES:
+            batches = [(channel, part) for channel, batch in batches for part in _split(batch)]
+        self._pending_bytes = 0
+        self._room.set()
+        shared: dict[Reader, list[list[Update]]] = {}
+        started = self._ran = perf_counter()
+        sent = self.counters.delivered
+        if notices:
+            started = await self._find_audience(notices, epoch, shared, started)
+        heard = list(shared)
+        for start in range(0, len(batches), AHEAD):
+            if history.epoch != epoch:
+                break  # the log was lost meanwhile; readers have been told, what is left of the flush is void
+            ahead = [
+                (channel, batch, *self._first_wire(channel, batch, epoch))
+                for channel, batch in batches[start : start + AHEAD]
+            ]
+            started = await self._send(ahead, epoch, shared, started)
+        if shared:
             await self._send_shared(shared, epoch, started)
-            for reader in heard:
-                reader.multi = len(reader.wants) > 1
-            first = [batch[0].at_ms for _, batch in batches[:1]] + [notice.at_ms for notice in notices[:1]]
-            if first and self.counters.delivered > sent:
-                # One sample for each flush, of what waited longest for it: an upper bound for all the others.
-                self.counters.delays.add(min(first))
-            if self.history.epoch == epoch:  # else log_lost has said from where on it is being given
-                self.flushed = target
-            self._flushing = False
+        for reader in heard:
+            reader.multi = len(reader.wants) > 1
+        if self.counters.delivered > sent:
+            # One sample for each flush, of what waited longest for it: an upper bound for all the others.
+            self.counters.delays.add(min(first))
+        if history.epoch == epoch:  # else log_lost has said from where on it is being given
+            self.flushed = target
+        self._flushing = False
+        if self._wires:
             self._wires.clear()
             self._wires_bytes = 0
 
@@ -326,73 +341,90 @@ class Hub:
                         return started
         return started
 
+    def _first_wire(self, channel: Channel, batch: list[Update], epoch: str) -> tuple[WireForm | None, bytes]:
+        """A channel's batch in the form of its first reader, which mostly is that of them all."""
+        order = channel.order
+        if order is None:
+            order = channel.order = tuple(channel.readers)
+        if not order or order[0].multi or not order[0].direct:
+            return None, b""
+        form = order[0].form
+        try:
+            return form, self._encode(form, batch, epoch)
+        except Exception:
+            return None, b""  # it is raised again where it can be contained
+
+    def _encode(self, form: WireForm, batch: list[Update], epoch: str) -> bytes:
+        return self.encoded(form, batch, epoch) if self._sharing else form.updates(batch, epoch)
+
     async def _send(
         self,
-        channel: Channel,
-        batch: list[Update],
+        ahead: list[tuple[Channel, list[Update], WireForm | None, bytes]],
         epoch: str,
         shared: dict[Reader, list[list[Update]]],
         started: float,
     ) -> float:
-        """Send one batch of one epoch to one channel's readers. Returns when the flusher last yielded.
+        """Send batches of one epoch to their channels' readers. Returns when the flusher last yielded.
 
         The hot path. Per reader it does one ``send`` and a handful of attribute reads, and nothing else:
         what depends on the batch is worked out before the loop, what depends on the wire form once per form.
         """
-        if self.history.epoch != epoch:
-            return started  # the log was lost meanwhile; readers have been told, what is left of the flush is void
-        order = channel.order
-        if order is None:
-            order = channel.order = tuple(channel.readers)
-        first, last = batch[0].offset, batch[-1].offset
-        has_end = any(update.ended for update in batch)
-        form: WireForm | None = None
-        wire = b""
-        size = 0
-        wires: dict[WireForm, bytes] = {}
-        given = 0
-        for start in range(0, len(order), LOOK_EVERY):
-            readers = order[start : start + LOOK_EVERY]
-            given += len(readers)
-            for reader in readers:
-                try:
-                    if reader.multi:
-                        shared.setdefault(reader, []).append(batch)
-                        given -= 1
-                    elif reader.direct and reader.offset < first and not (has_end and reader.open_jobs is not None):
-                        if reader.form is not form:
-                            form = reader.form
-                            encoded = wires.get(form)
-                            if encoded is None:
-                                encoded = (
-                                    self.encoded(form, batch, epoch) if self._sharing else form.updates(batch, epoch)
-                                )
-                                wires[form] = encoded
-                            wire, size = encoded, len(encoded)
-                        # Fetched, then called: as one expression CPython 3.11 looks for a method, never learns that
-                        # it is a slot, and the loop round the send costs 0.37 instead of 0.33 µs.
-                        send = reader.sock_send
-                        try:
-                            sent = send(wire)
-                        except BlockingIOError:
-                            sent = 0
-                        except OSError:
+        for channel, batch, form, wire in ahead:
+            order = channel.order
+            if order is None:
+                order = channel.order = tuple(channel.readers)
+            if len(batch) == 1:
+                first = last = batch[0].offset
+                has_end = batch[0].ended
+            else:
+                first, last = batch[0].offset, batch[-1].offset
+                has_end = any(update.ended for update in batch)
+            size = len(wire)
+            wires: dict[WireForm | None, bytes] = {form: wire}
+            given = 0
+            for start in range(0, len(order), LOOK_EVERY):
+                readers = order[start : start + LOOK_EVERY]
+                given += len(readers)
+                for reader in readers:
+                    try:
+                        if reader.multi:
+                            shared.setdefault(reader, []).append(batch)
                             given -= 1
-                            raise
-                        reader.offset = last
-                        if sent != size:
-                            reader.stalled(wire, sent)
-                    else:
-                        given -= 1  # whoever takes it counts what goes out
-                        if reader.offset < last:
-                            reader.take(batch)
-                except Exception as error:
-                    _end(reader, error)
-            if perf_counter() - started > YIELD_AFTER_S:
-                started = await self._yield()
-                if self.history.epoch != epoch:
-                    break
-        self.counters.delivered += given * len(batch)
+                        elif reader.direct and reader.offset < first and not (has_end and reader.open_jobs is not None):
+                            if reader.form is not form:
+                                wanted = reader.form
+                                if wanted not in wires:
+                                    wires[wanted] = self._encode(wanted, batch, epoch)
+                                form, wire = wanted, wires[wanted]
+                                size = len(wire)
+                            # Fetched, then called: as one expression CPython 3.11 looks for a method, never learns that
+                            # it is a slot, and the loop round the send costs 0.37 instead of 0.33 µs.
+                            send = reader.sock_send
+                            try:
+                                sent = send(wire)
+                            except BlockingIOError:
+                                sent = 0
+                            except OSError:
+                                given -= 1
+                                raise
+                            reader.offset = last
+                            if sent != size:
+                                reader.stalled(wire, sent)
+                        else:
+                            given -= 1  # whoever takes it counts what goes out
+                            if reader.offset < last:
+                                reader.take(batch)
+                    except Exception as error:
+                        _end(reader, error)
+                if perf_counter() - started > YIELD_AFTER_S:
+                    started = await self._yield()
+                    if self.history.epoch != epoch:
+                        self.counters.delivered += given * len(batch)
+                        return started
+                    if channel.order is not order:  # some may have left, and must not be sent any more
+                        rest = [reader for reader in order[start + LOOK_EVERY :] if reader in channel.readers]
+                        order = (*order[: start + LOOK_EVERY], *rest)
+            self.counters.delivered += given * len(batch)
         return started
 
     async def _send_shared(self, shared: dict[Reader, list[list[Update]]], epoch: str, started: float) -> None:

@@ -282,6 +282,41 @@ async def test_the_flusher_yields_within_a_channel(bench: Bench, impatient: None
     assert bench.hub.given() == 2
 
 
+async def test_who_leaves_during_a_flush_is_sent_no_more(bench: Bench, impatient: None) -> None:
+    """Neither of the channel that is being served, nor of those that are encoded already."""
+    readers = [[bench.reader(f"j/{job}") for _ in range(10)] for job in ("a", "b")]
+    for job in ("a", "b"):
+        bench.next(job)
+    while not readers[0][2].sent:
+        await trio.lowlevel.checkpoint()
+    assert bench.form.encoded == [[1], [2]]
+    gone = [readers[0][7], readers[1][0], readers[1][7]]
+    for reader in gone:
+        bench.hub.detach(reader, list(reader.wants))
+    await wait_all_tasks_blocked()
+    for offset, channel in enumerate(readers, 1):
+        assert all(reader.sent == [b"e:%d " % offset] for reader in channel if reader not in gone)
+    assert [reader.sent for reader in gone] == [[], [], []]
+
+
+async def test_a_form_that_fails_ends_its_readers_alone(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(CountingForm):
+        def updates(self, updates: Sequence[Update], epoch: str) -> bytes:
+            raise RuntimeError("a bug")
+
+    failing = Failing()
+    good, bad, worse = bench.reader("j/a"), bench.reader("j/a", form=failing), bench.reader("j/a", form=failing)
+    first, other = bench.reader("j/b", form=failing), bench.reader("j/b")
+    bench.next("a")
+    bench.next("b")
+    with caplog.at_level(logging.ERROR):
+        await wait_all_tasks_blocked()
+    assert (good.sent, other.sent) == ([b"e:1 "], [b"e:2 "])
+    for reader in (bad, worse, first):
+        assert (reader.ended, reader.sent) == (True, [])
+    assert caplog.text.count("delivery_failed") == 3
+
+
 async def test_what_arrives_during_a_flush_goes_together_in_the_next(bench: Bench, impatient: None) -> None:
     readers = [bench.reader("j/a") for _ in range(10)]
     bench.next()
