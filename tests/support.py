@@ -161,6 +161,10 @@ class Http:
         except trio.BrokenResourceError:
             return False
 
+    async def alive(self) -> bool:
+        """Whether the connection goes on, in step."""
+        return (await self.request("GET", "/health")).json == {"status": "ok"}
+
     async def aclose(self) -> None:
         """Close our side."""
         await self.stream.aclose()

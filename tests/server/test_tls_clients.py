@@ -1,17 +1,10 @@
-"""TLS on the server's own sockets: every transport, partial writes, hostile peers, files that change."""
+"""TLS on the server's own sockets: every transport, partial writes, and all that clients do to it."""
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import re
-import signal
 import socket
 import ssl
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -21,72 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server import tls
-from server.config import ConfigError, Server
+from server.config import Server
 from server.socketio import all_acknowledged, linger, receive
-from tests import certificates
 from tests.certificates import Certificates
-from tests.integration.running import STATUSWIRE, clean_environment
-from tests.redis_servers import running_server
+from tests.server.tls_peers import KeyChanger, Peer, in_thread
 from tests.streams import clean_server, event_stream, narrow, poll, put, session, versions, websocket
-from tests.support import PATIENCE_S, Address, request_bytes, server, spawned, until, write_config
-
-
-@pytest.fixture(scope="module")
-def issued(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return certificates.make(tmp_path_factory.mktemp("certificates"))
-
-
-class Peer:
-    """A client whose records are its own: what it does with the connection below them is the test's affair."""
-
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
-        self.sock = sock
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="127.0.0.1")
-        self.got = b""
-
-    @classmethod
-    def connect(cls, port: int, context: ssl.SSLContext) -> Peer:
-        return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S), context).shake_hands()
-
-    def shake_hands(self) -> Peer:
-        while True:
-            try:
-                self.tls.do_handshake()
-            except ssl.SSLWantReadError:
-                self.flush()
-                assert self.more(), "closed in the handshake"
-            else:
-                self.flush()
-                return self
-
-    def flush(self) -> None:
-        self.sock.sendall(self.outgoing.read())
-
-    def more(self) -> bool:
-        data = self.sock.recv(65536)
-        self.incoming.write(data)
-        return bool(data)
-
-    def send(self, data: bytes) -> None:
-        self.tls.write(data)
-        self.flush()
-
-    def read(self) -> bytes | None:
-        """More content; None once the server has said that there is no more."""
-        while True:
-            try:
-                return self.tls.read(65536) or None
-            except ssl.SSLZeroReturnError:
-                return None
-            except ssl.SSLWantReadError:
-                assert self.more(), "the connection ended without TLS's farewell"
-
-    def rest(self) -> bytes:
-        while (data := self.read()) is not None:
-            self.got += data
-        return self.got
-
+from tests.support import PATIENCE_S, Address, request_bytes, server, until
 
 # --- the transports -------------------------------------------------------------------------------------------------
 
@@ -233,11 +166,6 @@ def test_what_goes_in_comes_out(
 # --- what clients do ------------------------------------------------------------------------------------------------
 
 
-async def in_thread(task: object, *arguments: object) -> object:
-    with trio.fail_after(2 * PATIENCE_S):
-        return await trio.to_thread.run_sync(task, *arguments)  # type: ignore[arg-type]
-
-
 async def test_a_client_that_has_said_all_is_answered(issued: Certificates) -> None:
     async with clean_server(tls=issued.trust, server=issued.table) as at:
 
@@ -359,46 +287,6 @@ async def test_old_versions_are_refused(issued: Certificates) -> None:
         await until(lambda: at.node.counters.refused["tls_failed"] == 1)
 
 
-class KeyChanger:
-    """A client that may ask for new keys, which Python's own cannot: OpenSSL's, by hand."""
-
-    def __init__(self, port: int, receive_buffer: int | None = None) -> None:
-        name = ctypes.util.find_library("ssl")
-        assert name is not None
-        self.lib = ctypes.CDLL(name)
-        for function in ("TLS_client_method", "SSL_CTX_new", "SSL_new"):
-            getattr(self.lib, function).restype = ctypes.c_void_p
-        self.context = ctypes.c_void_p(self.lib.SSL_CTX_new(ctypes.c_void_p(self.lib.TLS_client_method())))
-        self.tls = ctypes.c_void_p(self.lib.SSL_new(self.context))
-        self.sock = socket.socket()
-        if receive_buffer is not None:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.sock.connect(("127.0.0.1", port))
-        assert self.lib.SSL_set_fd(self.tls, self.sock.fileno()) == 1
-        assert self.lib.SSL_connect(self.tls) == 1
-
-    def change(self) -> bool:
-        """New keys, both ways. Whether the connection still stands."""
-        return bool(self.lib.SSL_key_update(self.tls, 1) == 1 and self.lib.SSL_do_handshake(self.tls) == 1)
-
-    def send(self, data: bytes) -> bool:
-        """Send some. Whether the connection still stands."""
-        return bool(self.lib.SSL_write(self.tls, data, len(data)) == len(data))
-
-    def ask(self, data: bytes) -> bytes:
-        """Send some, and read to the end."""
-        assert self.send(data)
-        got, buffer = b"", ctypes.create_string_buffer(65536)
-        while (count := self.lib.SSL_read(self.tls, buffer, 65536)) > 0:
-            got += buffer.raw[:count]
-        return got
-
-    def close(self) -> None:
-        self.lib.SSL_free(self.tls)
-        self.lib.SSL_CTX_free(self.context)
-        self.sock.close()
-
-
 async def test_keys_may_change_on_the_way(issued: Certificates) -> None:
     async with clean_server(tls=issued.trust, server=issued.table) as at:
 
@@ -419,9 +307,8 @@ async def test_a_flood_of_key_changes_is_cut_off(issued: Certificates) -> None:
         def flood() -> int:
             client = KeyChanger(at.port)
             with closing(client):
-                for number in range(
-                    2_000_000
-                ):  # some hundred thousand may be on their way before the server comes to it
+                # Some hundred thousand may be on their way before the server comes to it.
+                for number in range(2_000_000):
                     if not client.change():
                         return number
             return -1
@@ -463,144 +350,3 @@ async def test_answers_to_key_changes_that_nobody_takes_are_no_way_to_take_memor
             with trio.fail_after(PATIENCE_S), pytest.raises(ConnectionError, match="takes no answers"):
                 await read()
         await in_thread(thread.join)
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def refusal(**keys: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        tls.load_context(Server(**keys))
-    return str(caught.value)
-
-
-def test_files_that_do_not_fit(issued: Certificates, tmp_path: Path) -> None:
-    other = certificates.make(tmp_path)
-    cert, key = str(issued.cert), str(issued.key)
-    assert "is not the key of the certificate" in refusal(tls_cert=cert, tls_key=str(other.key))
-    assert "No such file" in refusal(tls_cert=cert, tls_key="nowhere.pem")
-    assert refusal(tls_cert="nowhere.pem").startswith("server.tls_cert = 'nowhere.pem': No such file")
-    assert "expected a certificate" in refusal(tls_cert=key, tls_key=key)
-    assert "expected a certificate" in refusal(tls_cert=cert)  # which holds no key
-    encrypted = tmp_path / "encrypted.pem"
-    subprocess.run(
-        ["openssl", "pkcs8", "-topk8", "-in", key, "-out", str(encrypted), "-passout", "pass:secret"], check=True
-    )
-    assert "the key is encrypted" in refusal(tls_cert=cert, tls_key=str(encrypted))
-    both = tmp_path / "both.pem"
-    both.write_bytes(issued.key.read_bytes() + issued.cert.read_bytes())
-    assert tls.load_context(Server(tls_cert=str(both))) is not None
-    assert tls.load_context(Server()) is None
-
-
-def served_certificate(at: Address) -> bytes:
-    assert at.tls is not None
-    with socket.create_connection(("127.0.0.1", at.port), PATIENCE_S) as sock:
-        peer = Peer(sock, at.tls).shake_hands()
-        found = peer.tls.getpeercert(binary_form=True)
-        assert found is not None
-        return found
-
-
-@pytest.mark.slow
-async def test_reload_takes_new_files_and_keeps_the_old_if_they_are_bad(tmp_path: Path) -> None:
-    made = certificates.make(tmp_path)
-    async with spawned(tmp_path, tls=made.trust, server=made.table, store={"url": "memory:"}) as at:
-        assert at.start_line.startswith("statuswire listening on https://127.0.0.1:")
-        first = await in_thread(served_certificate, at)
-        async with session(at) as ws:
-            made.issue()
-            at.signal(signal.SIGHUP)
-            await at.logged("reloaded")
-            second = await in_thread(served_certificate, at)
-            assert second != first
-            certificate = made.cert.read_bytes()
-            made.issue()
-            made.cert.write_bytes(certificate)  # the new key with the old certificate: caught half-way
-            at.signal(signal.SIGHUP)
-            await at.logged("reload_failed")
-            assert "is not the key of the certificate" in at.log()
-            assert await in_thread(served_certificate, at) == second
-            write_config(tmp_path, {"server": {"port": at.port}, "store": {"url": "memory:"}})
-            at.signal(signal.SIGHUP)
-            await at.logged("reloaded", 2)
-            assert await in_thread(served_certificate, at) == second, "TLS is not turned off by a reload"
-            await ws.quiet()
-
-
-def run(directory: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(STATUSWIRE), *arguments],
-        cwd=directory,
-        env=clean_environment(**environ),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-@pytest.mark.slow
-def test_check_config_verifies_that_they_fit(issued: Certificates, tmp_path: Path) -> None:
-    write_config(tmp_path, {"server": issued.table})
-    assert run(tmp_path, "check-config").returncode == 0
-    other = certificates.make(tmp_path)
-    write_config(tmp_path, {"server": {"tls_cert": str(issued.cert), "tls_key": str(other.key)}})
-    checked = run(tmp_path, "check-config")
-    assert checked.returncode == 2
-    assert "is not the key of the certificate" in checked.stderr
-
-
-# --- the command line -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-async def test_commands_trust_the_authority_they_are_given(issued: Certificates) -> None:
-    async with server(tls=issued.trust, server=issued.table) as at:
-
-        def publish(**environ: str) -> subprocess.CompletedProcess[str]:
-            return run(
-                issued.cert.parent, "publish", "j", "--user", "u", "--status", "completed", "--url", at.url, **environ
-            )
-
-        refused = await trio.to_thread.run_sync(publish)
-        assert refused.returncode == 1
-        assert "CERTIFICATE_VERIFY_FAILED" in refused.stderr
-        asked = await trio.to_thread.run_sync(lambda: run(issued.cert.parent, "health", "--url", at.url))
-        assert (asked.returncode, asked.stdout) == (0, '{"status":"ok"}\n'), "of its own machine it trusts everybody"
-        trusted = {"SSL_CERT_FILE": str(issued.authority)}
-        published = await trio.to_thread.run_sync(lambda: publish(**trusted))
-        assert published.returncode == 0, published.stderr
-        watched = await trio.to_thread.run_sync(
-            lambda: run(issued.cert.parent, "watch", "j", "--json", "--url", at.url, **trusted)
-        )
-        assert watched.returncode == 0, watched.stderr
-        assert '"status":"completed"' in watched.stdout
-        reported = await trio.to_thread.run_sync(
-            lambda: run(
-                issued.cert.parent, "run", "--job", "k", "--user", "u", "--url", at.url, "--", sys.executable, "-V",
-                **trusted,
-            )
-        )  # fmt: skip
-        assert reported.returncode == 0, reported.stderr
-        assert (await at.get("/api/v2/jobs/k")).json["status"] == "completed"
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[str]:
-    with running_server(tmp_path) as process:
-        yield process.url
-
-
-@pytest.mark.slow
-async def test_several_workers(issued: Certificates, tmp_path: Path, redis: str) -> None:
-    keys = {**issued.table, "workers": 2}
-    async with spawned(tmp_path, tls=issued.trust, server=keys, store={"url": redis}) as at:
-        assert re.match(r"statuswire listening on https://127\.0\.0\.1:\d+ \(.*2 workers\)", at.start_line)
-        for number in range(8):
-            await at.publish(f"j{number}", userId="anonymous", status="completed")
-            assert (await at.get(f"/api/v2/jobs/j{number}")).json["status"] == "completed"
-        issued_before = await in_thread(served_certificate, at)
-        at.signal(signal.SIGHUP)
-        await at.logged("reloaded", 2)
-        assert await in_thread(served_certificate, at) == issued_before
