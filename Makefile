@@ -136,10 +136,14 @@ peers: system  ## install what others make, to be measured beside this server (i
 	$(VENV)/peers/bin/pip install --quiet -r perf/peers/requirements.txt
 	mkdir -p $(VENV)/peers/node && cp perf/peers/package.json perf/peers/package-lock.json $(VENV)/peers/node
 	cd $(VENV)/peers/node && npm ci --silent --no-fund --no-audit
-	@# Nothing of Debian's is installed: nginx and the module made for it are only unpacked, and run as one process.
+	@# Nothing of Debian's is installed: it is only unpacked, with whatever this machine lacks for it.
 	test -e $(VENV)/peers/nginx/usr/sbin/nginx || { mkdir -p $(VENV)/peers/nginx && cd $(VENV)/peers/nginx && \
 		apt-get -qq -o APT::Sandbox::User=root download nginx libnginx-mod-nchan && \
 		for package in *.deb; do dpkg -x $$package . || exit; done; } || echo 'without nchan: no package of it here' >&2
+	test -e $(VENV)/peers/pushpin/usr/bin/pushpin || { mkdir -p $(VENV)/peers/pushpin && cd $(VENV)/peers/pushpin && \
+		needs=$$(apt-get -qq -s install --reinstall --no-install-recommends pushpin condure zurl | sed -n 's/^Inst \([^ ]*\) .*/\1/p') && \
+		apt-get -qq -o APT::Sandbox::User=root download $$needs && \
+		for package in *.deb; do dpkg -x $$package . || exit; done; } || echo 'without pushpin: no package of it here' >&2
 
 load: setup $(VENV)/load/.done  ## users of every kind by Locust, headless, and what must hold (LOAD_ARGS="--seconds 10")
 	$(BIN)/python -m perf.scenarios $(LOAD_ARGS)

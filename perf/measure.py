@@ -27,22 +27,26 @@ ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|localhost):(\d+)")
 
 @dataclass(frozen=True)
 class Target:
-    """A running server: the real one or the bare loop."""
+    """A running server: the real one or the bare loop, or what is measured beside them, with all its processes."""
 
     name: str
     pid: int
     port: int
+    further: tuple[int, ...] = ()
 
     def cpu_seconds(self) -> float:
-        """CPU time of the whole process, ended threads too, in nanoseconds (the clock of clock_getcpuclockid(3))."""
-        return time.clock_gettime((~self.pid << 3) | 2)
+        """CPU time of whole processes, ended threads too, in nanoseconds (the clock of clock_getcpuclockid(3))."""
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in (self.pid, *self.further))
 
     def resident_bytes(self) -> int:
         """Memory that is in RAM, from smaps_rollup (exact, where /proc/<pid>/statm lags behind)."""
-        text = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
-        found = re.search(r"^Rss:\s+(\d+) kB", text, re.MULTILINE)
-        assert found
-        return int(found[1]) * 1024
+        total = 0
+        for pid in (self.pid, *self.further):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            found = re.search(r"^Rss:\s+(\d+) kB", text, re.MULTILINE)
+            assert found
+            total += int(found[1]) * 1024
+        return total
 
     def ask(self, method: str, path: str, body: bytes = b"") -> Any:
         """One HTTP request; the decoded answer. Raises OSError if it is not a 2xx."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +38,7 @@ class Peer:
         feed: how updates come in, see load.c: `lines`, `frames` or `post`.
         transports: of `ws`, `sse` and `poll`, what it has.
         package: the distribution whose version is shown.
+        debian: where Debian's package lies instead, in `.venv/peers`.
     """
 
     name: str
@@ -45,14 +48,19 @@ class Peer:
     feed: str = "lines"
     transports: tuple[str, ...] = ("ws", "sse")
     package: str | None = None
+    debian: str | None = None
 
 
 ALL: Final = ("ws", "sse", "poll")
+PUSHPIN: Final = "C++ and Rust, five processes and the application that answers them in Python; all of their CPU counts"
 
 PEERS: Final = (
     Peer("bare loop, C", "`send` for each reader, no library, checks nothing", "c", "loop.c"),
     Peer("bare loop, Python", "the same in Python", "python", "loop", transports=ALL),
-    Peer("nchan", "nginx module in C, one process", "nchan", "nchan.conf", "post", ALL),
+    Peer(
+        "nchan", "nginx module in C, one process", "nchan", "nchan.conf", "post", ALL, debian="nginx/libnginx-mod-nchan"
+    ),
+    Peer("pushpin", PUSHPIN, "python", "pushpin", "lines", ALL, "pyzmq", "pushpin/pushpin"),
     Peer("uWebSockets", "C++, by socketify: topics", "python", "socketify", "frames", ("ws",), "socketify"),
     Peer("picows", "Cython, on uvloop", "python", "picows", transports=("ws",), package="picows"),
     Peer("ws", "node; its own http for SSE and long-poll", "node", "ws.mjs", transports=ALL, package="ws"),
@@ -80,12 +88,15 @@ class Running:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody has: not all peers can tell which one they were given."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nobody has: not all peers can tell which one they were given. No connection is given these."""
+    ports: set[int] = set()
+    while len(ports) < number:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as each,
+        ):
+            ports.add(each.getsockname()[1])
+    return list(ports)
 
 
 def command(peer: Peer, port: int, feed: int, directory: Path) -> list[str]:
@@ -117,7 +128,7 @@ def command(peer: Peer, port: int, feed: int, directory: Path) -> list[str]:
     python = INSTALLED / "bin/python"
     if peer.package is None:
         python = Path(sys.executable)
-    elif not python.exists():
+    elif not python.exists() or (peer.debian and not version_of(peer)):
         raise Unavailable("not installed (make peers)")
     return [str(python), "-m", f"perf.peers.servers.{peer.source}", *ports]
 
@@ -146,12 +157,24 @@ def started(peer: Peer) -> Iterator[Running]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise Unavailable(f"did not start: {log.read_text(errors='replace')[-1000:]}")
                 time.sleep(0.05)
-            yield Running(peer, Target(peer.name, process.pid, port), feed)
+            yield Running(peer, Target(peer.name, process.pid, port, tuple(descendants(process.pid))), feed)
         finally:
+            for pid in tuple(descendants(process.pid)):  # all first: whoever loses a parent is found no more
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.kill()
             process.wait()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """The processes that a process has started, and those that they have."""
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            for child in map(int, (task / "children").read_text().split()):
+                yield child
+                yield from descendants(child)
 
 
 def listens(port: int) -> bool:
@@ -165,8 +188,8 @@ def version_of(peer: Peer) -> str:
     if peer.runs == "node" and peer.package:
         manifest = INSTALLED / "node/node_modules" / peer.package / "package.json"
         return str(json.loads(manifest.read_text())["version"]) if manifest.exists() else ""
-    if peer.runs == "nchan":
-        found = list((INSTALLED / "nginx").glob("libnginx-mod-nchan_*.deb"))
+    if peer.debian:
+        found = list(INSTALLED.glob(f"{peer.debian}_*.deb"))
         return unquote(found[0].name.split("_")[1]).rpartition(":")[2] if found else ""
     if peer.package:
         wanted = peer.package.replace("-", "_").lower()

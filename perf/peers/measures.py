@@ -19,6 +19,8 @@ JOB: Final = "benchmark-job"
 READERS: Final = 1000
 CHANNELS: Final = 100
 SOURCES: Final = 200
+# So many come at the same time: pushpin refuses some of those that come with a hundred others.
+WINDOW: Final = 8
 # Who has not delivered everything so long after the last update was written has not kept up.
 LATE_S: Final = 2.0
 
@@ -75,10 +77,15 @@ class Side:
         """Readers, each with its greeting."""
         self.client.ask("close", "closed")
         self.prepare(channels)
-        try:
-            self.client.start(connections=number, **self.options(channels))
-        except LoadError as error:
-            raise Failed(f"readers: {error}") from None
+        for patience in (1.0, 3.0, 0.0):  # some are busy for a while with those who have gone
+            try:
+                self.client.start(connections=number, window=WINDOW, **self.options(channels))
+                return
+            except LoadError as error:
+                if not patience:
+                    raise Failed(f"readers: {error}") from None
+                self.client.ask("close", "closed")
+                time.sleep(patience)
 
     def prepare(self, channels: int) -> None:
         """What has to be there before a reader comes."""
