@@ -31,6 +31,8 @@ from protocol.request import Request, parse_target, valid_authority
 MAX_REQUEST_LINE = 65536
 # nginx and Node take 16 to 32 KiB; big cookies are the usual reason to need that much.
 MAX_HEADER_SECTION = 32768
+# A header section of at most this is remembered: so much more an idle connection may take.
+MAX_KNOWN = 2048
 # Holds until the caller names a limit of its own with ``limit_body``.
 DEFAULT_BODY_LIMIT = 1024 * 1024
 # RFC 9112 section 2.2: at least one empty line before a request line is skipped; old clients send one after a body.
@@ -123,6 +125,7 @@ class HttpConnection:
         "_expects_continue",
         "_http_10",
         "_keep_alive",
+        "_known",
         "_max_head",
         "_max_line",
         "_method",
@@ -139,6 +142,8 @@ class HttpConnection:
         self._max_head = max_head
         self._buffer = bytearray()
         self._eof = False
+        # The last header section and what it said: most clients send the same with every request.
+        self._known: tuple[bytes, dict[str, str]] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -235,15 +240,21 @@ class HttpConnection:
         return self._parse_head(head)
 
     def _parse_head(self, head: bytes) -> Request:
-        lines = check_lines(head)
-        end = head.index(b"\r\n")
-        method, target = self._parse_request_line(head[:end])
-        headers = read_fields(head.decode("latin-1"), end + 2, lines - 2)
+        end = head.find(b"\r\n")
+        line, section, known = head[:end], head[end:], self._known
+        if known is not None and section == known[0] and b"\n" not in line and b"\r" not in line and b"\0" not in line:
+            method, target = self._parse_request_line(line)
+            headers = known[1]
+        else:
+            lines = check_lines(head)
+            method, target = self._parse_request_line(line)
+            headers = read_fields(head.decode("latin-1"), end + 2, lines - 2)
+            self._known = (section, headers) if len(section) <= MAX_KNOWN else None
         self._check_framing(headers, head)
         path, authority = parse_target(method, target)
         if authority is not None:
             # RFC 9112 section 3.2.2: the absolute-form's host replaces what Host says.
-            headers["host"] = authority
+            headers = headers | {"host": authority}
         self._keep_alive = self._wants_keep_alive(headers)
         return Request(method, target, path, None, headers, "1.0" if self._http_10 else "1.1")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -12,6 +12,8 @@ from protocol.errors import ApiError
 JSON = ("Content-Type", "application/json; charset=utf-8")
 # Answers depend on who asks: shared caches must keep none, and nobody may keep them without asking again.
 NO_STORE = ("Cache-Control", "no-store")
+# What is kept for others of what was told at a moment; more is made anew.
+SHARED_BYTES: Final = 4 * 1024 * 1024
 
 
 class Response(NamedTuple):
@@ -41,3 +43,27 @@ def error_answer(error: ApiError, request_id: str) -> Response:
     if error.retry_after is not None:
         headers.append(("Retry-After", str(error.retry_after)))
     return Response(error.status, headers, msgspec.json.encode(error.body(request_id)))
+
+
+class Shared:
+    """What one was told and others are told, too, who ask for the same at the same moment; then it is forgotten."""
+
+    __slots__ = ("_kept", "_moment", "_size")
+
+    def __init__(self) -> None:
+        self._moment: object = None
+        self._kept: dict[object, Any] = {}
+        self._size = 0
+
+    def get(self, moment: object, key: object) -> Any:
+        """What was kept, None if nothing was."""
+        return self._kept.get(key) if moment == self._moment else None
+
+    def keep(self, moment: object, key: object, told: object, size: int) -> None:
+        """Keep it; ``size`` in bytes."""
+        self._size += size
+        if moment != self._moment or self._size > SHARED_BYTES:
+            self._moment = moment
+            self._kept.clear()
+            self._size = size
+        self._kept[key] = told

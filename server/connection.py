@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import cache
 from types import ModuleType
-from typing import ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import trio
 
@@ -182,6 +182,7 @@ class Connection(Peer):
 
     Attributes:
         place: the address whose ``connections_per_address`` this one takes, "" for none.
+        memory: for a handler that answers the same request again and again: what it wants to know then.
     """
 
     __slots__ = (
@@ -197,6 +198,7 @@ class Connection(Peer):
         "_timer",
         "_turned_away",
         "http",
+        "memory",
         "node",
         "peer",
         "place",
@@ -215,6 +217,7 @@ class Connection(Peer):
         self.http = HttpConnection()
         if early:
             self.http.receive(early)
+        self.memory: Any = None
         self._turned_away = refusal is not None
         self._held = 0
         self._first = True

@@ -16,6 +16,7 @@ from protocol.notice import presence_notice, target_of
 from protocol.presence import PresenceEvent
 from protocol.update import Job, Update
 from protocol.watch import EVERYTHING
+from server.answers import Shared
 from server.auth import Authenticator
 from server.brokers.base import Broker, Notify, Submission
 from server.brokers.memory import MemoryBroker
@@ -83,6 +84,7 @@ class Node:
         presence: who is connected.
         poller: serves the sockets.
         polls: those that wait.
+        told: answers to polls, for others that ask for the same.
         intakes: the reading of lines of NDJSON.
         counters: what has happened so far.
         started: when, in unix seconds.
@@ -167,6 +169,7 @@ class Node:
         self.callbacks: Callbacks | None = None
         self.streams: dict[Stream, None] = {}
         self.polls: dict[Deferred, None] = {}
+        self.told = Shared()
         self.intakes: set[trio.CancelScope] = set()
         self.connections = 0
         self.turned_away = 0

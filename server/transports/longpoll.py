@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from functools import partial
 from hashlib import blake2b
 from typing import Final, NamedTuple
@@ -14,7 +14,8 @@ from protocol.update import NOTIFICATION, Update
 from protocol.watch import ALL_TYPES, NOTICES, Filter, Watch, parse_watch, wants_all
 from protocol.wire import Framing, update_message, wire_form
 from server.answers import JSON, NO_STORE, Response
-from server.auth import bad_token
+from server.auth import Identity, bad_token
+from server.config import Config
 from server.connection import Deferred, Exchange
 from server.cursors import Client
 from server.hub import Reader, Want
@@ -56,6 +57,15 @@ class Question(NamedTuple):
     hearing: Hearing
     timeout: float
     client: Client | None
+
+
+class Asked(NamedTuple):
+    """What a question depends on besides the cursor: the target before and behind it, who asks, the configuration."""
+
+    before: str
+    after: str
+    identity: Identity
+    config: Config
 
 
 class WaitingPoll(Reader, Deferred):
@@ -122,7 +132,7 @@ class WaitingPoll(Reader, Deferred):
         is_time = begin.given is None and begin.after is not None
         lost = node.history.epoch != self._epoch or (not is_time and after < node.history.first - 1)
         begin = begin._replace(after=None if lost else after, lost=lost)
-        return _answer(node, self._question, begin, _collect(node, self._question, begin), timed_out=late)
+        return _response(node, self._question, _tell(node, self._question, begin, timed_out=late))
 
 
 def _not_written_to(data: bytes | memoryview) -> int:
@@ -131,8 +141,8 @@ def _not_written_to(data: bytes | memoryview) -> int:
 
 async def poll(exchange: Exchange) -> Response | Deferred:
     """``GET /api/v2/jobs/poll``."""
-    node, question = exchange.node, _question(exchange)
-    cursor = exchange.request.query.get("last_seen")
+    node = exchange.node
+    question, cursor = _question(exchange)
     if question.client is not None:
         cursor = cursor or await node.recall(question.client)
     await node.broker.follow(question.names, cursor)
@@ -140,15 +150,31 @@ async def poll(exchange: Exchange) -> Response | Deferred:
     node.counters.opened["poll"] += 1
     node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
     # From here on nothing is awaited until it is registered: so nothing can fall between reading and waiting.
-    found = _collect(node, question, begin)
-    if found.updates or begin.lost or not question.timeout or node.draining:
-        return _answer(node, question, begin, found)
-    return WaitingPoll(exchange, question, begin)
+    may_wait = question.timeout > 0 and not begin.lost and not node.draining
+    if may_wait and begin.after == node.history.last and not question.hearing.names:
+        return WaitingPoll(exchange, question, begin)
+    told = _tell(node, question, begin)
+    if may_wait and not told.updates:
+        return WaitingPoll(exchange, question, begin)
+    return _response(node, question, told)
 
 
-def _question(exchange: Exchange) -> Question:
-    """Read the query. Raises ApiError 400, 403."""
-    node, identity, query = exchange.node, exchange.caller, exchange.request.query
+def _question(exchange: Exchange) -> tuple[Question, str | None]:
+    """Read the query: what is asked for, and the cursor. Raises ApiError 400, 403.
+
+    Who polls asks the same again over the same connection, but for the cursor. So it is kept there as it was read.
+    """
+    node, identity, connection = exchange.node, exchange.caller, exchange.connection
+    before, given, rest = exchange.request.target.partition("last_seen=")
+    cursor, _, after = rest.partition("&")
+    plain = given and before[-1:] in ("?", "&") and "%" not in cursor and "+" not in cursor
+    # The configuration says who may join what, and how long a poll may wait.
+    asked = Asked(before, after, identity, node.config) if plain else None
+    if asked is not None and connection.memory is not None:
+        known, question = connection.memory
+        if known == asked:
+            return question, cursor
+    query = exchange.request.query
     watch = parse_watch(query, ALL_TYPES)
     hearing = _hearing(exchange, watch)
     names = tuple(channels_for(identity, watch, all_jobs=wants_all(query)))
@@ -157,7 +183,9 @@ def _question(exchange: Exchange) -> Question:
     client: Client | None = None
     if client_id is not None:
         client = Client(identity.user, client_id, _digest([*names, *hearing.names], watch.filter))
-    return Question(watch, names, hearing, timeout, client)
+    question = Question(watch, names, hearing, timeout, client)
+    connection.memory = None if asked is None else (asked, question)
+    return question, query.get("last_seen")
 
 
 def _hearing(exchange: Exchange, watch: Watch) -> Hearing:
@@ -176,57 +204,73 @@ def _hearing(exchange: Exchange, watch: Watch) -> Hearing:
     return Hearing(user, frozenset(heard(None, user, channels or ())))
 
 
-class Found(NamedTuple):
+class Told(NamedTuple):
     """What a poll is answered with.
 
     Attributes:
-        updates: in log order.
+        updates: how many.
         cursor: behind them.
-        cut: whether more is left for the next answer.
+        body: bytes, or pieces if it is large.
     """
 
-    updates: list[Update]
+    updates: int
     cursor: str
-    cut: bool
+    body: bytes | Iterable[bytes]
 
 
-def _collect(node: Node, question: Question, start: Start) -> Found:
-    """What there is to answer with as of now, from a snapshot if there is no cursor to go on from."""
+def _response(node: Node, question: Question, told: Told) -> Response:
+    node.counters.polled += told.updates
+    # Remembered once all of it has been sent: what was not sent was not seen.
+    then = None if question.client is None else partial(node.remember, question.client, told.cursor)
+    return Response(200, WaitingPoll.headers, told.body, then)
+
+
+def _tell(node: Node, question: Question, begin: Start, *, timed_out: bool = False) -> Told:
+    """What there is to say as of now. Who asks for the same from the same place on is told the same."""
+    watch, history = question.watch, node.history
+    moment = key = None
+    if begin.after is not None and not question.hearing.names:
+        moment = history.epoch, history.last, node.broker.live
+        key = question.names, watch.filter, watch.fields, begin.after, timed_out
+        kept: Told | None = node.told.get(moment, key)
+        if kept is not None:
+            return kept
+    updates, cursor, cut = _collect(node, question, begin)
+    # Not before the endings themselves have been given: clients stop at it.
+    done = not cut and watch.job_ids is not None and all(over(node.jobs, history, name) for name in question.names)
+    epoch = history.epoch
+    messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
+    body = poll_body(messages, last_seen=cursor, reset=begin.lost, timed_out=timed_out, done=done, **node.liveness())
+    if sum([len(update.body) for update in updates]) > WHOLE_BYTES:
+        return Told(len(updates), cursor, body)
+    text = b"".join(body)
+    told = Told(len(updates), cursor, text)
+    if key is not None:
+        node.told.keep(moment, key, told, len(text))
+    return told
+
+
+def _collect(node: Node, question: Question, start: Start) -> tuple[list[Update], str, bool]:
+    """What to answer with as of now, in log order, from a snapshot if there is no cursor to go on from.
+
+    Returns:
+        The updates, the cursor behind them, and whether more is left for the next answer.
+    """
     wanted, hearing, names = question.watch.filter, question.hearing, question.names
     epoch, last = node.history.epoch, node.history.last
     notices = owed(node, start, hearing.user, hearing.names).notices if hearing.names else []
     if start.after is None:
         latest = [job.latest for job in snapshot(node.jobs, names, wanted)]
-        return Found(sorted(latest + notices, key=lambda update: update.offset), f"{epoch}:{last}", False)
+        return sorted(latest + notices, key=lambda update: update.offset), f"{epoch}:{last}", False
     missed = missed_updates(node.history, ((name, wanted) for name in names), start.after)
     if notices:
         missed = sorted(missed + notices, key=lambda update: update.offset)
     size = 0
     for count, update in enumerate(missed):
         if size > ANSWER_BYTES:
-            return Found(missed[:count], f"{epoch}:{missed[count - 1].offset}", True)
+            return missed[:count], f"{epoch}:{missed[count - 1].offset}", True
         size += len(update.body)
-    return Found(missed, f"{epoch}:{last}", False)
-
-
-def _answer(node: Node, question: Question, begin: Start, found: Found, *, timed_out: bool = False) -> Response:
-    watch, updates = question.watch, found.updates
-    # Not before the endings themselves have been given: clients stop at it.
-    done = (
-        not found.cut
-        and watch.job_ids is not None
-        and all(over(node.jobs, node.history, name) for name in question.names)
-    )
-    node.counters.polled += len(updates)
-    epoch = node.history.epoch
-    messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
-    pieces = poll_body(
-        messages, last_seen=found.cursor, reset=begin.lost, timed_out=timed_out, done=done, **node.liveness()
-    )
-    # Remembered once all of it has been sent: what was not sent was not seen.
-    then = None if question.client is None else partial(node.remember, question.client, found.cursor)
-    small = sum([len(update.body) for update in updates]) <= WHOLE_BYTES
-    return Response(200, WaitingPoll.headers, b"".join(pieces) if small else pieces, then)
+    return missed, f"{epoch}:{last}", False
 
 
 def _digest(names: list[str], wanted: Filter) -> bytes:

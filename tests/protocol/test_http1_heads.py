@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import ApiError
-from protocol.http1 import END_OF_BODY, PAUSED, HttpConnection, encode_chunk
+from protocol.http1 import END_OF_BODY, MAX_KNOWN, PAUSED, PEER_CLOSED, HttpConnection, encode_chunk
 from protocol.request import Request
 from tests.protocol.http1_talk import CHUNKED, GET, body_of, error_of, head_of, opened, request, transcript
 
@@ -387,3 +387,39 @@ _PARTS = [
 def test_any_cut_of_rubbish_gives_the_same_end(wire: bytes, cuts: list[int]) -> None:
     for stream in (wire, GET + wire, request(CHUNKED) + wire):
         assert transcript(_pieces(stream, cuts)) == transcript([stream] if stream else [])
+
+
+_SECTIONS = [
+    b"Host: a\r\n\r\n",
+    b"X: y\r\nHost: a\r\n\r\n",
+    b"Host: a\r\nContent-Length: 0\r\n\r\n",
+    b"Host: a\r\nContent-Length: 3\r\n\r\nabc",
+    b"Host: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
+    b"Host: a\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx",
+    b"Host: a\r\nConnection: keep-alive\r\n\r\n",
+    b"Host: a\r\nConnection: close\r\n\r\n",
+    b"Host: a\r\nX: " + b"x" * MAX_KNOWN + b"\r\n\r\n",
+    b"\r\n",
+]
+_LINES = [
+    *(b"GET / HTTP/1.1", b"POST /a?b=c HTTP/1.1", b"GET http://other/ HTTP/1.1", b"GET / HTTP/1.0", b"HEAD / HTTP/1.1"),
+    *(
+        b"GET /",
+        b"GET  / HTTP/1.1",
+        b"GET / HTTP/1.1\nX: y",
+        b"GET / HTTP/1.1\0",
+        b"GET / HTTP/1.1\r\nX: y",
+        b"CONNECT a HTTP/1.1",
+    ),
+]
+
+
+@pytest.mark.parametrize("section", _SECTIONS, ids=range(len(_SECTIONS)))
+def test_what_was_said_before_on_a_connection_changes_nothing(section: bytes) -> None:
+    """The header section of the request before is remembered; each means what it means on its own."""
+    for other in _SECTIONS:
+        for line in _LINES:
+            before, after = b"GET http://first/ HTTP/1.1\r\n" + section, line + b"\r\n" + other
+            alone, both = transcript([before]), transcript([before, after])
+            goes_on = alone[-1] is PEER_CLOSED
+            assert both == (alone[:-1] + transcript([after]) if goes_on else alone)

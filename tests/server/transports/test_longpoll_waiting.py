@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import socket
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from server.app import drain
+from server.transports import longpoll
 from server.transports.longpoll import WaitingPoll
 from tests.streams import clean_server, connect, put, reset_connection
-from tests.support import AUTH, Answer, Ended, Http, InProcess, bearer, in_seconds, request_bytes, until
+from tests.support import AUTH, Answer, Ended, Http, InProcess, bearer, configure, in_seconds, request_bytes, until
 
 POLL = "/api/v2/jobs/poll"
 # Far below what the polls here wait for.
@@ -200,3 +203,85 @@ async def test_a_mistake_of_ours_is_a_500_and_the_connection_goes_on(
         assert (await http.request("GET", "/health")).status == 200
     (failure,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert failure.exc_info
+
+
+# What is kept from one poll for the next
+
+
+async def test_polls_that_wait_for_the_same_are_told_the_same_and_others_what_is_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each is what it would be alone; the same question from the same place on is answered from the log once."""
+    collected: list[object] = []
+    collect = longpoll._collect
+
+    def counting(*arguments: Any) -> Any:
+        collected.append(arguments)
+        return collect(*arguments)
+
+    async with clean_server(auth=AUTH) as at, AsyncExitStack() as stack:
+        put(at, "j", "alice")
+        put(at, "j", "alice", progress=1)
+        epoch = at.node.history.epoch
+        asked = [
+            *(("jobIds=j", "alice", 2),) * 3,
+            ("jobIds=j", "bob", 2),
+            ("jobIds=j&fields=progress", "alice", 2),
+            ("jobIds=j&kind=other", "alice", 2),
+            ("", "alice", 2),
+            ("jobIds=j&client_id=c", "alice", 2),
+        ]
+        polls = []
+        for query, user, offset in asked:
+            http = await stack.enter_async_context(connect(at))
+            await begin(at, http, f"{query}&last_seen={epoch}:{offset}", **bearer(user))
+            polls.append(http)
+        monkeypatch.setattr(longpoll, "_collect", counting)
+        put(at, "j", "alice", progress=5, message="m")
+        answers = [await polls[index].answer() for index in (0, 1, 2, 4, 6, 7)]
+        assert len(at.node.polls) == 2
+        assert len(collected) == 3, "the first three, the fields and all jobs: the client asks what the first did"
+        put(at, "k", "bob")  # not the one that bob has asked for
+        await drain(at.node, 0)
+        answers += [await polls[index].answer() for index in (3, 5)]
+    assert [jobs(answer) for answer in answers] == [["j"]] * 6 + [[], []]
+    assert answers[0].body == answers[1].body == answers[2].body == answers[5].body
+    assert answers[0].headers["x-request-id"] != answers[1].headers["x-request-id"]
+    assert "message" in answers[0].json["updates"][0]
+    assert set(answers[3].json["updates"][0]) == {"type", "id", "jobId", "status", "version", "progress"}
+
+
+async def test_the_same_connection_may_ask_for_something_else() -> None:
+    async with clean_server(auth=AUTH) as at, connect(at) as http:
+        put(at, "a", "alice")
+        put(at, "b", "alice")
+        put(at, "c", "bob")
+        epoch = at.node.history.epoch
+
+        async def ask(query: str, user: str = "alice") -> list[str]:
+            return jobs(await http.request("GET", f"{POLL}?{query}", headers=bearer(user)))
+
+        for _ in range(2):
+            assert await ask(f"timeout=0&last_seen={epoch}:0&jobIds=a") == ["a"]
+            assert await ask(f"timeout=0&last_seen={epoch}:0&jobIds=a") == ["a"]
+            assert await ask(f"timeout=0&last_seen={epoch}:1&jobIds=a") == []
+            assert await ask(f"timeout=0&last_seen={epoch}%3A0&jobIds=b") == ["b"]
+            assert await ask(f"timeout=0&last_seen={epoch}:0&jobIds=b") == ["b"]
+            assert await ask(f"timeout=0&last_seen={epoch}:0") == ["a", "b"]
+            assert await ask(f"timeout=0&last_seen={epoch}:0", "bob") == ["c"]
+            assert await ask("timeout=0&last_seen=&jobIds=b") == ["b"]
+            assert await ask(f"timeout=0&jobIds=a,b&x_last_seen={epoch}:1") == ["a", "b"]
+        twice = await http.request("GET", f"{POLL}?timeout=0&last_seen={epoch}:0&last_seen=0", headers=bearer("alice"))
+        assert (twice.status, twice.json["error"]["field"]) == (400, "last_seen")
+
+
+async def test_a_reload_holds_for_the_next_poll_of_a_connection() -> None:
+    async with clean_server() as at, connect(at) as http:
+        put(at, "j")
+        target = f"{POLL}?timeout=60&last_seen={at.node.history.epoch}:1"
+        await begin(at, http, f"last_seen={at.node.history.epoch}:1")
+        put(at, "j")
+        assert jobs(await http.answer()) == ["j"]
+        at.node.reload(configure({"limits": {"poll_timeout": 0.05}}))
+        target = target.replace(":1", ":2")
+        assert (await http.request("GET", target)).json["timedOut"] is True
