@@ -29,6 +29,9 @@ from tests.support import PATIENCE_S, Address, Ended, Headers, Http, InProcess, 
 KEY: Final = base64.b64encode(bytes(16)).decode()
 ACCEPT: Final = base64.b64encode(hashlib.sha1(KEY.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()).decode()
 
+# What says that a request is EventSource's.
+EVENT_SOURCE: Final = {"Accept": "text/event-stream"}
+
 # Table [health]: as little patience as there can be, which is that of four heartbeats.
 NO_PATIENCE: Final = {"check_interval": 0.02, "stale_after": 0.001}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from tests.streams import Stream, clean_server, event_stream, parse_events, stream_at
+from tests.streams import EVENT_SOURCE, Stream, clean_server, event_stream, parse_events, stream_at
 from tests.support import (
     ADMIN,
     ALICE,
@@ -24,7 +24,6 @@ from tests.support import (
     until_answered,
 )
 
-EVENT_SOURCE = {"Accept": "text/event-stream"}
 BASE = "/api/brand-monitor/progress"
 
 

@@ -23,13 +23,7 @@ from server.brokers.redis_client import (
     open_client,
 )
 from server.brokers.redis_url import parse_redis_url
-from tests.redis_servers import (
-    RedisServer,
-    free_ports,
-    make_server,
-    running_proxy,
-    running_server,
-)
+from tests.redis_servers import RedisServer, free_ports, make_server, running_proxy, running_server
 from tests.redis_witness import refusal, witnessed
 from tests.support import until
 

@@ -12,17 +12,11 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.brokers.redis_client import (
-    CrossSlotError,
-    Script,
-)
+from server.brokers.redis_client import CrossSlotError, Script
 from server.brokers.redis_cluster import ClusterClient
 from server.brokers.redis_topology import hash_slot, keys_of
 from server.brokers.redis_url import Address
-from tests.redis_servers import (
-    running_cluster,
-    running_sentinels,
-)
+from tests.redis_servers import running_cluster, running_sentinels
 from tests.redis_witness import refusal, witnessed
 from tests.support import until
 

@@ -10,6 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 from server.app import drain
 from server.transports import live
 from tests.streams import (
+    EVENT_SOURCE,
     NO_PATIENCE,
     Stream,
     clean_server,
@@ -22,9 +23,6 @@ from tests.streams import (
     versions,
 )
 from tests.support import ALICE, AUTH, BOB, Ended, InProcess, bearer, in_seconds, until
-
-EVENT_SOURCE = {"Accept": "text/event-stream"}
-
 
 # Heartbeats, health, tokens
 

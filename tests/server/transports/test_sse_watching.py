@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.streams import (
-    cursor,
-    event_stream,
-    put,
-    remove,
-    traces,
-    versions,
-)
+from tests.streams import cursor, event_stream, put, remove, traces, versions
 from tests.support import ADMIN, ALICE, BOB, InProcess, bearer, until
 
 # What is watched

@@ -10,13 +10,7 @@ import trio_websocket
 from wsproto.events import CloseConnection, Ping, TextMessage
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
-from tests.streams import (
-    WebSocket,
-    clean_server,
-    handshake_bytes,
-    put,
-    session,
-)
+from tests.streams import WebSocket, clean_server, handshake_bytes, put, session
 from tests.support import InProcess, until
 
 

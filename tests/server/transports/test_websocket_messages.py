@@ -9,13 +9,7 @@ from typing import Any
 import trio
 from wsproto.events import BytesMessage, TextMessage
 
-from tests.streams import (
-    clean_server,
-    cursor,
-    put,
-    session,
-    websocket,
-)
+from tests.streams import clean_server, cursor, put, session, websocket
 from tests.support import AUTH, InProcess, token, until
 
 # Publishing

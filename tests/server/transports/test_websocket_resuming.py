@@ -8,17 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.streams import (
-    clean_server,
-    cursor,
-    lose_log,
-    narrow,
-    put,
-    remove,
-    seen,
-    session,
-    websocket,
-)
+from tests.streams import clean_server, cursor, lose_log, narrow, put, remove, seen, session, websocket
 from tests.support import InProcess, token, until
 
 # Cursors

@@ -8,14 +8,7 @@ import pytest
 
 from protocol.messages import ClientMessage, Get, Subscribe, Unsubscribe
 from server.transports import websocket_messages as transport
-from tests.streams import (
-    cursor,
-    put,
-    remove,
-    seen,
-    session,
-    websocket,
-)
+from tests.streams import cursor, put, remove, seen, session, websocket
 from tests.support import InProcess, token
 
 

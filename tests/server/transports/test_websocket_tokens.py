@@ -6,13 +6,7 @@ import time
 
 import pytest
 
-from tests.streams import (
-    clean_server,
-    put,
-    seen,
-    session,
-    websocket,
-)
+from tests.streams import clean_server, put, seen, session, websocket
 from tests.support import AUTH, InProcess, in_seconds, token
 
 
