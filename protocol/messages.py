@@ -254,7 +254,8 @@ def snapshot_parts(records: Iterable[bytes], list_name: str, head: bytes, last: 
     """Cut a snapshot into messages of bounded size.
 
     Args:
-        records: JSON texts of the records.
+        records: JSON texts of the records. One that is empty is none, and is passed on as an empty message: where
+            finding records takes its time, others can have a turn there.
         list_name: the member they are listed under, ``jobs`` or ``snapshot``.
         head: members every part has, as JSON object text such as ``{"type":"snapshot"}``.
         last: further members of the last part, as JSON object text; ``{}`` for none.
@@ -266,6 +267,9 @@ def snapshot_parts(records: Iterable[bytes], list_name: str, head: bytes, last: 
     part: list[bytes] = []
     size = 0
     for record in records:
+        if not record:
+            yield b"", False
+            continue
         if part and size + len(record) > SNAPSHOT_PART_BYTES:
             yield start + b",".join(part) + b'],"more":true}', False
             part, size = [], 0

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import cache
+from time import perf_counter
 from types import ModuleType
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -34,6 +35,8 @@ from server.wheel import Timer
 
 # A body that comes in pieces is sent in portions of this much at least, its head with the first.
 SEND_BYTES: Final = 16384
+# And its pieces are made for so long before others have a turn.
+TURN_S: Final = 0.002
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
 
 
@@ -563,11 +566,15 @@ class Connection(Peer):
             if http.pending:
                 headers = [*exchange.headers(), *response.headers]
                 data = http.start_stream(response.status, headers, close=self._closes)
+            until = perf_counter() + TURN_S
             for piece in response.body:
                 data += http.stream_chunk(piece)
                 if len(data) >= SEND_BYTES:
                     await self.send(data)
                     data = b""
+                if perf_counter() > until:
+                    await trio.lowlevel.checkpoint()
+                    until = perf_counter() + TURN_S
             await self.send(data + http.end_stream())
         if response.then is not None:
             response.then()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 from protocol.position import Position
 from protocol.update import Update
@@ -247,7 +248,7 @@ class History:
         """The kept updates with an offset above ``after`` and not above ``upto``, oldest first."""
         base = self.last + 1 - len(self._entries)
         entries = self._entries[max(self._head, after + 1 - base) : max(0, upto + 1 - base)]
-        return [update for update in entries if update is not None]
+        return [update for update in entries if update is not None] if self._sparse else cast("list[Update]", entries)
 
     def offset_at(self, unix_ms: int) -> int:
         """The offset just before the first kept entry accepted at or after that time; ``last`` if there is none."""

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from itertools import islice
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from protocol.update import STATUSES, Job, Update
+
+# So many jobs are looked through before others have a turn: some 2 ms.
+PORTION: Final = 4096
+
+
+class Page(NamedTuple):
+    """Some jobs.
+
+    Attributes:
+        jobs: from the newest to the oldest.
+        following: what to pass as ``after`` for the next page, or None if this is the last.
+    """
+
+    jobs: list[Job]
+    following: int | None
 
 
 class Jobs:
@@ -115,9 +133,8 @@ class Jobs:
         kind: Container[str | None] | None = None,
         limit: int,
         after: int | None = None,
-        may_read: Callable[[str, str], bool] | None = None,
-    ) -> tuple[list[Job], int | None]:
-        """Jobs from the newest to the oldest.
+    ) -> Iterator[Page | None]:
+        """Jobs from the newest to the oldest, as of now.
 
         Args:
             user_id: only this owner's.
@@ -125,24 +142,39 @@ class Jobs:
             kind: only these kinds.
             limit: most jobs returned, at least 1.
             after: go on after this: what the previous page returned.
-            may_read: asked with job id and owner.
 
-        Returns:
-            The jobs, and what to pass as ``after`` for the next page, or None if this is the last.
+        Yields:
+            The page; before it None each time that others can have a turn, where many are looked through.
         """
         found: list[Job] = []
-        candidates = self._all_from(after) if user_id is None else self._of_user_from(user_id, after)
-        for job in candidates:
+        for job in self._newest(user_id, after):
+            if job is None:
+                yield None
+                continue
             latest = job.latest
-            if (
-                (status is None or latest.status in status)
-                and (kind is None or latest.kind in kind)
-                and (may_read is None or may_read(latest.job_id, latest.user_id))
-            ):
+            if (status is None or latest.status in status) and (kind is None or latest.kind in kind):
                 if len(found) == limit:
-                    return found, found[-1].created
+                    yield Page(found, found[-1].created)
+                    return
                 found.append(job)
-        return found, None
+        yield Page(found, None)
+
+    def _newest(self, user_id: str | None, after: int | None) -> Iterator[Job | None]:
+        """Those that ``page`` looks through, and its Nones."""
+        looked = self._all_from(after) if user_id is None else self._of_user_from(user_id, after)
+        for job in islice(looked, PORTION):
+            yield job
+            after = job.created
+        if next(looked, None) is None:
+            return
+        # Copying the references is quick: 1 ms for 100,000.
+        rest = list(self.jobs.values() if user_id is None else self.by_user[user_id].values())
+        end = bisect_left(rest, after, key=attrgetter("created"))
+        while end:
+            yield None
+            portion = rest[max(0, end - PORTION) : end]
+            yield from reversed(portion)
+            end -= len(portion)
 
     def _all_from(self, after: int | None) -> Iterator[Job]:
         slot = len(self._created) if after is None else bisect_left(self._created, after)
@@ -153,9 +185,11 @@ class Jobs:
                 yield job
 
     def _of_user_from(self, user_id: str, after: int | None) -> Iterator[Job]:
-        for job in reversed(self.by_user.get(user_id, {}).values()):
-            if after is None or job.created < after:
-                yield job
+        owned = self.by_user.get(user_id, {})
+        if after is None:
+            return reversed(owned.values())
+        jobs = list(owned.values())
+        return (jobs[index] for index in reversed(range(bisect_left(jobs, after, key=attrgetter("created")))))
 
     def _in_slot(self, slot: int) -> Job | None:
         job = self.jobs.get(self._ids[slot])

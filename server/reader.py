@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from time import perf_counter
 from typing import Final
 
 import trio
@@ -28,6 +29,8 @@ from server.wheel import Timer, Wheel
 
 # One turn of writing gives at most this much to one socket before other tasks run.
 TURN_BYTES: Final = 256 * 1024
+# And what is queued is not made for longer than this, however little of it there is to send.
+TURN_S: Final = 0.002
 # Queued pieces are joined into one send of about this much: a greeting and a snapshot are one packet then.
 JOIN_BYTES: Final = 16 * 1024
 # Held updates are put on the wire in pieces of this many, so a piece is some tens of kilobytes.
@@ -164,7 +167,11 @@ class PushReader(Reader):
     # What transports call
 
     def post(self, *pieces: bytes | Iterator[bytes]) -> None:
-        """Send messages that are already framed, in order, behind what is queued. Never waits."""
+        """Send messages that are already framed, in order, behind what is queued. Never waits.
+
+        An iterator makes pieces as the socket takes them. An empty one means that the next takes its time: what comes
+        of it may be sent in a later turn.
+        """
         if self.ended:
             return
         if self.queue is None:
@@ -387,15 +394,18 @@ class PushReader(Reader):
     def _write_turn(self) -> bool:
         """Write until nothing is owed (True), or the socket is full or the turn is over (False)."""
         budget = TURN_BYTES
+        until = perf_counter() + TURN_S if self.queue else 0.0
         while budget > 0:
-            data = self.tail or self._piece()
-            if not data:
+            data = self.tail or self._piece(until)
+            if data is None:
                 if self.open_jobs is not None and not self.open_jobs:
                     self.open_jobs = self.reopened()
                     if not self.open_jobs:
                         self.finish("finished")
                 self._resume()
                 return True
+            if not data:
+                break
             try:
                 sent = self.sock_send(data)
             except BlockingIOError:
@@ -409,38 +419,44 @@ class PushReader(Reader):
                 self.direct = False
                 return False
             self.tail = b""
+            if self.queue and perf_counter() > until:
+                break
         self.direct = False
         return False
 
-    def _piece(self) -> bytes:
-        """The next bytes to send, b"" when nothing is due."""
-        if self.queue and (joined := self._joined_pieces(self.queue)):
+    def _piece(self, until: float) -> bytes | None:
+        """The next bytes to send, b"" when it is time for others, None when nothing is due."""
+        if self.queue and ((joined := self._joined_pieces(self.queue, until)) or self.queue):
             return joined
         self.queue = None  # an empty deque is 760 bytes
         while self.held and not self.min_interval_s:
             if piece := self._release(list(islice(self.held, PIECE_UPDATES))):
                 return piece
         if self.held:
-            return self._release_spaced()
+            return self._release_spaced() or None
         self.conflating = False
-        return b""
+        return None
 
-    def _joined_pieces(self, queue: deque[bytes | Iterator[bytes]]) -> bytes:
-        """What is queued, as far as it goes into one send."""
+    def _joined_pieces(self, queue: deque[bytes | Iterator[bytes]], until: float) -> bytes:
+        """What is queued, as far as it goes into one send, and into this turn."""
         pieces: list[bytes] = []
         size = 0
         while queue and size < JOIN_BYTES:
             head = queue[0]
             if isinstance(head, bytes):
-                piece = head
+                pieces.append(head)
+                size += len(head)
                 queue.popleft()
-            else:
-                piece = next(head, b"")
-                if not piece:
-                    queue.popleft()
-                    continue
-            pieces.append(piece)
-            size += len(piece)
+                continue
+            piece = next(head, None)
+            if piece is None:
+                queue.popleft()
+                continue
+            if piece:
+                pieces.append(piece)
+                size += len(piece)
+            if perf_counter() > until:
+                break
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _release(self, keys: Sequence[int | str]) -> bytes:

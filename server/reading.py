@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import Final, NamedTuple
 
 from protocol.errors import ApiError
 from protocol.notice import reaches
 from protocol.position import Position, Since, parse_cursor
 from protocol.update import Job, Update
 from protocol.watch import EVERYTHING, Filter, Watch, job_channel, user_channel
+from protocol.wire import select_fields
 from server.auth import Identity
 from server.history import History
 from server.jobs import Jobs
+
+# Of what is looked through for a reader, so much at a time: some 10 µs, or 300 if fields are selected.
+LOOK_EVERY: Final = 64
 
 
 def channels_for(identity: Identity, watch: Watch, *, all_jobs: bool = False) -> list[str]:
@@ -54,24 +58,22 @@ def narrowed(identity: Identity, name: str) -> str | None:
     return channel_of_job(identity, rest)
 
 
-def channel_updates(history: History, name: str, after: int) -> Sequence[Update]:
+def channel_updates(history: History, name: str, after: int) -> list[Update]:
     """The kept updates of one channel after an offset, oldest first."""
     if name == EVERYTHING:
-        return [update for update in history.everything(after) if update.targets is None]
+        missed = history.everything(after)
+        return [update for update in missed if update.targets is None] if history.notices(after) else missed
     kind, rest, *owner = name.split("/")
     if kind == "u":
         return history.of_user(rest, after)
     return history.of_owned_job(rest, owner[0], after) if owner else history.of_job(rest, after)
 
 
-def missed_updates(history: History, wants: Iterable[tuple[str, Filter]], after: int) -> list[Update]:
-    """What came after ``after`` on these channels and passes their filters, in log order, each once."""
-    found = {
-        update.offset: update
-        for name, wanted in wants
-        for update in channel_updates(history, name, after)
-        if wanted.passes(update)
-    }
+def missed_updates(history: History, names: Sequence[str], after: int) -> list[Update]:
+    """What came after ``after`` on these channels, in log order, each once; wanted or not."""
+    if len(names) == 1:
+        return channel_updates(history, names[0], after)
+    found = {update.offset: update for name in names for update in channel_updates(history, name, after)}
     return [found[offset] for offset in sorted(found)]
 
 
@@ -80,10 +82,26 @@ def missed_notices(history: History, names: Set[str], after: int) -> list[Update
     return [notice for notice in history.notices(after) if reaches(notice, names)]
 
 
-def snapshot(jobs: Jobs, names: Iterable[str], wanted: Filter) -> list[Job]:
-    """The jobs of these channels that pass the filter, each once, channel by channel, oldest first."""
-    found = {job.latest.job_id: job for name in names for job in _channel_jobs(jobs, name) if wanted.passes(job.latest)}
-    return list(found.values())
+def snapshot(jobs: Jobs, names: Sequence[str]) -> list[Job]:
+    """The jobs of these channels, each once, channel by channel, oldest first; wanted or not.
+
+    All that has to be done at once, so that they are of one moment, is to copy the references: 1 ms for 100,000.
+    """
+    if len(names) == 1:
+        return list(_channel_jobs(jobs, names[0]))
+    return list({job.latest.job_id: job for name in names for job in _channel_jobs(jobs, name)}.values())
+
+
+def records(jobs: Iterable[Job], wanted: Filter, fields: frozenset[str] | None) -> Iterator[bytes]:
+    """The texts of those that are wanted; now and then an empty one, see ``PushReader.post``."""
+    if wanted.is_any and fields is None:
+        yield from (job.latest.body for job in jobs)
+        return
+    for count, job in enumerate(jobs, 1):
+        if wanted.passes(job.latest):
+            yield job.latest.body if fields is None else select_fields(job.latest.body, fields)
+        if count % LOOK_EVERY == 0:
+            yield b""
 
 
 def _channel_jobs(jobs: Jobs, name: str) -> Iterable[Job]:

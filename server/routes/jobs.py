@@ -261,19 +261,18 @@ async def list_jobs(exchange: Exchange) -> Response:
         of_types = {status for status in STATUSES if TYPE_OF_STATUS.get(status, STATUS_UPDATE) in wanted.types}
         statuses = frozenset(of_types if statuses is None else of_types & statuses)
     await node.broker.follow((EVERYTHING if user_id is None else user_channel(user_id),))
-    jobs, following = node.jobs.page(
+    cursor = f"{node.history.epoch}:{node.history.last}"
+    pages = node.jobs.page(
         user_id=user_id,
         status=statuses,
         kind=wanted.kinds,
         limit=whole_number(query, "limit", DEFAULT_PAGE, 1, MAX_PAGE),
         after=whole_number(query, "after", None, 0, 2**63),
     )
-    rest = msgspec.json.encode(
-        {
-            "next": None if following is None else str(following),
-            "id": f"{node.history.epoch}:{node.history.last}",
-        }
-    )
+    while (page := next(pages)) is None:
+        await trio.lowlevel.checkpoint()
+    jobs, following = page
+    rest = msgspec.json.encode({"next": None if following is None else str(following), "id": cursor})
     records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
     return Response(200, (JSON, NO_STORE), json_list(records, b'{"jobs":', b"," + rest[1:]))
 

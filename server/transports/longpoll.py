@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import partial
 from hashlib import blake2b
+from heapq import merge
+from itertools import islice
+from operator import attrgetter
 from typing import Final, NamedTuple
+
+import trio
 
 from protocol.notice import heard, parse_channels, reaches
 from protocol.polling import parse_client_id, parse_timeout, poll_body
@@ -27,6 +32,9 @@ from server.reading import Start, channels_for, missed_updates, over, snapshot, 
 ANSWER_BYTES: Final = 1024 * 1024
 # One with records of so many bytes is sent whole.
 WHOLE_BYTES: Final = 65536
+# So many updates are looked through and put into order at a time: some 2 ms.
+PORTION: Final = 2048
+_offset = attrgetter("offset")
 
 
 class Hearing(NamedTuple):
@@ -149,6 +157,13 @@ async def poll(exchange: Exchange) -> Response | Deferred:
     begin = start_from(node.history, cursor)
     node.counters.opened["poll"] += 1
     node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
+    if question.watch.job_ids is None and _many(node, begin):
+        collecting = _collecting(node, question, begin)
+        while (found := next(collecting)) is None:
+            await trio.lowlevel.checkpoint()
+        if found.updates or begin.lost or not question.timeout or node.draining:
+            return _response(node, question, _told(node, question, begin, found))
+        begin = start_from(node.history, found.cursor)  # what came meanwhile is news
     # From here on nothing is awaited until it is registered: so nothing can fall between reading and waiting.
     may_wait = question.timeout > 0 and not begin.lost and not node.draining
     if may_wait and begin.after == node.history.last and not question.hearing.names:
@@ -157,6 +172,11 @@ async def poll(exchange: Exchange) -> Response | Deferred:
     if may_wait and not told.updates:
         return WaitingPoll(exchange, question, begin)
     return _response(node, question, told)
+
+
+def _many(node: Node, begin: Start) -> bool:
+    """Whether there may be so much to look through that others should have turns meanwhile."""
+    return (len(node.jobs) if begin.after is None else node.history.last - begin.after) > PORTION
 
 
 def _question(exchange: Exchange) -> tuple[Question, str | None]:
@@ -235,42 +255,83 @@ def _tell(node: Node, question: Question, begin: Start, *, timed_out: bool = Fal
         kept: Told | None = node.told.get(moment, key)
         if kept is not None:
             return kept
-    updates, cursor, cut = _collect(node, question, begin)
-    # Not before the endings themselves have been given: clients stop at it.
-    done = not cut and watch.job_ids is not None and all(over(node.jobs, history, name) for name in question.names)
-    epoch = history.epoch
-    messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
-    body = poll_body(messages, last_seen=cursor, reset=begin.lost, timed_out=timed_out, done=done, **node.liveness())
-    if sum([len(update.body) for update in updates]) > WHOLE_BYTES:
-        return Told(len(updates), cursor, body)
-    text = b"".join(body)
-    told = Told(len(updates), cursor, text)
-    if key is not None:
-        node.told.keep(moment, key, told, len(text))
+    told = _told(node, question, begin, _collect(node, question, begin), timed_out=timed_out)
+    if key is not None and isinstance(told.body, bytes):
+        node.told.keep(moment, key, told, len(told.body))
     return told
 
 
-def _collect(node: Node, question: Question, start: Start) -> tuple[list[Update], str, bool]:
-    """What to answer with as of now, in log order, from a snapshot if there is no cursor to go on from.
+def _told(node: Node, question: Question, begin: Start, found: Found, *, timed_out: bool = False) -> Told:
+    watch, history, updates = question.watch, node.history, found.updates
+    # Not before the endings themselves have been given: clients stop at it.
+    done = (
+        not found.cut and watch.job_ids is not None and all(over(node.jobs, history, name) for name in question.names)
+    )
+    epoch = found.cursor.rpartition(":")[0]
+    messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
+    facts = node.liveness()
+    body = poll_body(messages, last_seen=found.cursor, reset=begin.lost, timed_out=timed_out, done=done, **facts)
+    small = len(updates) <= PORTION and sum([len(update.body) for update in updates]) <= WHOLE_BYTES
+    return Told(len(updates), found.cursor, b"".join(body) if small else body)
 
-    Returns:
-        The updates, the cursor behind them, and whether more is left for the next answer.
+
+class Found(NamedTuple):
+    """What a poll is answered with.
+
+    Attributes:
+        updates: in log order.
+        cursor: behind them.
+        cut: whether more is left for the next answer.
     """
+
+    updates: list[Update]
+    cursor: str
+    cut: bool
+
+
+def _collect(node: Node, question: Question, start: Start) -> Found:
+    """What there is to answer with as of now, from a snapshot if there is no cursor to go on from."""
+    return next(found for found in _collecting(node, question, start) if found is not None)
+
+
+def _collecting(node: Node, question: Question, start: Start) -> Iterator[Found | None]:
+    """The same, with a None each time that others can have a turn: what was found stays as of the beginning."""
     wanted, hearing, names = question.watch.filter, question.hearing, question.names
     epoch, last = node.history.epoch, node.history.last
     notices = owed(node, start, hearing.user, hearing.names).notices if hearing.names else []
     if start.after is None:
-        latest = [job.latest for job in snapshot(node.jobs, names, wanted)]
-        return sorted(latest + notices, key=lambda update: update.offset), f"{epoch}:{last}", False
-    missed = missed_updates(node.history, ((name, wanted) for name in names), start.after)
+        jobs = snapshot(node.jobs, names)
+        runs: list[list[Update]] = []
+        for begin in range(0, len(jobs), PORTION):
+            run = [job.latest for job in jobs[begin : begin + PORTION] if wanted.passes(job.latest)]
+            runs.append(sorted(run, key=_offset))
+            if len(jobs) > PORTION:
+                yield None
+        if len(runs) + bool(notices) <= 1:
+            yield Found(runs[0] if runs else notices, f"{epoch}:{last}", False)
+            return
+        merged, latest = merge(*runs, notices, key=_offset), []
+        while portion := list(islice(merged, PORTION)):
+            latest += portion
+            if len(portion) == PORTION:
+                yield None
+        yield Found(latest, f"{epoch}:{last}", False)
+        return
+    missed = missed_updates(node.history, names, start.after)
     if notices:
-        missed = sorted(missed + notices, key=lambda update: update.offset)
+        missed = sorted(missed + notices, key=_offset)
+    found: list[Update] = []
     size = 0
-    for count, update in enumerate(missed):
-        if size > ANSWER_BYTES:
-            return missed[:count], f"{epoch}:{missed[count - 1].offset}", True
-        size += len(update.body)
-    return missed, f"{epoch}:{last}", False
+    for count, update in enumerate(missed, 1):
+        if update.targets is not None or wanted.passes(update):
+            if size > ANSWER_BYTES:
+                yield Found(found, f"{epoch}:{found[-1].offset}", True)
+                return
+            found.append(update)
+            size += len(update.body)
+        if count % PORTION == 0:
+            yield None
+    yield Found(found, f"{epoch}:{last}", False)
 
 
 def _digest(names: list[str], wanted: Filter) -> bytes:

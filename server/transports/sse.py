@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Final
 
 from protocol.errors import ApiError
 from protocol.http1 import LAST_CHUNK
 from protocol.messages import snapshot_parts, whole
-from protocol.update import Job, format_time
+from protocol.update import Job, Update, format_time
 from protocol.view import View, control
 from protocol.views.jobs import VIEW as JOBS
-from protocol.watch import ANY, Watch, parse_watch, wants_all
-from protocol.wire import Framing, WireForm, select_fields, wire_form
+from protocol.watch import ANY, Filter, Watch, parse_watch, wants_all
+from protocol.wire import Framing, WireForm, wire_form
 from server.answers import Response
 from server.connection import Exchange
 from server.hub import Want
 from server.ids import new_id
 from server.node import Node, Stream
-from server.reading import Start, channels_for, live, missed_updates, over, snapshot, start_from
+from server.reading import Start, channels_for, live, missed_updates, over, records, snapshot, start_from
 from server.socketio import RECEIVE_BYTES, all_acknowledged
 from server.transports.live import DISCONNECTED, LiveReader
 
@@ -83,8 +84,8 @@ def _framing(exchange: Exchange) -> Framing:
 
 
 def _nothing_left(node: Node, watch: Watch, names: list[str], kind: str, after: int) -> bool:
-    return all(over(node.jobs, node.history, name, kind) for name in names) and not missed_updates(
-        node.history, ((name, watch.filter) for name in names), after
+    return all(over(node.jobs, node.history, name, kind) for name in names) and not any(
+        watch.filter.passes(update) for update in missed_updates(node.history, names, after)
     )
 
 
@@ -186,14 +187,8 @@ class EventStream(SseReader):
         elif start.after is None:
             self.post(first, self._snapshot())
         else:
-            missed = missed_updates(node.history, ((name, watch.filter) for name in self._names), start.after)
-            node.counters.replayed += len(missed)
-            epoch = node.history.epoch
-            pieces = (
-                self.form.updates(missed[start : start + REPLAY_UPDATES], epoch)
-                for start in range(0, len(missed), REPLAY_UPDATES)
-            )
-            self.post(first, pieces)
+            missed = missed_updates(node.history, self._names, start.after)
+            self.post(first, replay(node, self.form, missed, watch.filter))
 
     def _say(self, name: str, cursor: str | None, retry_ms: int | None = None, **facts: object) -> bytes:
         view = self.form.view
@@ -223,26 +218,40 @@ class EventStream(SseReader):
 
     def _snapshot(self) -> Iterator[bytes]:
         """Snapshot events as of now; the jobs are picked at once, the text is made as the socket takes it."""
-        jobs = snapshot(self.node.jobs, self._names, self._watch.filter)
+        jobs = snapshot(self.node.jobs, self._names)
         return self._snapshot_events(jobs, f"{self.node.history.epoch}:{self.node.history.last}")
 
     def _snapshot_events(self, jobs: list[Job], cursor: str) -> Iterator[bytes]:
+        wanted, fields = self._watch.filter, self._watch.fields
         if self.form.view.render is not None:
-            yield from (self.form.update(job.latest, cursor) for job in jobs)
+            yield from (self.form.update(job.latest, cursor) for job in jobs if wanted.passes(job.latest))
             return
-        fields = self._watch.fields
-        records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
-        for message, is_last in snapshot_parts(records, "jobs", b'{"type":"snapshot"}', b"{}"):
-            yield self.form.message(message, cursor if is_last else None)
+        for message, is_last in snapshot_parts(records(jobs, wanted, fields), "jobs", b'{"type":"snapshot"}', b"{}"):
+            yield self.form.message(message, cursor if is_last else None) if message else b""
 
     def on_log_lost(self) -> None:
         """Tell the client with the reset that its cursor is void, and begin anew."""
         if self._watch.job_ids is not None:
             self.open_jobs = self._still_open()
         lost = self._reset(None)
-        if self.form.view.render is not None and not snapshot(self.node.jobs, self._names, self._watch.filter):
+        if self.form.view.render is not None and not any(
+            self._watch.filter.passes(job.latest) for job in snapshot(self.node.jobs, self._names)
+        ):
             lost = self._say("error", None, code="lost", message="the store has lost what was known of it")
         self.post(lost, self._snapshot())
+
+
+def replay(node: Node, form: WireForm, missed: Iterable[Update], wanted: Filter) -> Iterator[bytes]:
+    """What was missed and is wanted, or is a notification, in pieces as ``PushReader.post`` takes them."""
+    return _replayed(node, form, iter(missed), wanted, node.history.epoch)
+
+
+def _replayed(node: Node, form: WireForm, updates: Iterator[Update], wanted: Filter, epoch: str) -> Iterator[bytes]:
+    while portion := list(islice(updates, REPLAY_UPDATES)):
+        if not wanted.is_any:
+            portion = [update for update in portion if update.targets is not None or wanted.passes(update)]
+        node.counters.replayed += len(portion)
+        yield form.updates(portion, epoch) if portion else b""
 
 
 async def try_later(exchange: Exchange, error: ApiError, view: View, view_id: str | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import trio
@@ -23,7 +23,8 @@ from protocol.messages import (
     snapshot_parts,
     whole,
 )
-from protocol.update import Update, format_time
+from protocol.update import Job, Update, format_time
+from protocol.watch import ANY
 from protocol.websocket import (
     Binary,
     CloseReceived,
@@ -36,18 +37,19 @@ from protocol.websocket import (
     accept_handshake,
     close_reply,
 )
-from protocol.wire import Framing, WireForm, select_fields, wire_form
+from protocol.wire import Framing, select_fields, wire_form
 from server.auth import Identity
 from server.connection import Exchange
+from server.hub import Want
 from server.ids import new_id
 from server.logs import log_event
 from server.node import LOG, Stream
 from server.notices import owed
 from server.origins import check_origin
-from server.reading import FRESH, snapshot
+from server.reading import FRESH, LOOK_EVERY, snapshot
 from server.socketio import linger
 from server.transports.live import DISCONNECTED, LiveReader
-from server.transports.sse import REPLAY_UPDATES
+from server.transports.sse import replay
 from server.transports.websocket_messages import HANDLERS
 from server.wheel import Timer
 
@@ -206,19 +208,17 @@ class Session(LiveReader):
         self.post(before + self.form.message(greeting))
         self._give_stored(stored.notices)
 
+    def framed(self, parts: Iterable[tuple[bytes, bool]]) -> Iterator[bytes]:
+        """The messages of a snapshot, framed as the socket takes them."""
+        form = self.form
+        return (form.message(message) if message else b"" for message, _ in parts)
+
     def _give_stored(self, notices: list[Update]) -> None:
         """Notifications that were stored for this user; from here on all others come live."""
         self.notices_from = self.hub.history.last
         self.from_inbox = frozenset([notice.offset for notice in notices])
         if notices:
-            self.post(self.replayed(self.form, notices))
-
-    def replayed(self, form: WireForm, updates: list[Update]) -> Iterator[bytes]:
-        epoch = self.hub.history.epoch
-        return (
-            form.updates(updates[start : start + REPLAY_UPDATES], epoch)
-            for start in range(0, len(updates), REPLAY_UPDATES)
-        )
+            self.post(replay(self.node, self.form, notices, ANY))
 
     def refuse(self, error: ApiError, ref: Ref = None) -> None:
         """The client is not let in: a bad token, or too many connections."""
@@ -396,18 +396,21 @@ class Session(LiveReader):
         if self.identity is None:
             return
         history = self.hub.history
-        found = {
-            job.latest.job_id: (job, want.form.fields)
-            for name, want in self.wants.items()
-            for job in snapshot(self.node.jobs, [name], want.filter)
-        }
-        records = (
-            job.latest.body if fields is None else select_fields(job.latest.body, fields)
-            for job, fields in found.values()
-        )
+        watched = [(snapshot(self.node.jobs, [name]), want) for name, want in self.wants.items()]
         stored = owed(self.node, FRESH, self.user, set())
         last = encode({"id": f"{history.epoch}:{stored.before}"})
-        parts = snapshot_parts(records, "snapshot", encode({"type": "reset"}), last)
-        self.post(self.form.message(message) for message, _ in parts)
+        self.post(self.framed(snapshot_parts(_each_once(watched), "snapshot", encode({"type": "reset"}), last)))
         self.joined = dict.fromkeys(self.channels, history.last) or None
         self._give_stored(stored.notices)
+
+
+def _each_once(watched: list[tuple[list[Job], Want]]) -> Iterator[bytes]:
+    """The records of several subscriptions, as ``reading.records`` gives those of one."""
+    seen: set[str] = set()
+    for count, (job, want) in enumerate(((job, want) for jobs, want in watched for job in jobs), 1):
+        latest, fields = job.latest, want.form.fields
+        if latest.job_id not in seen and want.filter.passes(latest):
+            seen.add(latest.job_id)
+            yield latest.body if fields is None else select_fields(latest.body, fields)
+        if count % LOOK_EVERY == 0:
+            yield b""

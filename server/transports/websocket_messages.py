@@ -29,9 +29,9 @@ from protocol.messages import (
     subscribe_filter,
 )
 from protocol.notice import check_key, check_notice, heard
-from protocol.update import Job, Update, format_time
+from protocol.update import Update, format_time
 from protocol.watch import ANY, Watch, job_channel, user_channel
-from protocol.wire import select_fields, wire_form
+from protocol.wire import wire_form
 from server.hub import Want
 from server.notices import acknowledge, may_join, offset_of, send, split_channels
 from server.publishing import Batch, summary
@@ -42,15 +42,19 @@ from server.reading import (
     missed_notices,
     missed_updates,
     narrowed,
+    records,
     snapshot,
     start_from,
 )
+from server.transports.sse import replay
 
 if TYPE_CHECKING:
     from server.transports.websocket import Session
 
 # Publishes whose answer is still on its way; a client further ahead of the store waits.
 MAX_UNANSWERED: Final = 64
+# Of so many missed updates it is looked up at once whether any is wanted, of more as they are sent.
+FILTERED_AT_ONCE: Final = 1000
 
 
 async def _auth(session: Session, message: AuthMessage) -> None:
@@ -127,19 +131,22 @@ async def _subscribe(session: Session, message: Subscribe) -> None:
         scope["channels"] = channels
     notices = _join(session, channels, begin)
     if begin.after is None:
-        jobs = snapshot(session.node.jobs, names, wanted)
-        _post_snapshot(
-            session, jobs, fields, head, scope | {"id": f"{history.epoch}:{history.last}", "recovered": False}
-        )
+        jobs = snapshot(session.node.jobs, names)
+        last = scope | {"id": f"{history.epoch}:{history.last}", "recovered": False}
+        parts = session.framed(snapshot_parts(records(jobs, wanted, fields), "snapshot", encode(head), encode(last)))
+        session.post(next(parts) if len(jobs) <= 1 else parts)
     else:
-        missed = missed_updates(history, ((name, wanted) for name in names), begin.after)
+        missed = missed_updates(history, names, begin.after)
+        if len(missed) <= FILTERED_AT_ONCE and not wanted.is_any:
+            missed = [update for update in missed if wanted.passes(update)]
         if notices:
             missed = sorted(missed + notices, key=lambda update: update.offset)
         # Not further than what the client has: the replay behind it takes the cursor on from there.
         cursor = f"{history.epoch}:{begin.after if missed else history.last}"
-        _post_snapshot(session, [], None, head, scope | {"id": cursor, "recovered": True})
-        session.node.counters.replayed += len(missed)
-        session.post(session.replayed(form, missed))
+        (part,) = session.framed(
+            snapshot_parts((), "snapshot", encode(head), encode(scope | {"id": cursor, "recovered": True}))
+        )
+        session.post(part, replay(session.node, form, missed, wanted))
     session.settle()
 
 
@@ -176,18 +183,6 @@ def _leave(session: Session, channels: Iterable[str]) -> None:
             session.joined.pop(channel, None)
 
 
-def _post_snapshot(
-    session: Session, jobs: list[Job], fields: frozenset[str] | None, head: dict[str, Any], last: dict[str, Any]
-) -> None:
-    records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
-    parts = snapshot_parts(records, "snapshot", encode(head), encode(last))
-    messages = (session.form.message(message) for message, _ in parts)
-    if len(jobs) <= 1:
-        session.post(next(messages))
-    else:
-        session.post(messages)
-
-
 async def _unsubscribe(session: Session, message: Unsubscribe) -> None:
     identity = session.known()
     if not (message.job_ids or message.user_id or message.all or message.channels):
@@ -213,10 +208,9 @@ async def _get(session: Session, message: Get) -> None:
     names = channels_for(identity, Watch(tuple(good)))
     await session.node.broker.follow(names)
     session.catch_up()  # no update that comes after the answer is older than it
-    jobs = snapshot(session.node.jobs, names, ANY)
+    jobs = snapshot(session.node.jobs, names)
     head: dict[str, Any] = {"type": "jobs"} if message.ref is None else {"type": "jobs", "ref": message.ref}
-    parts = snapshot_parts((job.latest.body for job in jobs), "jobs", encode(head), b"{}")
-    session.post(session.form.message(part) for part, _ in parts)
+    session.post(session.framed(snapshot_parts(records(jobs, ANY, None), "jobs", encode(head), b"{}")))
 
 
 async def _publish(session: Session, message: PublishMessage) -> None:

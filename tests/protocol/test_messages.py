@@ -193,6 +193,11 @@ def test_a_small_snapshot_is_one_message() -> None:
     assert parts == [(b'{"type":"subscribed","ref":1,"snapshot":[],"id":"e:1"}', True)]
 
 
+def test_a_record_that_takes_its_time_is_an_empty_message_on_the_way() -> None:
+    parts = list(snapshot_parts([b"", b"1", b"", b"", b"2", b""], "jobs", b'{"type":"snapshot"}', b"{}"))
+    assert parts == [(b"", False)] * 4 + [(b'{"type":"snapshot","jobs":[1,2]}', True)]
+
+
 @given(st.lists(st.integers(1, SNAPSHOT_PART_BYTES + 10), max_size=8))
 def test_a_large_snapshot_is_cut_between_records(sizes: list[int]) -> None:
     records = [b'"' + b"x" * size + b'"' for size in sizes]

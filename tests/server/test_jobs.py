@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.update import Job, Private, Update
-from server.jobs import Jobs
+from server import jobs as jobs_module
+from server.jobs import Jobs, Page
 
 
 def job(
@@ -68,33 +72,59 @@ def test_how_many_there_are_of_each_status() -> None:
     assert counted() == {}
 
 
+def page(jobs: Jobs, **asked: Any) -> Page:
+    return next(found for found in jobs.page(**asked) if found is not None)
+
+
 def test_pages_are_newest_first() -> None:
     jobs = filled()
-    found, after = jobs.page(limit=2)
+    found, after = page(jobs, limit=2)
     assert (ids(found), after) == (["d", "c"], 3)
-    found, after = jobs.page(limit=2, after=after)
+    found, after = page(jobs, limit=2, after=after)
     assert (ids(found), after) == (["b", "a"], None)
-    assert jobs.page(limit=2, after=1) == ([], None)
-    assert ids(jobs.page(limit=9, user_id="u")[0]) == ["d", "c", "a"]
-    assert ids(jobs.page(limit=9, user_id="u", after=5)[0]) == ["c", "a"]
-    assert jobs.page(limit=9, user_id="nobody") == ([], None)
+    assert page(jobs, limit=2, after=1) == ([], None)
+    assert ids(page(jobs, limit=9, user_id="u")[0]) == ["d", "c", "a"]
+    assert ids(page(jobs, limit=9, user_id="u", after=5)[0]) == ["c", "a"]
+    assert page(jobs, limit=9, user_id="nobody") == ([], None)
 
 
 def test_pages_can_be_narrowed() -> None:
     jobs = filled()
-    assert ids(jobs.page(limit=9, status={"completed"})[0]) == ["d", "b"]
-    assert ids(jobs.page(limit=9, kind={"x"})[0]) == ["d", "a"]
-    assert ids(jobs.page(limit=9, kind={"x"}, status={"queued"})[0]) == ["a"]
-    assert ids(jobs.page(limit=9, may_read=lambda job_id, user_id: user_id == "v")[0]) == ["b"]
-    found, after = jobs.page(limit=1, status={"completed"})
+    assert ids(page(jobs, limit=9, status={"completed"})[0]) == ["d", "b"]
+    assert ids(page(jobs, limit=9, kind={"x"})[0]) == ["d", "a"]
+    assert ids(page(jobs, limit=9, kind={"x"}, status={"queued"})[0]) == ["a"]
+    found, after = page(jobs, limit=1, status={"completed"})
     assert (ids(found), after) == (["d"], 5)
-    assert jobs.page(limit=1, status={"completed"}, after=after)[1] is None
+    assert page(jobs, limit=1, status={"completed"}, after=after)[1] is None
+
+
+@pytest.mark.parametrize("user_id", [None, "u"])
+def test_where_many_are_looked_through_others_have_turns_and_the_page_is_of_one_moment(
+    user_id: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "PORTION", 3)
+    jobs = Jobs(max_jobs=100)
+    for number in range(1, 11):
+        show(jobs, job(f"j{number}", number, status="queued" if number in (1, 2, 9) else "failed"))
+    steps = jobs.page(user_id=user_id, status={"queued"}, limit=9)
+    assert next(steps) is None
+    show(jobs, job("j2", 2, version=2, status="failed"), job("j5", 5, version=2), job("j11", 11))
+    jobs.forget("j1")
+    rest = list(steps)
+    found = rest.pop()
+    assert rest == [None, None]
+    assert found is not None
+    assert ids(found.jobs) == ["j9", "j2", "j1"]
+    assert found.following is None
+    # A page that is full before is there at once.
+    assert [page and ids(page.jobs) for page in jobs.page(user_id=user_id, limit=2)] == [["j11", "j10"]]
+    assert ids(page(jobs, user_id=user_id, limit=9, after=4).jobs) == ["j3", "j2"]
 
 
 def test_a_new_incarnation_is_a_new_job() -> None:
     jobs = filled()
     show(jobs, job("a", 9, user="w"))
-    assert ids(jobs.page(limit=9)[0]) == ["a", "d", "c", "b"]
+    assert ids(page(jobs, limit=9)[0]) == ["a", "d", "c", "b"]
     assert "a" not in jobs.by_user["u"]
     assert list(jobs.by_user["w"]) == ["a"]
 
@@ -129,11 +159,17 @@ def test_nothing_grows_with_churn() -> None:
         show(jobs, each)
         jobs.forget(f"j{number}")
     assert (len(jobs._ended), len(jobs._ids), len(jobs._created)) <= (70, 70, 70)
-    assert ids(jobs.page(limit=9)[0]) == ["same"]
+    assert ids(page(jobs, limit=9)[0]) == ["same"]
 
 
-@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=200), st.integers(1, 5))
-def test_pages_join_to_the_whole(steps: list[tuple[int, bool]], limit: int) -> None:
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=200), st.integers(1, 5), st.integers(1, 9))
+def test_pages_join_to_the_whole(steps: list[tuple[int, bool]], limit: int, portion: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs_module, "PORTION", portion)
+        join_pages(steps, limit)
+
+
+def join_pages(steps: list[tuple[int, bool]], limit: int) -> None:
     jobs = Jobs(max_jobs=100)
     alive: dict[str, int] = {}
     for created, (number, keep) in enumerate(steps, 1):
@@ -148,7 +184,7 @@ def test_pages_join_to_the_whole(steps: list[tuple[int, bool]], limit: int) -> N
     joined: list[str] = []
     after = None
     while True:
-        found, after = jobs.page(limit=limit, after=after)
+        found, after = page(jobs, limit=limit, after=after)
         joined += ids(found)
         if after is None:
             break

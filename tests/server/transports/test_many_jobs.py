@@ -1,0 +1,151 @@
+"""Very many jobs: what is made for one reader gives way to others, and is of one moment all the same."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+
+from server import connection, jobs, reader, reading
+from server.transports import longpoll, websocket, websocket_messages
+from tests.streams import cursor, event_stream, put, session
+from tests.support import InProcess
+
+COUNT = 400
+PORTION = 8
+PORTIONS = COUNT // PORTION
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn is over after eight jobs."""
+    for module in (jobs, longpoll):
+        monkeypatch.setattr(module, "PORTION", PORTION)
+    for module in (reading, websocket):
+        monkeypatch.setattr(module, "LOOK_EVERY", PORTION)
+    for module in (reader, connection):
+        monkeypatch.setattr(module, "TURN_S", -1.0)
+    monkeypatch.setattr(websocket_messages, "FILTERED_AT_ONCE", PORTION)
+
+
+@pytest.fixture
+def many(server: InProcess) -> InProcess:
+    for number in range(COUNT):
+        put(server, f"job_{number}", status="processing", progress=1)
+    return server
+
+
+@asynccontextmanager
+async def others() -> AsyncIterator[list[int]]:
+    """How often others had a turn."""
+    turns = [0]
+
+    async def take_turns() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns[0] += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take_turns)
+        yield turns
+        nursery.cancel_scope.cancel()
+
+
+async def listed(at: InProcess, query: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await at.get(f"/api/v2/jobs?{query}")).json["jobs"]
+    return found
+
+
+async def polled(at: InProcess, query: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await at.get(f"/api/v2/jobs/poll?timeout=0&{query}")).json["updates"]
+    return found
+
+
+async def streamed(at: InProcess, query: str) -> list[dict[str, Any]]:
+    async with event_stream(at, **dict(part.split("=") for part in query.split("&"))) as stream:
+        while True:
+            event = await stream.event()
+            if event.type in ("snapshot", "status_update"):
+                return event.data.get("jobs") or [event.data]
+
+
+async def subscribed(at: InProcess, query: str) -> list[dict[str, Any]]:
+    async with session(at) as ws:
+        answer = await ws.subscribe(all=True, **dict(part.split("=") for part in query.split("&")))
+        return answer["snapshot"] or [await ws.receive()]
+
+
+WAYS = pytest.mark.parametrize("read", [listed, polled, streamed, subscribed])
+
+
+@WAYS
+async def test_others_have_turns_while_many_are_looked_through(read: Any, many: InProcess) -> None:
+    put(many, "rare", kind="rare")
+    async with others() as turns:
+        (found,) = await read(many, "kind=rare")
+        assert found["jobId"] == "rare"
+        assert turns[0] > PORTIONS
+
+
+@pytest.mark.parametrize("read", [polled, streamed, subscribed])
+async def test_others_have_turns_while_many_are_replayed(read: Any, many: InProcess) -> None:
+    beginning = f"{many.node.history.epoch}:0"
+    put(many, "rare", kind="rare")
+    async with others() as turns:
+        (found,) = await read(many, f"kind=rare&last_seen={beginning}")
+        assert found["jobId"] == "rare"
+        assert turns[0] > (PORTIONS if read is polled else COUNT // 64)
+
+
+async def test_what_changes_while_a_snapshot_is_made_comes_after_it_once(many: InProcess) -> None:
+    """Half of the jobs change meanwhile, before and behind where the snapshot is at."""
+    before = cursor(many)
+    async with event_stream(many, fields="progress") as stream, session(many) as ws:
+        hello = await stream.event()
+        assert hello.type == "connected"
+        await ws.send("subscribe", all=True, fields=["progress"])
+        async with others() as turns:
+            while not turns[0]:
+                await trio.lowlevel.checkpoint()
+            for number in range(0, COUNT, 2):
+                put(many, f"job_{number}", progress=2)
+        snapshot = await stream.event()
+        assert snapshot.id == before
+        told = [snapshot.data["jobs"], [(await stream.event()).data for _ in range(COUNT // 2)]]
+        answer = await ws.receive()
+        told_ws = [answer["snapshot"], [await ws.receive() for _ in range(COUNT // 2)]]
+        await ws.quiet()
+    for first, then in (told, told_ws):
+        assert [record["version"] for record in first] == [1] * COUNT
+        assert [(record["jobId"], record["version"]) for record in then] == [
+            (f"job_{number}", 2) for number in range(0, COUNT, 2)
+        ]
+
+
+async def test_a_poll_in_which_nothing_was_found_misses_nothing_that_came_meanwhile(many: InProcess) -> None:
+    async with others() as turns, trio.open_nursery() as nursery:
+        answers: list[list[dict[str, Any]]] = []
+
+        async def ask() -> None:
+            answer = await many.get("/api/v2/jobs/poll?timeout=30&kind=rare")
+            answers.append(answer.json["updates"])
+
+        nursery.start_soon(ask)
+        start = turns[0]
+        while not many.node.counters.opened["poll"] or turns[0] < start + 10:
+            await trio.lowlevel.checkpoint()
+        assert not many.node.polls, "it is still looking"
+        put(many, "rare", kind="rare")
+    assert [[update["jobId"] for update in updates] for updates in answers] == [["rare"]]
+
+
+async def test_a_poll_gives_many_jobs_in_the_order_of_the_log(many: InProcess) -> None:
+    for number in range(0, COUNT, 3):
+        put(many, f"job_{number}", progress=2)
+    found = await polled(many, "all=1")
+    assert len(found) == COUNT
+    offsets = [int(update["id"].partition(":")[2]) for update in found]
+    assert offsets == sorted(offsets)
