@@ -11,9 +11,12 @@ import hashlib
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
+from unittest.mock import patch
 from urllib.parse import urlencode
 
 import trio
@@ -24,7 +27,8 @@ from wsproto.extensions import PerMessageDeflate
 from protocol.errors import ApiError
 from protocol.fields import decode_fields
 from server.brokers.base import Accepted, Delete, Publish
-from tests.support import PATIENCE_S, Address, Ended, Headers, Http, InProcess, request_bytes, server, until
+from server.transports import live, longpoll
+from tests.support import PATIENCE_S, Address, Ended, Headers, Http, InProcess, in_seconds, request_bytes, server, until
 
 KEY: Final = base64.b64encode(bytes(16)).decode()
 ACCEPT: Final = base64.b64encode(hashlib.sha1(KEY.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()).decode()
@@ -105,6 +109,18 @@ def narrow(running: InProcess, size: int = 1) -> None:
     """Give the live connections the smallest send buffers there are, so that a reader is soon slow."""
     for stream in running.node.streams:
         stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def running_out(after_s: float = 0.2) -> Iterator[float]:
+    """The ``exp`` of tokens that are good for any request, and run out so soon after it for what lasts.
+
+    Requests go by another clock than what lasts, so a slow machine is not too late with one.
+    """
+    ahead_s = 1000.0
+    clock = SimpleNamespace(time=lambda: time.time() + ahead_s)
+    with patch.object(live, "time", clock), patch.object(longpoll, "time", clock):
+        yield in_seconds(ahead_s + after_s)
 
 
 # WebSocket

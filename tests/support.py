@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import jwt
 import trio
+from trio.testing import MockClock
 
 from server.app import running
 from server.config import Config
@@ -454,6 +455,12 @@ async def for_a_while(seconds: float) -> None:
 
     Only where the time itself is what a test is about. What happens at some time or other is waited for with ``until``.
     """
+    await trio.sleep(seconds)
+
+
+async def virtual_time(seconds: float) -> None:
+    """Let so much time pass of a clock that jumps (``autojump_clock``), which takes none."""
+    assert isinstance(trio.lowlevel.current_clock(), MockClock), "real time is not for waiting"
     await trio.sleep(seconds)
 
 

@@ -15,6 +15,7 @@ from protocol.errors import ApiError
 from server.brokers.base import Accepted, Cancel, Claim, Delete, Expire
 from server.brokers.local import LocalBroker
 from tests.contract.harness import Rig, publish, running
+from tests.support import PATIENCE_S
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -335,9 +336,9 @@ async def test_leases_stall_then_fail(rig: Rig) -> None:
     rig.broker._deliver = watch
     started = trio.current_time()
     await rig.accept(publish("a", userId="u", ttl=0.1, status="processing"))
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE_S):
         await shown.wait()
-    assert 0.2 <= trio.current_time() - started < 1.5
+    assert trio.current_time() - started >= 0.2
     assert statuses == ["processing", "stalled", "failed"]
     assert rig.record("a")["error"] == "lost"
     assert len(rig.wheel) == 0

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from protocol.errors import ApiError
 from protocol.notice import Notice, decode_notice, users_of
 from server.brokers.base import Accepted, Acknowledge, Notify
 from server.reading import missed_notices
 from tests.contract.harness import Rig, publish, running
+from tests.support import until
 
 
 def notify(
@@ -94,9 +94,7 @@ async def test_stored_ones_stay_until_they_are_acknowledged(rig: Rig) -> None:
 
 async def settled(rig: Rig, places: int) -> None:
     """Wait until so many places are left."""
-    with trio.fail_after(20):
-        while rig.broker.inboxes.places != places:  # noqa: ASYNC110 - there are no events for tests
-            await trio.sleep(0.002)
+    await until(lambda: rig.broker.inboxes.places == places)
 
 
 async def test_mixed_with_updates_in_one_submission(rig: Rig) -> None:

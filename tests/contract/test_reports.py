@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import trio
 
-from tests.streams import SseEvent, Stream, clean_server, parse_events, stream_at
-from tests.support import ADMIN, ALICE, AUTH, BOB, WORKER, Answer, InProcess, bearer, in_seconds
+from tests.streams import SseEvent, Stream, clean_server, parse_events, running_out, stream_at
+from tests.support import ADMIN, ALICE, AUTH, BOB, WORKER, Answer, InProcess, bearer, for_a_while
 
 PROJECT = "/api/projects/p1"
 STATUS = f"{PROJECT}/initial-report-status"
@@ -212,7 +212,7 @@ async def test_the_time_of_completion_is_45_s_at_first_then_what_progress_tells(
     began = datetime.fromisoformat((await at.get("/api/v2/jobs/report:p1")).json["startedAt"])
     assert datetime.fromisoformat(state["estimatedCompletionTime"]) - began == timedelta(seconds=45)
     assert state["estimatedCompletionTime"].endswith("Z")
-    await trio.sleep(0.1)
+    await for_a_while(0.1)  # progress in no time tells nothing
     await publish(at, phase="data_collection")
     told = (await at.get("/api/v2/jobs/report:p1")).json["estimatedCompletionTime"]
     assert (await at.get(STATUS)).json["estimatedCompletionTime"] == told
@@ -231,12 +231,17 @@ async def test_workers_of_jobs_are_read_as_reports(at: InProcess) -> None:
     state = await status(at)
     assert (state["status"], state["phase"], state["progress"]) == ("generating", "snapshot_capture", 30)
     assert state["competitorSnapshotsStatus"] == {"captured": 1, "total": 2, "current": "b"}
-    await at.publish("report:p1", ttl=0.1)
-    with trio.fail_after(20):
-        while not (state := await status(at)).get("stalled"):  # noqa: ASYNC110
-            await trio.sleep(0.01)
-    assert state["status"] == "generating"
-    await at.publish("report:p1", status="cancelled")
+    async with watching(at) as stream:
+        await at.publish("report:p1", ttl=0.1)
+        while not (shown := (await state_of(stream)).data).get("stalled"):
+            assert (shown["status"], shown["phase"]) == ("generating", "snapshot_capture")
+        assert shown["status"] == "generating"
+    # Soon it is lost, and stays so until somebody tries again.
+    state = await status(at)
+    assert (state["status"], state.get("stalled"), state.get("error")) in (
+        ("generating", True, "no update for 0.1 s"), ("failed", None, "lost"),
+    )  # fmt: skip
+    await at.publish("report:p1", attempt=2, status="cancelled")
     state = await status(at)
     assert (state["status"], state["error"]) == ("failed", "cancelled")
 
@@ -306,8 +311,9 @@ async def test_projects_are_their_owners(guarded: InProcess) -> None:
 async def test_a_token_that_expires_ends_the_stream() -> None:
     async with clean_server(auth=AUTH) as at:
         await register(at, headers=WORKER)
-        async with watching(at, bearer("alice", exp=in_seconds(0.5))) as stream:
-            error = (await stream.rest())[-1]
+        with running_out() as exp:
+            async with watching(at, bearer("alice", exp=exp)) as stream:
+                error = (await stream.rest())[-1]
         assert (error.name, error.data["code"], error.data["projectId"]) == ("error", "token_expired", "p1")
 
 

@@ -104,7 +104,7 @@ async def test_a_cancelled_asyncio_task_cancels_its_job() -> None:
         async def work() -> None:
             async with aio.job("a", user="u", client=client):
                 begun.set()
-                await asyncio.sleep(3600)
+                await asyncio.Event().wait()
 
         task = asyncio.create_task(work())
         await begun.wait()

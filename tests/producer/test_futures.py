@@ -19,7 +19,7 @@ from statuswire import JobCancelled, default_client
 from statuswire.hooks import current_job, progress
 from statuswire.hooks.futures import JobExecutor, Submission
 from tests.producer.workers import history, record, settled, worker
-from tests.support import AUTH, WORKER, InProcess, bearer, server, token, until
+from tests.support import AUTH, PATIENCE_S, WORKER, InProcess, bearer, server, token, until
 
 
 def export(name: str) -> dict[str, str]:
@@ -72,7 +72,7 @@ async def test_calls_in_threads() -> None:
         with ThreadPoolExecutor(1) as threads:
             pool = JobExecutor(threads, user="alice", results=True, client=client)
             go_on = threading.Event()
-            good = pool.submit_as("export-1", lambda: (go_on.wait(20), export("secret.pdf"))[1])
+            good = pool.submit_as("export-1", lambda: (go_on.wait(PATIENCE_S), export("secret.pdf"))[1])
             waits = pool.submit(export, "never")
             await until(lambda: at.node.jobs.get(waits.job_id) is not None)
             assert (await record(at, waits.job_id))["status"] == "queued"

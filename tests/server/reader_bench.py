@@ -15,6 +15,7 @@ from server.history import History
 from server.hub import Hub, Want
 from server.reader import PushReader
 from server.wheel import Wheel
+from tests.support import PATIENCE_S
 
 FORM = wire_form(Framing.SSE)
 
@@ -77,7 +78,7 @@ class Bench:
     async def received(self, ends_with: str | None = None) -> list[dict[str, object]]:
         """What has come by now, whole events; with ``ends_with``, up to an event with this id."""
         data = b""
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             while True:
                 try:
                     data += self.peer.recv(65536)

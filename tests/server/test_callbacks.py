@@ -24,7 +24,7 @@ from server.config import Callback
 from server.seen import Seen
 from tests.redis_servers import RedisServer
 from tests.streams import event_stream, lose_log, put, session
-from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, until
+from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, until, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -378,10 +378,7 @@ async def test_who_asks_again_and_again_is_seen_by_other_nodes_all_the_time(redi
         for _ in range(10):
             now += 0.6
             seen.note("ann")
-            told = partial(elsewhere.since, "ann", int(now * 1000))
-            with trio.fail_after(10):
-                while not await told():  # noqa: ASYNC110 - it is on its way
-                    await trio.sleep(0.005)
+            await until_so(partial(elsewhere.since, "ann", int(now * 1000)))  # it is on its way
 
 
 async def _node(tables: dict[str, Any], task_status: trio.TaskStatus[InProcess]) -> None:

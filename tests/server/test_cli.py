@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from server.auth import Authenticator
 from server.cli import main
 from server.config_load import load_config
+from tests.support import PATIENCE_S
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
@@ -43,7 +44,7 @@ def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str
 
 def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "server", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 # --- the command line itself --------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_serve_until_sigterm(tmp_path: Path) -> None:
             assert address is not None
             assert httpx.get(f"{address[0]}/health", trust_env=False).status_code == 200
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
 

@@ -12,7 +12,7 @@ import trio
 
 from server.app import drain
 from tests.streams import EVENT_SOURCE
-from tests.support import request_bytes, server, spawned, until_answered
+from tests.support import PATIENCE_S, request_bytes, server, spawned, until_answered
 
 pytestmark = pytest.mark.slow
 JOBS = "/api/v2/jobs"
@@ -58,7 +58,7 @@ async def test_sigterm_drains(tmp_path: Path) -> None:
         assert (polled.status, polled.json["updates"], polled.json["timedOut"]) == (200, [], False)
         await slow.send(body)
         assert (await slow.answer()).status == 201, "what was under way is finished"
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             text = b"".join([piece async for piece in stream.chunks()])
         assert re.search(rb'retry: \d+\nid: \w+:\d+\ndata: \{"type":"error","code":"try_later"', text)
         assert await stream.closed()

@@ -17,7 +17,7 @@ import trio
 from server import listener
 from server.poller import Peer
 from tests.streams import EVENT_SOURCE
-from tests.support import AUTH, WORKER, Address, Http, bearer, server, spawned, until, until_answered
+from tests.support import AUTH, PATIENCE_S, WORKER, Address, Http, bearer, server, spawned, until, until_answered
 
 pytestmark = pytest.mark.slow
 JOBS = "/api/v2/jobs"
@@ -120,7 +120,7 @@ async def test_over_max_connections_a_client_is_told_so(monkeypatch: pytest.Monk
 
 
 async def gone(http: Http) -> bool:
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE_S):
         try:
             return await http.stream.receive_some() == b""
         except trio.BrokenResourceError:

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from server import socketio
-from tests.support import Ended, InProcess, request_bytes, server, until
+from tests.support import Ended, InProcess, for_a_while, request_bytes, server, until
 
 JOBS = "/api/v2/jobs"
 GET = request_bytes("GET", "/health")
@@ -135,13 +135,12 @@ async def test_trickling_prolongs_nothing(limit: str, begin: bytes) -> None:
 
         async def trickle() -> None:
             await http.send(begin)
-            with trio.move_on_after(20):
-                while not answered.is_set():
-                    try:
-                        await http.send(b"x")
-                    except trio.BrokenResourceError:
-                        return
-                    await trio.sleep(0.01)
+            while not answered.is_set():
+                try:
+                    await http.send(b"x")
+                except trio.BrokenResourceError:
+                    return
+                await for_a_while(0.01)  # a byte now and then
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trickle)

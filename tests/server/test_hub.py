@@ -15,6 +15,7 @@ from protocol.watch import ANY, EVERYTHING, job_channel, user_channel
 from server import hub as hub_module
 from server.hub import Want
 from tests.server.hub_bench import Bench, CountingForm, Recorder, update
+from tests.support import PATIENCE_S
 
 
 @pytest.fixture
@@ -315,7 +316,7 @@ async def test_nobody_waits_for_room_in_a_log_that_was_lost(
     nursery.start_soon(bench.hub.wait_room)
     await wait_all_tasks_blocked()
     bench.hub.log_lost()
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE_S):
         while nursery.child_tasks:
             await trio.lowlevel.checkpoint()
 

@@ -14,6 +14,7 @@ from protocol.update import Job
 from server.leases import Leases
 from server.wheel import Wheel
 from tests.contract.harness import fields
+from tests.support import virtual_time
 
 
 class Scene:
@@ -48,42 +49,42 @@ async def scene() -> AsyncIterator[Scene]:
 
 async def test_silence_expires_and_is_told_until_something_is_shown(autojump_clock: MockClock, scene: Scene) -> None:
     job = scene.make(ttl=10)
-    await trio.sleep(12.5)
+    await virtual_time(12.5)
     assert scene.expired == [(10.0, "a", 1), (11.0, "a", 1), (12.0, "a", 1)]
     scene.show(expire(job, offset=2, now_ms=0))
-    await trio.sleep(10.2)
+    await virtual_time(10.2)
     assert scene.expired[3:] == [(22.5, "a", 2)]
 
 
 async def test_every_update_renews_with_one_timer(autojump_clock: MockClock, scene: Scene) -> None:
     job = scene.make(ttl=10)
     for _ in range(8):
-        await trio.sleep(5)
+        await virtual_time(5)
         job = scene.then(job)
         assert len(scene.wheel) == 1
     assert scene.expired == []
-    await trio.sleep(10.5)
+    await virtual_time(10.5)
     assert scene.expired == [(50.0, "a", 9)]
 
 
 async def test_a_shorter_lease_counts_at_once_and_a_longer_one_too(autojump_clock: MockClock, scene: Scene) -> None:
     job = scene.then(scene.make(ttl=100), ttl=2)
-    await trio.sleep(2.5)
+    await virtual_time(2.5)
     assert scene.expired == [(2.0, "a", 2)]
     scene.then(job, ttl=50)
-    await trio.sleep(49)
+    await virtual_time(49)
     assert len(scene.expired) == 1
-    await trio.sleep(2)
+    await virtual_time(2)
     assert scene.expired[1] == (52.5, "a", 3)
 
 
 async def test_a_cancel_request_is_no_sign_of_life(autojump_clock: MockClock, scene: Scene) -> None:
     job = scene.make(ttl=10)
-    await trio.sleep(6)
+    await virtual_time(6)
     asked = request_cancel(job, offset=2, now_ms=0)
     assert asked is not None
     scene.show(asked)
-    await trio.sleep(4.5)
+    await virtual_time(4.5)
     assert scene.expired == [(10.0, "a", 1)]
 
 
@@ -99,9 +100,9 @@ async def test_a_lease_that_is_over_leaves_nothing(autojump_clock: MockClock, sc
 
 async def test_restart_begins_anew(autojump_clock: MockClock, scene: Scene) -> None:
     job = scene.make(ttl=10)
-    await trio.sleep(8)
+    await virtual_time(8)
     scene.leases.restart([job])
-    await trio.sleep(8)
+    await virtual_time(8)
     assert scene.expired == []
     assert len(scene.wheel) == 1
     scene.leases.clear()

@@ -17,6 +17,7 @@ from server.app import StartError
 from tests.streams import event_stream, handshake_bytes, websocket
 from tests.support import (
     AUTH,
+    PATIENCE_S,
     SECRET,
     WORKER,
     Address,
@@ -41,7 +42,7 @@ async def fails_to_start(directory: Path, **tables: Mapping[str, object]) -> str
 
     def run() -> str:
         process = command(directory)
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, output) == (2, b"")
         return (directory / "server.log").read_text()
 

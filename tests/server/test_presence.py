@@ -15,7 +15,7 @@ from server import config, limits
 from server.limits import Limits
 from server.presence import Presence
 from tests.streams import clean_server, event_stream, session, websocket
-from tests.support import AUTH, InProcess, bearer, token, until
+from tests.support import AUTH, PATIENCE_S, InProcess, bearer, token, until, until_so
 
 
 @dataclass(eq=False)
@@ -235,7 +235,7 @@ async def test_one_connection_too_many_is_refused_on_either_transport() -> None:
             assert (await late.closed()).code == 4429
         answer = await running.get("/api/v2/jobs/stream", bearer("ann"))
         assert (answer.status, answer.error) == (429, "rate_limited")
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             async with event_stream(running, headers=bearer("bob")) as stream:
                 await stream.until("snapshot")
         assert set(running.node.presence.users) <= {"ann", "bob"}
@@ -255,8 +255,7 @@ async def told_of_comings_and_goings(at: InProcess, there: InProcess) -> None:
         await ws.receive()
         await ws.ask("subscribe", channels=["presence:room", "presence:user:ann"])
         if at.node.cluster is not None:  # as soon as Redis knows of the listener, both do
-            while not await there.node.presence.count(Target("channel", ("presence:room",))):  # noqa: ASYNC110
-                await trio.sleep(0.01)
+            await until_so(lambda: there.node.presence.count(Target("channel", ("presence:room",))))
         async with (
             websocket(there, token=token("ann", channels=["*"])) as first,
             websocket(there, token=token("ann", channels=["*"])) as second,

@@ -13,7 +13,7 @@ import trio
 from protocol.proxy import SIGNATURE
 from tests import certificates
 from tests.streams import clean_server, session
-from tests.support import Http, request_bytes, server, until
+from tests.support import PATIENCE_S, Http, request_bytes, server, until
 
 TRUSTED = {"proxy_protocol": True, "trusted_proxies": ["127.0.0.1", "unix"]}
 LINE = b"PROXY TCP4 203.0.113.7 192.0.2.1 4711 443\r\n"
@@ -103,7 +103,7 @@ async def test_before_tls(tmp_path: Path) -> None:
     made = certificates.make(tmp_path)
     async with server(server={**TRUSTED, **made.table}) as at:
         for header in (LINE, BINARY):
-            with trio.fail_after(20):
+            with trio.fail_after(PATIENCE_S):
                 stream = await trio.open_tcp_stream("127.0.0.1", at.port)
                 await stream.send_all(header)
                 encrypted = trio.SSLStream(stream, made.trust, server_hostname="127.0.0.1", https_compatible=True)

@@ -20,6 +20,7 @@ from server.history import History
 from server.hub import Hub, Want
 from server.wheel import Wheel
 from tests.server.reader_bench import FORM, Bench, Probe, ids
+from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -330,7 +331,7 @@ async def test_a_peer_that_takes_nothing_is_given_up(bench: Bench, monkeypatch: 
     monkeypatch.setattr(Probe, "send_timeout", 0.05)
     bench.watch("j/a")
     bench.fill()
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE_S):
         while not bench.reader.ended:
             await trio.lowlevel.checkpoint()
     assert bench.reader.ended == "broken"
@@ -358,7 +359,7 @@ async def test_the_last_word_to_a_deaf_peer_has_a_deadline(bench: Bench) -> None
     bench.fill()
     await wait_all_tasks_blocked()
     bench.reader.finish("closing")
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE_S):
         await bench.reader.say_last(b"bye", 0.05)
 
 

@@ -90,7 +90,7 @@ def run(directory: Path, *arguments: str, **environ: str) -> subprocess.Complete
         env=clean_environment(**environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
 

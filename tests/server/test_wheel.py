@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from server.wheel import RESOLUTION, Wheel
+from tests.support import for_a_while, virtual_time
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ async def test_timers_fire_in_order_and_never_early(autojump_clock: MockClock, w
     wheel.after(5, lambda: mark("same slot"))
     wheel.after(-1, lambda: mark("at once"))
     assert len(wheel) == 4
-    await trio.sleep(10)
+    await virtual_time(10)
     assert [name for name, _ in fired] == ["at once", "early", "late", "same slot"]
     for (_, at), due in zip(fired, [0, 0.5, 5, 5], strict=True):
         assert due - 1e-9 <= at <= due + RESOLUTION + 1e-9
@@ -49,7 +50,7 @@ async def test_cancelled_timers_do_not_fire_and_leave_nothing(autojump_clock: Mo
     assert [timer.pending for timer in timers] == [False, False, False]
     assert len(wheel) == 0
     again = wheel.after(1, lambda: fired.append(2))  # into a slot that was emptied
-    await trio.sleep(3)
+    await virtual_time(3)
     assert fired == [2]
     assert not again.pending
     again.cancel()
@@ -63,7 +64,7 @@ async def test_many_cancelled_timers_do_not_pile_up(autojump_clock: MockClock, w
         wheel.after(1000 + number, lambda: None).cancel()
     assert len(wheel._slots) < 2100
     assert len(wheel._due) == len(wheel._slots)
-    await trio.sleep(60)
+    await virtual_time(60)
     assert keep == [1]
 
 
@@ -78,9 +79,9 @@ async def test_callbacks_may_set_and_cancel_timers(autojump_clock: MockClock, wh
 
     wheel.after(1, first)
     second = wheel.after(1, lambda: fired.append("second"))
-    await trio.sleep(1.1)
+    await virtual_time(1.1)
     assert fired == ["first", "at once"]
-    await trio.sleep(2)
+    await virtual_time(2)
     assert fired == ["first", "at once", "later"]
     assert wheel._empty == 0
 
@@ -95,7 +96,7 @@ async def test_a_failing_callback_is_logged_and_stops_nothing(
 
     wheel.after(1, fail)
     wheel.after(1, lambda: fired.append(1))
-    await trio.sleep(2)
+    await virtual_time(2)
     assert fired == [1]
     assert "a timer's callback failed" in caplog.text
 
@@ -117,8 +118,7 @@ async def test_a_full_slot_leaves_the_loop_its_turns() -> None:
 
     for _ in range(5):
         wheel.after(0, busy)
-    with trio.move_on_after(0.02):
-        await trio.sleep_forever()
+    await for_a_while(0.02)  # until they are due together
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wheel.run)
         await other()

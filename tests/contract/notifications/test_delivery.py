@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import AsyncExitStack
 from random import Random
 from typing import Any
@@ -10,7 +9,17 @@ from typing import Any
 import pytest
 
 from tests.notifying import notified, put, send
-from tests.streams import WebSocket, clean_server, cursor, narrow, offset_of, parse_events, session, websocket
+from tests.streams import (
+    WebSocket,
+    clean_server,
+    cursor,
+    narrow,
+    offset_of,
+    parse_events,
+    running_out,
+    session,
+    websocket,
+)
 from tests.support import AUTH, InProcess, bearer, token
 
 # Going away, and too slow
@@ -32,11 +41,11 @@ async def test_draining_ends_the_stream_with_a_way_back(at: InProcess) -> None:
 
 
 async def test_a_token_that_expires_ends_the_stream(at: InProcess) -> None:
-
-    async with notified(at, bearer("ann", exp=time.time() + 0.3)) as (stream, _):
-        event = await stream.event()
-        assert (event.name, event.data["code"]) == ("error", "token_expired")
-        assert await stream.rest() == []
+    with running_out() as exp:
+        async with notified(at, bearer("ann", exp=exp)) as (stream, _):
+            event = await stream.event()
+            assert (event.name, event.data["code"]) == ("error", "token_expired")
+            assert await stream.rest() == []
 
 
 async def test_connections_per_user_count_these_as_well() -> None:

@@ -17,7 +17,7 @@ from server.brokers.base import Cancel, Delete, StoreError
 from server.brokers.sqlite_file import SqliteFile
 from tests.contract.harness import Rig, publish, running
 from tests.server.brokers.disks import file_of
-from tests.support import ROOT, until
+from tests.support import PATIENCE_S, ROOT, until
 
 
 async def test_a_restart_loses_nothing(path: Path) -> None:
@@ -91,7 +91,7 @@ async def test_kill_right_after_an_answer_loses_nothing(path: Path) -> None:
     )
     assert process.stdout is not None
     data = b""
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE_S):
         while data.count(b"\n") < 40:
             piece = await process.stdout.receive_some()
             assert piece, "the writer ended by itself"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.support import PATIENCE_S
+
 
 @dataclass
 class Seen:
@@ -93,7 +95,7 @@ class ScriptedServer:
                 handler.wfile.flush()
         if answer.hold:
             self.held.set()
-            self.stopping.wait(30)
+            self.stopping.wait(PATIENCE_S)
         elif not answer.drop:
             handler.wfile.write(b"0\r\n\r\n")
 

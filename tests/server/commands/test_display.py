@@ -24,6 +24,7 @@ from server.commands.display import _most_alive, describe
 from server.commands.watch import NOT_LIVE
 from tests.server.commands.scripted import error, scripted, sse, stream
 from tests.server.commands.watching import CONNECTED, HEARTBEAT, environment, job, on_gate, snapshot, update
+from tests.support import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +71,7 @@ class Terminal:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def read_until(self, pattern: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not re.search(pattern, self.output):
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{pattern!r} did not appear in {self.output!r}"
@@ -79,7 +80,7 @@ class Terminal:
     def finish(self) -> int:
         while self._read():
             pass
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=PATIENCE_S)
 
     def _read(self) -> bool:
         try:

@@ -16,6 +16,7 @@ from server.commands.display import Lines
 from server.commands.watch import NOT_LIVE, READ_TIMEOUT, Watched, _Stream
 from tests.server.commands.scripted import Answer, error, scripted, sse, stream
 from tests.server.commands.watching import CONNECTED, HEARTBEAT, job, on_gate, snapshot, update, watch, watching
+from tests.support import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 DONE = Answer(204)
@@ -274,7 +275,7 @@ def test_nobody_listens_at_first(capsys: pytest.CaptureFixture[str]) -> None:
         assert process.stderr is not None
         assert "no connection to" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(PATIENCE_S) == 130
         assert process.stderr.read() == ""
 
 
@@ -316,7 +317,7 @@ def test_a_reader_that_leaves_is_no_error(form: list[str]) -> None:
                 process.stdout.close()
                 gate.open()
                 errors = process.stderr.read()
-                assert process.wait(20) == 141
+                assert process.wait(PATIENCE_S) == 141
             assert errors == ""
 
 
@@ -328,4 +329,4 @@ def test_lines_come_at_once_through_a_pipe() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "j processing 1%\n"
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(PATIENCE_S) == 130

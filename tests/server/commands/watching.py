@@ -12,6 +12,7 @@ from typing import Any
 
 from server.cli import main
 from tests.server.commands.scripted import ScriptedServer, sse
+from tests.support import PATIENCE_S
 
 
 def job(job_id: str = "j", status: str = "processing", **fields: Any) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class Gate:
         self._event = threading.Event()
 
     def wait(self) -> None:
-        self._event.wait(30)
+        self._event.wait(PATIENCE_S)
 
     def open(self) -> None:
         self._event.set()

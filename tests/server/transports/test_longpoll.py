@@ -14,7 +14,8 @@ from protocol.polling import parse_timeout
 from server import cursors
 from server.app import drain
 from server.cursors import Client, Cursors
-from tests.support import ADMIN, AUTH, WORKER, Answer, InProcess, bearer, in_seconds, server, until
+from tests.streams import running_out
+from tests.support import ADMIN, AUTH, WORKER, Answer, InProcess, bearer, server, until
 
 POLL = "/api/v2/jobs/poll"
 
@@ -342,7 +343,8 @@ async def test_foreign_jobs_stay_silent_like_unknown_ones() -> None:
 
 async def test_a_token_that_expires_while_waiting_is_401() -> None:
     async with server(auth=AUTH) as at:
-        answer = await poll(at, "timeout=30", bearer("alice", exp=in_seconds(0.3)))
+        with running_out() as exp:
+            answer = await poll(at, "timeout=30", bearer("alice", exp=exp))
         assert (answer.status, answer.error) == (401, "token_expired")
         assert "invalid_token" in answer.headers["www-authenticate"]
 

@@ -15,8 +15,8 @@ import trio
 from server.app import drain
 from server.transports import longpoll
 from server.transports.longpoll import WaitingPoll
-from tests.streams import clean_server, connect, put, reset_connection
-from tests.support import AUTH, Answer, Ended, Http, InProcess, bearer, configure, in_seconds, request_bytes, until
+from tests.streams import clean_server, connect, put, reset_connection, running_out
+from tests.support import AUTH, Answer, Ended, Http, InProcess, bearer, configure, request_bytes, until
 
 POLL = "/api/v2/jobs/poll"
 # Far below what the polls here wait for.
@@ -118,12 +118,12 @@ async def test_what_was_pipelined_before_a_half_close_is_answered_too() -> None:
 
 
 async def test_a_token_that_expires_cuts_off_an_answer_that_has_begun() -> None:
-    async with clean_server(auth=AUTH) as at, connect(at) as http:
-        token = bearer("alice", exp=in_seconds(0.5))["Authorization"]
-        await http.send(request_bytes("GET", f"{POLL}?jobIds=j&timeout=60", headers={"Authorization": token}))
-        half_close(http)
-        with pytest.raises(Ended):
-            await http.answer()
+    with running_out(1) as exp:
+        async with clean_server(auth=AUTH) as at, connect(at) as http:
+            await http.send(request_bytes("GET", f"{POLL}?jobIds=j&timeout=60", headers=bearer("alice", exp=exp)))
+            half_close(http)
+            with pytest.raises(Ended):
+                await http.answer()
 
 
 async def test_an_answer_that_the_socket_does_not_take_is_sent_as_it_is_read() -> None:

@@ -30,7 +30,7 @@ from tests.streams import (
     remove,
     session,
 )
-from tests.support import AUTH, Ended, InProcess, bearer, token, until
+from tests.support import AUTH, PATIENCE_S, Ended, InProcess, bearer, token, until
 
 USERS: Final = ("alice", "bob")
 JOBS: Final = ("one", "two", "three")
@@ -281,7 +281,7 @@ async def follow(server: InProcess, readers: list[Reader], script: list[tuple[An
             case ("settle",):
                 await wait_all_tasks_blocked()
     for reader in readers:
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             if reader.cursor is None:
                 await reader.connect("poll")
             await reader.read_all()

@@ -19,10 +19,11 @@ from tests.streams import (
     narrow,
     put,
     reset_connection,
+    running_out,
     traces,
     versions,
 )
-from tests.support import ALICE, AUTH, BOB, Ended, InProcess, bearer, in_seconds, until
+from tests.support import ALICE, AUTH, BOB, Ended, InProcess, bearer, until
 
 # Heartbeats, health, tokens
 
@@ -73,10 +74,10 @@ async def test_acknowledging_is_sign_of_life_enough() -> None:
 
 async def test_an_expired_token_ends_the_stream_with_an_error(guarded: InProcess) -> None:
     put(guarded, "a")
-    headers = bearer("alice", exp=in_seconds(0.2))
-    async with event_stream(guarded, headers=headers) as stream:
-        await stream.events(2)
-        (error,) = await stream.rest()
+    with running_out() as exp:
+        async with event_stream(guarded, headers=bearer("alice", exp=exp)) as stream:
+            await stream.events(2)
+            (error,) = await stream.rest()
         assert (error.type, error.data["code"], error.id) == ("error", "token_expired", cursor(guarded))
 
 

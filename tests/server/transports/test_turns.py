@@ -23,7 +23,7 @@ from tests.streams import (
     reset_connection,
     session,
 )
-from tests.support import Http, request_bytes, until
+from tests.support import Http, for_a_while, request_bytes, until
 
 # For so long the loop is watched, and may turn so often for its own sake. A socket that is reported for ever makes it
 # turn thousands of times.
@@ -45,7 +45,7 @@ async def passes() -> int:
     """How often the loop goes round while nothing happens."""
     counter = Passes()
     trio.lowlevel.add_instrument(counter)
-    await trio.sleep(WATCHED_S)
+    await for_a_while(WATCHED_S)
     trio.lowlevel.remove_instrument(counter)
     return counter.count
 

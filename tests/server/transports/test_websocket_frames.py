@@ -11,7 +11,7 @@ from wsproto.events import CloseConnection, Ping, TextMessage
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
 from tests.streams import WebSocket, clean_server, handshake_bytes, put, session
-from tests.support import InProcess, until
+from tests.support import PATIENCE_S, InProcess, until
 
 
 async def test_fragments_with_a_ping_inside(server: InProcess) -> None:
@@ -162,7 +162,7 @@ async def test_what_goes_out_together_comes_in_one_frame_to_who_reads_lines(serv
         assert len(json.loads(await connection.get_message())["snapshot"]) == 3
         updates = [{"jobId": job_id, "progress": 5} for job_id in "abca"]
         assert (await server.post("/api/v2/updates", updates)).status == 200
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE_S):
             lines = (await connection.get_message()).split("\n")
         assert [json.loads(line)["jobId"] for line in lines] == ["a", "b", "c", "a"]
 
@@ -178,5 +178,5 @@ async def test_another_client_library_gets_along(server: InProcess) -> None:
         assert len(json.loads(await connection.get_message())["snapshot"]) == 1
         put(server, "a", status="completed")
         assert json.loads(await connection.get_message())["type"] == "job_completed"
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE_S):
             await connection.ping(b"hello")

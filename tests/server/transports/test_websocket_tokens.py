@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.streams import clean_server, put, seen, session, websocket
+from tests.streams import clean_server, put, running_out, seen, session, websocket
 from tests.support import AUTH, InProcess, in_seconds, token
 
 
@@ -59,26 +59,27 @@ async def test_tokens_come_in_every_way(guarded: InProcess) -> None:
 
 
 async def test_an_expired_token_closes_with_4401(guarded: InProcess) -> None:
-    async with session(guarded, token=token("alice", exp=in_seconds(0.2))) as ws:
-        await ws.subscribe()
-        put(guarded, "a")
-        closed = await ws.closed()
-        assert (closed.code, seen(ws.left)) == (4401, [("a", 1)])
+    with running_out(0.5) as exp:
+        async with session(guarded, token=token("alice", exp=exp)) as ws:
+            await ws.subscribe()
+            put(guarded, "a")
+            closed = await ws.closed()
+            assert (closed.code, seen(ws.left)) == (4401, [("a", 1)])
 
 
 async def test_auth_renews(guarded: InProcess) -> None:
-    first = in_seconds(0.2)
-    async with session(guarded, token=token("alice", exp=first)) as ws:
-        await ws.subscribe()
-        until_then = in_seconds(100)
-        answer = await ws.ask("auth", token=token("alice", exp=until_then), ref="a")
-        assert (answer["type"], answer["userId"], answer["ref"]) == ("authenticated", "alice", "a")
-        assert answer["expiresAt"].endswith("Z")
-        while time.time() < first:
-            await ws.quiet()
-        put(guarded, "a")
-        assert seen([await ws.receive()]) == [("a", 1)]
-        assert "expiresAt" not in await ws.ask("auth", token=token("alice"))
+    with running_out(0.5) as exp:
+        async with session(guarded, token=token("alice", exp=exp)) as ws:
+            first = in_seconds(0.5)
+            await ws.subscribe()
+            answer = await ws.ask("auth", token=token("alice", exp=exp + 1000), ref="a")
+            assert (answer["type"], answer["userId"], answer["ref"]) == ("authenticated", "alice", "a")
+            assert answer["expiresAt"].endswith("Z")
+            while time.time() < first:
+                await ws.quiet()
+            put(guarded, "a")
+            assert seen([await ws.receive()]) == [("a", 1)]
+            assert "expiresAt" not in await ws.ask("auth", token=token("alice"))
 
 
 async def test_auth_of_another_user_closes_with_4401(guarded: InProcess) -> None:
