@@ -251,6 +251,11 @@ class Hub:
         self._soon.append(callback)
         self._wake.set()
 
+    @property
+    def full(self) -> bool:
+        """Whether publishers have to wait (``wait_room``)."""
+        return self._pending_bytes > PENDING_BYTES
+
     async def wait_room(self) -> None:
         """Hold a publisher back while the node has more to send than it can."""
         if self._pending_bytes > PENDING_BYTES:

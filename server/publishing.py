@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from msgspec.json import encode
+
 from protocol.errors import ApiError
 from protocol.fields import decode_fields
+from protocol.messages import Ref, server_message
 from server.auth import Identity
 from server.brokers.base import Accepted, Publish, Submission
 from server.node import Node
@@ -32,14 +35,17 @@ class Outcome(NamedTuple):
 
 
 class Batch:
-    """Several updates, handed to the broker.
+    """Several updates, read; ``submit`` hands them to the broker.
 
     Attributes:
-        submission: what was well-formed.
+        operations: what was well-formed.
+        submission: what became of it, perhaps among others.
         next_index: index of the update that would come next.
     """
 
-    __slots__ = ("_counters", "_indexes", "_malformed", "_source", "next_index", "submission")
+    __slots__ = ("_at", "_counters", "_indexes", "_malformed", "_source", "next_index", "operations", "submission")
+
+    submission: Submission
 
     def __init__(
         self,
@@ -51,7 +57,7 @@ class Batch:
         key: str | None = None,
         source: str = "http",
     ) -> None:
-        """Decide a batch; synchronous.
+        """Read a batch.
 
         Args:
             items: each the JSON text of one update with its ``jobId``.
@@ -74,19 +80,40 @@ class Batch:
             if key is not None:
                 item_key = f"{key}#{index}"
             operations.append(Publish(None, fields, "may", user, item_key))
-        self.submission: Submission = node.broker.submit(operations)
+        self.operations = operations
+        self._at = 0  # where its results begin among those of the submission
         self.next_index = first_index + len(items)
         self._counters = node.counters
         self._source = source
         self._indexes = indexes
         self._malformed = rejected
 
+    def submitted(self, submission: Submission, at: int) -> None:
+        """Its results are there, from this one on."""
+        self.submission, self._at = submission, at
+
+    def plainly(self) -> int:
+        """The offset of a batch of one update that was accepted, with nothing else to say of it; else 0.
+
+        To be asked once, in place of ``outcome`` unless it is 0.
+        """
+        if len(self._indexes) != 1 or self._malformed:
+            return 0
+        result = self.submission.results[self._at]
+        if not isinstance(result, Accepted) or result.duplicate or result.spooled or result.cancel_requested:
+            return 0
+        self._counters.publishes(self._source, 1, 0, 0)
+        return result.offset
+
     def outcome(self) -> Outcome:
         """What became of it, counted; to be asked once, and only once ``submission`` is kept."""
+        results = self.submission.results
+        if len(results) != len(self._indexes):  # there are others' among them
+            results = results[self._at : self._at + len(self._indexes)]
         accepted = duplicates = spooled = last = 0
         rejected = self._malformed
         cancels: list[str] = []
-        for index, result in zip(self._indexes, self.submission.results, strict=True):
+        for index, result in zip(self._indexes, results, strict=True):
             if isinstance(result, Accepted):
                 if result.duplicate:
                     duplicates += 1
@@ -108,6 +135,33 @@ class Batch:
                 for index, code, message, field in rejected
             ]
         return Outcome(accepted, duplicates, spooled, refusals, last, cancels)
+
+
+def submit(node: Node, batches: Sequence[Batch]) -> Submission:
+    """Decide batches in order, now and together; synchronous."""
+    if len(batches) == 1:
+        operations = batches[0].operations
+    else:
+        operations = [operation for batch in batches for operation in batch.operations]
+    submission = node.broker.submit(operations)
+    at = 0
+    for batch in batches:
+        batch.submitted(submission, at)
+        at += len(batch.operations)
+    return submission
+
+
+def published(batch: Batch, node: Node, ref: Ref) -> bytes:
+    """The message ``published`` for one batch, once kept."""
+    offset = batch.plainly()
+    if offset:  # by far the most frequent answer, for a fifth of the time
+        said = b"" if ref is None else b'"ref":%b,' % encode(ref)
+        return b'{"type":"published",%b"accepted":1,"duplicates":0,"rejected":[],"id":"%b:%d"}' % (
+            said,
+            node.broker.epoch.encode(),
+            offset,
+        )
+    return server_message("published", ref=ref, **summary([batch], node))
 
 
 def summary(batches: Sequence[Batch], node: Node) -> dict[str, Any]:

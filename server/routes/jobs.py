@@ -16,7 +16,7 @@ from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Cancel, Claim, Delete, Publish
 from server.connection import Exchange
-from server.publishing import Batch, summary
+from server.publishing import Batch, submit, summary
 from server.reading import channel_of_job
 from server.routes.intake import (
     JSON_TYPES,
@@ -185,7 +185,9 @@ async def _publish_portion(exchange: Exchange, batches: list[Batch], items: list
         await trio.lowlevel.checkpoint()  # others have a turn between two portions
     await node.hub.wait_room()
     first = batches[-1].next_index if batches else 0
-    batches.append(Batch(node, caller, items, first_index=first, key=key))
+    batch = Batch(node, caller, items, first_index=first, key=key)
+    submit(node, [batch])
+    batches.append(batch)
 
 
 async def delete(exchange: Exchange) -> Response:

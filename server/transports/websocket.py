@@ -50,7 +50,7 @@ from server.reading import FRESH, LOOK_EVERY, snapshot
 from server.socketio import linger
 from server.transports.live import DISCONNECTED, LiveReader
 from server.transports.sse import replay
-from server.transports.websocket_messages import HANDLERS
+from server.transports.websocket_messages import HANDLERS, Gathered, hand_over
 from server.wheel import Timer
 
 PROTOCOL: Final = "statuswire.v1"
@@ -145,6 +145,7 @@ class Session(LiveReader):
         "_too_fast",
         "framing",
         "from_inbox",
+        "gathered",
         "joined",
         "notices_from",
         "unanswered",
@@ -173,6 +174,7 @@ class Session(LiveReader):
         self._mistakes = 0
         self._too_fast = 0
         self.unanswered = 0
+        self.gathered: Gathered | None = None  # publishes that are handed over together, at the end of the turn
         # Notifications behind these offsets have been given: those for the client itself, and those of channels.
         self.notices_from = 0
         self.joined: dict[str, int] | None = None
@@ -304,6 +306,7 @@ class Session(LiveReader):
     def waits(self) -> None:
         """See ``Peer``."""
         try:
+            hand_over(self)
             self.uncork()
         except Exception as error:
             self._failed(error)
@@ -320,16 +323,19 @@ class Session(LiveReader):
         pong: Ping | None = None
         for event in events:
             if self.ended:
-                return
+                break
             if isinstance(event, Text):
                 await self._take_text(event.data)
-            elif isinstance(event, Ping):
+                continue
+            hand_over(self)
+            if isinstance(event, Ping):
                 pong = event  # of several the last is answered (RFC 6455 section 5.5.3): a flood buys no flood
             elif isinstance(event, Binary):
                 self._mistake(ApiError(415, "unsupported_data", "messages are JSON in text frames, not binary"))
             elif isinstance(event, CloseReceived):
                 self._farewell = close_reply(event)
                 self.finish("closed")
+        hand_over(self)
         if pong is not None and not self.ended:
             await self.wait_drained()
             self.post(pong_frame(pong.payload))
@@ -347,12 +353,14 @@ class Session(LiveReader):
                 await self.node.limits.check_message(self.identity.user, trio.current_time())
             message = decode_client_message(text)
             if self.corked and not isinstance(message, PublishMessage):
+                hand_over(self)
                 self.uncork()
             if self.identity is None and not isinstance(message, AuthMessage):
                 raise ApiError(401, "unauthorized", 'send {"type":"auth","token":…} first')
             await HANDLERS[type(message)](self, message)
             self._mistakes = self._too_fast = 0
         except ApiError as error:
+            hand_over(self)
             ref = ref_of(text)
             self.node.counters.error(error.code)
             log_event(LOG, logging.DEBUG, "refused", clientId=self.client_id, code=error.code, message=error.message)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
 from msgspec.json import encode
@@ -19,6 +20,7 @@ from protocol.messages import (
     NotifyMessage,
     PingMessage,
     PublishMessage,
+    Ref,
     Subscribe,
     Unsubscribe,
     error_message,
@@ -34,7 +36,7 @@ from protocol.watch import ANY, Watch, job_channel, user_channel
 from protocol.wire import wire_form
 from server.hub import Want
 from server.notices import acknowledge, may_join, offset_of, send, split_channels
-from server.publishing import Batch, summary
+from server.publishing import Batch, published, submit
 from server.reading import (
     Start,
     channel_of_job,
@@ -53,8 +55,13 @@ if TYPE_CHECKING:
 
 # Publishes whose answer is still on its way; a client further ahead of the store waits.
 MAX_UNANSWERED: Final = 64
+# Publish messages of one turn that are decided in one go.
+MOST_GATHERED: Final = 64
 # Of so many missed updates it is looked up at once whether any is wanted, of more as they are sent.
 FILTERED_AT_ONCE: Final = 1000
+
+
+Gathered: TypeAlias = list[tuple[Batch, Ref]]
 
 
 async def _auth(session: Session, message: AuthMessage) -> None:
@@ -220,24 +227,41 @@ async def _publish(session: Session, message: PublishMessage) -> None:
     session.node.check_accepting()
     if session.node.limits.on_publishes:
         await session.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
-    await session.hub.wait_room()
+    if session.hub.full:
+        await session.hub.wait_room()
     batch = Batch(session.node, identity, [bytes(update) for update in message.updates], source="websocket")
-    session.unanswered += 1
-
-    def answer(error: ApiError | None) -> None:
-        session.unanswered -= 1
-        if session.unanswered and not session.corked:  # others were kept with it, most likely
-            session.corked = True
-            session.hub.soon(session.uncork)
-        if error is not None:
-            session.post(session.form.message(error_message(error, message.ref)))
-        else:
-            session.say("published", ref=message.ref, **summary([batch], session.node))
-
-    # Answered in order of commit without stopping the reading of further messages.
-    batch.submission.when_kept(answer)
+    if session.gathered is None:
+        session.gathered = [(batch, message.ref)]
+    else:
+        session.gathered.append((batch, message.ref))
+    if not session.corked or len(session.gathered) >= MOST_GATHERED:
+        hand_over(session)
     if session.unanswered > MAX_UNANSWERED:
+        hand_over(session)
         await batch.submission.wait_kept()
+
+
+def hand_over(session: Session) -> None:
+    """Decide the publishes that came together: kept and shown in one go, and answered in order of commit without
+    stopping the reading of further messages."""
+    gathered = session.gathered
+    if gathered is not None:
+        session.gathered = None
+        session.unanswered += len(gathered)
+        submit(session.node, [batch for batch, _ in gathered]).when_kept(partial(_answer, session, gathered))
+
+
+def _answer(session: Session, gathered: Gathered, error: ApiError | None) -> None:
+    session.unanswered -= len(gathered)
+    if session.unanswered and not session.corked:  # others were kept with it, most likely
+        session.corked = True
+        session.hub.soon(session.uncork)
+    node, message = session.node, session.form.message
+    if error is not None:
+        answers = [message(error_message(error, ref)) for _, ref in gathered]
+    else:
+        answers = [message(published(batch, node, ref)) for batch, ref in gathered]
+    session.post(b"".join(answers))
 
 
 async def _ack(session: Session, message: Ack) -> None:

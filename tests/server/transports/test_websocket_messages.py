@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from wsproto.events import BytesMessage, TextMessage
 
+from server.limits import Limits
 from tests.streams import clean_server, cursor, put, session, websocket
 from tests.support import AUTH, InProcess, token, until
 
@@ -108,6 +110,85 @@ async def test_publishes_that_are_kept_together_are_answered_together(tmp_path: 
             assert sorted(answer["ref"] for answer in answers) == list(range(start, start + 40))
         (reader,) = at.node.streams
         assert not reader.corked  # type: ignore[attr-defined]
+
+
+async def test_publishes_that_come_together_are_taken_or_refused_each_by_itself(server: InProcess) -> None:
+    """They are decided in one go; each has its own answer, and a message that is none is answered in its place."""
+    texts = [
+        '{"type":"publish","ref":1,"updates":[{"jobId":"a","userId":"u","progress":1},{"jobId":"b"},{"jobId":"!"}]}',
+        '{"type":"publish","updates":[{"jobId":"a","progress":2}]}',
+        '{"type":"publish","ref":"three","updates":[{"jobId":"a","seq":5},{"jobId":"a","seq":5}]}',
+        '{"type":"publish","ref":4,"updates":[]}',
+        '{"type":"publish","ref":5,"updates":7}',
+        '{"type":"publish","ref":6,"updates":[{"jobId":"a","status":"nothing"}]}',
+        '{"type":"publish","ref":"sé\\"ven","updates":[{"jobId":"a","status":"completed"}]}',
+        '{"type":"publish","ref":8,"updates":[{"jobId":"a","progress":3}]}',
+    ]
+    async with session(server) as ws:
+        await ws.http.send(b"".join(ws.connection.send(TextMessage(text)) for text in texts))
+        answers = await ws.messages(len(texts))
+        epoch = server.node.broker.epoch
+        assert [(answer["type"], answer.get("ref")) for answer in answers] == [
+            ("published", 1),
+            ("published", None),
+            ("published", "three"),
+            ("published", 4),
+            ("error", 5),
+            ("published", 6),
+            ("published", 'sé"ven'),
+            ("published", 8),
+        ]
+        assert [refusal["index"] for refusal in answers[0]["rejected"]] == [1, 2]
+        assert answers[1] == {
+            "type": "published",
+            "accepted": 1,
+            "duplicates": 0,
+            "rejected": [],
+            "id": f"{epoch}:2",
+        }
+        assert (answers[2]["accepted"], answers[2]["duplicates"], answers[2]["id"]) == (1, 1, f"{epoch}:3")
+        assert (answers[3]["accepted"], answers[3]["rejected"]) == (0, [])
+        assert [answer["accepted"] for answer in answers[5:]] == [0, 1, 0]
+        assert [answers[n]["rejected"][0]["code"] for n in (5, 7)] == ["invalid_field", "job_ended"]
+        counted = {outcome: n for (source, outcome), n in server.node.counters.updates.items() if source == "websocket"}
+        assert counted == {"accepted": 4, "duplicate": 1, "rejected": 4}
+
+
+async def test_publishes_do_not_wait_with_a_turn_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came before a message that has to wait for something is not held up by it."""
+    go = trio.Event()
+    checks: list[int] = []
+
+    async def slow(self: Limits, user: str, now: float, count: int = 1) -> None:
+        checks.append(count)
+        if len(checks) == 3:
+            await go.wait()
+
+    monkeypatch.setattr(Limits, "check_publish", slow)
+    async with clean_server(limits={"publishes_per_second": 100}) as server, session(server) as ws:
+        publish = '{"type":"publish","ref":%d,"updates":[{"jobId":"a","userId":"u"}]}'
+        await ws.http.send(b"".join(ws.connection.send(TextMessage(publish % n)) for n in range(5)))
+        assert [answer["ref"] for answer in await ws.messages(2)] == [0, 1]
+        assert server.node.history.last == 2
+        go.set()
+        assert [answer["ref"] for answer in await ws.messages(3)] == [2, 3, 4]
+
+
+async def test_publishes_that_the_store_loses_together_are_refused_one_by_one(tmp_path: Path) -> None:
+    async with clean_server(store={"url": f"sqlite:{tmp_path}/s.db"}) as at, session(at) as ws:
+        database: Any = at.node.broker._file._db  # type: ignore[attr-defined]
+        assert (await ws.ask("publish", updates=[{"jobId": "a", "userId": "u"}]))["accepted"] == 1
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        publish = '{"type":"publish","ref":%d,"updates":[{"jobId":"a","message":"' + "m" * 2000 + '"}]}'
+        await ws.http.send(b"".join(ws.connection.send(TextMessage(publish % n)) for n in range(6)))
+        answers = await ws.messages(6)
+        assert [(answer["code"], answer["ref"]) for answer in answers] == [("store_unavailable", n) for n in range(6)]
+        assert at.node.history.last == 1
+        database.execute("PRAGMA max_page_count = 1000000")
+        assert (await ws.ask("publish", updates=[{"jobId": "a", "progress": 5}]))["accepted"] == 1
+        (job,) = at.node.jobs.jobs.values()
+        assert job.latest.version == 2
 
 
 # Wrong messages
