@@ -8,8 +8,12 @@ BIN := $(VENV)/bin
 WEB := $(VENV)/web
 # The Autobahn test suite.
 AUTOBAHN := $(VENV)/autobahn
-# As many processes as there are cores, each with whole files. PARALLEL= runs one after the other.
-PARALLEL := -n auto --dist loadfile
+# Each process takes whole files, in the order of tests/conftest.py, which also says how many processes there are.
+# PARALLEL= runs one test after the other.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+# What has no business where the server is has a place of its own in .venv, by the name of its extra in pyproject.toml:
+# what the examples are made of, the fuzzer, and Locust, which brings gevent.
+PLACES := load fuzz examples
 # The least coverage, in percent, of each of the packages.
 COVERAGE := 90
 
@@ -18,6 +22,8 @@ INSTALL = $(APT_GET) install -y --no-install-recommends
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
+# Tests start servers by the hundred: whatever the shell says, the sources are not compiled anew for each.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: examples example-vanilla example-react example-fastapi example-django example-nginx example-celery example-bullmq example-rq help conformance setup setup-dev system run test test-fast bench web sizes lint types format clean
 
@@ -60,9 +66,9 @@ example-nginx: setup $(VENV)/examples/.done
 	@PATH="$$PATH:/usr/sbin:$(VENV)/nginx/usr/sbin" command -v nginx >/dev/null || $(MAKE) --silent system
 	@exec $(BIN)/python -m tools.examples.web nginx $(ARGS)
 
-$(VENV)/examples/.done: pyproject.toml | $(BIN)/python
-	test -x $(VENV)/examples/bin/python || $(BIN)/python -m venv $(VENV)/examples
-	$(VENV)/examples/bin/pip install --quiet --editable '.[examples]'
+$(PLACES:%=$(VENV)/%/.done): $(VENV)/%/.done: pyproject.toml | $(BIN)/python
+	test -x $(VENV)/$*/bin/python || $(BIN)/python -m venv --without-pip $(VENV)/$*
+	$(BIN)/pip --python $(VENV)/$*/bin/python install --quiet --editable '.[$*]'
 	@touch $@
 
 examples:  ## list the examples: applications and queues with live jobs, each by one command (ARGS="--port 8080")
@@ -75,13 +81,20 @@ examples:  ## list the examples: applications and queues with live jobs, each by
 	@echo 'make example-bullmq     the jobs of BullMQ'
 	@echo 'make example-rq         the jobs of RQ'
 
-test: setup-dev system $(VENV)/load/.done $(VENV)/fuzz/.done $(VENV)/examples/.done $(VENV)/react/.done  ## run every test and measure coverage
+test: setup-dev  ## run every test and measure coverage
+	@$(MAKE) --silent -j2 system places
+	@$(MAKE) --silent $(VENV)/react/.done
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include='protocol/*' --fail-under=$(COVERAGE)
 	$(BIN)/coverage report --include='server/*' --fail-under=$(COVERAGE)
 	$(BIN)/coverage report --include='statuswire/*' --fail-under=$(COVERAGE)
+
+# One after the other: pip writes into the sources' directory when it installs them as editable.
+.PHONY: places
+places:
+	@for place in $(PLACES); do $(MAKE) --silent $(VENV)/$$place/.done || exit; done
 
 test-fast: setup-dev  ## the tests that take under a minute
 	$(BIN)/pytest -q $(PARALLEL) -m 'not slow' $(PYTEST_ARGS)
@@ -100,11 +113,6 @@ queues-long: setup-dev system  ## real queues under every trouble there is a tes
 .PHONY: fuzz
 fuzz: $(VENV)/fuzz/.done  ## fuzz each parser, and whole conversations, for a minute (FUZZ_SECONDS=, FUZZ_TARGETS="http …")
 	$(VENV)/fuzz/bin/python -m tests.fuzz.run $(FUZZ_TARGETS) --seconds $${FUZZ_SECONDS:-60} --keep $(VENV)/fuzz/found
-
-$(VENV)/fuzz/.done: pyproject.toml | $(BIN)/python
-	test -x $(VENV)/fuzz/bin/python || $(BIN)/python -m venv $(VENV)/fuzz
-	$(VENV)/fuzz/bin/pip install --quiet --editable '.[fuzz]'
-	@touch $@
 
 .PHONY: hostility
 hostility: setup-dev system  ## every attack for ten seconds (HOSTILITY_SECONDS=), and a table of what readers felt
@@ -150,12 +158,6 @@ load: setup $(VENV)/load/.done  ## users of every kind by Locust, headless, and 
 
 locust: $(VENV)/load/.done  ## the same users with Locust's web page, against a server that runs (LOAD_ARGS="--host URL")
 	$(VENV)/load/bin/locust -f perf/locustfile.py --class-picker --host http://127.0.0.1:3000 $(LOAD_ARGS)
-
-# Locust brings gevent, which has no business in the server's own place.
-$(VENV)/load/.done: pyproject.toml | $(BIN)/python
-	test -x $(VENV)/load/bin/python || $(BIN)/python -m venv $(VENV)/load
-	$(VENV)/load/bin/pip install --quiet --editable '.[load]'
-	@touch $@
 
 bench-peers: setup peers  ## this server beside others, in one run: tables, plots, documents (nine minutes)
 	$(BIN)/pip install --quiet --editable '.[plots]'
