@@ -12,7 +12,8 @@ AUTOBAHN := $(VENV)/autobahn
 # PARALLEL= runs one test after the other.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 # What has no business where the server is has a place of its own in .venv, by the name of its extra in pyproject.toml:
-# what the examples are made of, the fuzzer, and Locust, which brings gevent.
+# what the examples are made of, the fuzzer, and Locust, which brings gevent. Little of it is ever imported, so it is
+# not compiled ahead.
 PLACES := load fuzz examples
 # The least coverage, in percent, of each of the packages.
 COVERAGE := 90
@@ -68,7 +69,7 @@ example-nginx: setup $(VENV)/examples/.done
 
 $(PLACES:%=$(VENV)/%/.done): $(VENV)/%/.done: pyproject.toml | $(BIN)/python
 	test -x $(VENV)/$*/bin/python || $(BIN)/python -m venv --without-pip $(VENV)/$*
-	$(BIN)/pip --python $(VENV)/$*/bin/python install --quiet --editable '.[$*]'
+	$(BIN)/pip --python $(VENV)/$*/bin/python install --quiet --no-compile --editable '.[$*]'
 	@touch $@
 
 examples:  ## list the examples: applications and queues with live jobs, each by one command (ARGS="--port 8080")
