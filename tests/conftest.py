@@ -34,6 +34,15 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis that no test breaks or takes for empty: it is much quicker to empty one than to start one."""
+    from tests.redis_servers import running_server
+
+    with running_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Of ``-n auto``: more than there are cores, as most tests wait most of the time."""

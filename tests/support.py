@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -164,7 +165,7 @@ class Http:
 
     async def alive(self) -> bool:
         """Whether the connection goes on, in step."""
-        return (await self.request("GET", "/health")).json == {"status": "ok"}
+        return bool((await self.request("GET", "/health")).json == {"status": "ok"})
 
     async def aclose(self) -> None:
         """Close our side."""
@@ -283,6 +284,16 @@ class Address:
         answer = await self.post(f"/api/v2/jobs/{job_id}/updates", fields, headers)
         assert answer.status == 200, answer
         return answer
+
+
+@asynccontextmanager
+async def answering(serve: Callable[[trio.SocketStream], Awaitable[object]]) -> AsyncIterator[int]:
+    """Somebody else's server, who does ``serve`` with each connection; its port."""
+    async with trio.open_nursery() as nursery:
+        listen = partial(trio.serve_tcp, serve, 0, host="127.0.0.1", handler_nursery=nursery)
+        (listener,) = await nursery.start(listen)
+        yield listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
 
 
 @dataclass

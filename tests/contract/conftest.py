@@ -1,31 +1,25 @@
-"""One Redis for all of this folder's tests, emptied for each."""
+"""Each store, empty, for the tests of this folder: brokers on it, and whole servers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from tests.contract.harness import Rig, running
-from tests.redis_servers import RedisServer, running_server
+from tests.redis_servers import RedisServer
 from tests.streams import clean_server
 from tests.support import AUTH, InProcess
 
 STORES = ["memory", "sqlite", "redis"]
 
 
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with running_server(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
 @pytest.fixture
-def redis_url(redis_server: RedisServer) -> str:
-    with redis_server.oracle() as oracle:
+def redis_url(shared_redis: RedisServer) -> str:
+    with shared_redis.oracle() as oracle:
         oracle.flushall()
-    return redis_server.url
+    return shared_redis.url
 
 
 @pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.slow)])

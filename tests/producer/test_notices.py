@@ -58,7 +58,7 @@ async def test_every_target() -> None:
             assert sync(*to_whom, f"{target}.later", data, client=client, wait=False) == 0
             await settled(client)
             for stream in expected:
-                events = [await stream.event() for _ in range(3)]
+                events = await stream.events(3)
                 assert [event.name for event in events] == [f"{target}.sync", f"{target}.aio", f"{target}.later"]
                 assert [event.data["data"] for event in events] == [data] * 3
                 assert events[0].data["metadata"] == metadata

@@ -7,7 +7,6 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from server.auth import Identity
 from server.auth_hook import AuthHook
 from server.config import Auth
 from tests.streams import websocket
-from tests.support import AUTH, Answer, InProcess, bearer, in_seconds, server, spawned, until
+from tests.support import AUTH, Answer, InProcess, answering, bearer, in_seconds, server, spawned, until
 
 NOW: Final = 1_750_000_000.0
 JOBS: Final = "/api/v2/jobs"
@@ -68,12 +67,8 @@ class Application:
 @asynccontextmanager
 async def application() -> AsyncIterator[Application]:
     app = Application()
-    async with trio.open_nursery() as nursery:
-        listen = partial(trio.serve_tcp, app.serve, 0, host="127.0.0.1", handler_nursery=nursery)
-        listeners = await nursery.start(listen)
-        app.port = listeners[0].socket.getsockname()[1]
+    async with answering(app.serve) as app.port:
         yield app
-        nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ from server.config import Callback
 from server.seen import Seen
 from tests.redis_servers import RedisServer
 from tests.streams import event_stream, lose_log, put, session
-from tests.support import ADMIN, AUTH, InProcess, bearer, server, spawned, until, until_so
+from tests.support import ADMIN, AUTH, InProcess, answering, bearer, server, spawned, until, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -99,12 +99,8 @@ class Application:
 @asynccontextmanager
 async def application() -> AsyncIterator[Application]:
     app = Application()
-    async with trio.open_nursery() as nursery:
-        serve = partial(trio.serve_tcp, app.serve, 0, host="127.0.0.1", handler_nursery=nursery)
-        listeners = await nursery.start(serve)
-        app.port = listeners[0].socket.getsockname()[1]
+    async with answering(app.serve) as app.port:
         yield app
-        nursery.cancel_scope.cancel()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ import trio
 
 from server.config import Limits
 from server.routes import ROUTES, page
-from tests.redis_servers import running_server
+from tests.redis_servers import RedisServer
 from tests.streams import WebSocket, session, stream_at, websocket
 from tests.support import ADMIN, AUTH, WORKER, Answer, InProcess, bearer, server, token, until
 
@@ -130,9 +130,10 @@ PROBES = [
 
 
 @pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_server(tmp_path_factory.mktemp("redis")) as running:
-        yield running.url
+def redis_url(shared_redis: RedisServer) -> str:
+    with shared_redis.oracle() as oracle:
+        oracle.flushall()
+    return shared_redis.url
 
 
 @pytest.fixture(params=["memory", "redis"])

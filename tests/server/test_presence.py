@@ -266,11 +266,11 @@ async def told_of_comings_and_goings(at: InProcess, there: InProcess) -> None:
                 await each.receive()
                 await each.ask("subscribe", channels=["room"])
                 # What comes and goes before Redis has answered is nothing, so one thing after the other.
-                messages += [await ws.receive() for _ in range(number)]
+                messages += await ws.messages(number)
             await first.ask("unsubscribe", channels=["room"])
             await second.ask("unsubscribe", channels=["room"])
             messages.append(await ws.receive())
-        messages += [await ws.receive() for _ in range(2)]
+        messages += await ws.messages(2)
         told = [(message["event"], message["data"]) for message in messages]
         assert told[:4] == [
             ("join", {"userId": "ann", "count": 1}),
@@ -299,6 +299,6 @@ async def test_one_who_comes_and_goes_all_the_time_fills_no_log(monkeypatch: pyt
             assert at.node.history.last == 5
             await other.receive()
             await other.ask("subscribe", channels=["room"])
-            told = [await ws.receive() for _ in range(6)]
+            told = await ws.messages(6)
             assert [message["data"]["userId"] for message in told] == ["ann"] * 5 + ["bob"]
             assert told[-1]["data"]["count"] == 1

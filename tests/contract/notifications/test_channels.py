@@ -57,7 +57,7 @@ async def test_a_cursor_without_channels_replays_what_was_for_the_user(at: InPro
         answer = await ws.subscribe(jobIds=["a"], last_seen=start)
         assert answer["recovered"] is True
         assert answer["id"] == start
-        got = [await ws.receive() for _ in range(3)]
+        got = await ws.messages(3)
         assert [message["type"] for message in got] == ["status_update", "notification", "status_update"]
         assert got[1]["id"] == first["id"]
         await ws.quiet()

@@ -142,7 +142,7 @@ async def test_one_entry_for_several_targets_comes_once_and_between_updates_in_o
         await send(at, "channels", ["x", "y", "z"])
         await put(at, "a", "ann", progress=2)
         await send(at, "users", ["ann", "bob"])
-        got = [await ws.receive() for _ in range(4)]
+        got = await ws.messages(4)
         assert [message["type"] for message in got] == ["status_update", "notification"] * 2
         offsets = [offset_of(message["id"]) for message in got]
         assert offsets == sorted(set(offsets))

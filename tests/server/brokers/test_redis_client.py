@@ -32,13 +32,6 @@ pytestmark = pytest.mark.slow
 INCREMENT = Script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server that no test breaks."""
-    with running_server(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
     """A server of the test's own, which keeps its data."""
@@ -102,16 +95,16 @@ def test_bad_urls(text: str, hint: str) -> None:
 # Starting
 
 
-async def test_start_errors_say_what_to_do(shared: RedisServer, tmp_path: Path) -> None:
+async def test_start_errors_say_what_to_do(shared_redis: RedisServer, tmp_path: Path) -> None:
     assert "cannot be reached" in await refusal(f"redis://127.0.0.1:{free_ports(1)[0]}")
     assert "cannot be reached" in await refusal("redis://no-such-host.invalid")
-    assert "has no database 99" in await refusal(f"{shared.url}/99")
-    assert "leave the password out" in await refusal(f"redis://:secret@127.0.0.1:{shared.port}")
-    assert "refuses user 'nobody'" in await refusal(f"redis://nobody:secret@127.0.0.1:{shared.port}")
-    assert "not part of a cluster" in await refusal(f"redis+cluster://127.0.0.1:{shared.port}")
-    assert "not a sentinel" in await refusal(f"redis+sentinel://127.0.0.1:{shared.port}/main")
-    assert "is it a TLS port" in await refusal(f"rediss://127.0.0.1:{shared.port}")
-    with running_server(tmp_path, "--replicaof", "127.0.0.1", str(shared.port)) as replica:
+    assert "has no database 99" in await refusal(f"{shared_redis.url}/99")
+    assert "leave the password out" in await refusal(f"redis://:secret@127.0.0.1:{shared_redis.port}")
+    assert "refuses user 'nobody'" in await refusal(f"redis://nobody:secret@127.0.0.1:{shared_redis.port}")
+    assert "not part of a cluster" in await refusal(f"redis+cluster://127.0.0.1:{shared_redis.port}")
+    assert "not a sentinel" in await refusal(f"redis+sentinel://127.0.0.1:{shared_redis.port}/main")
+    assert "is it a TLS port" in await refusal(f"rediss://127.0.0.1:{shared_redis.port}")
+    with running_server(tmp_path, "--replicaof", "127.0.0.1", str(shared_redis.port)) as replica:
         assert "replica of 127.0.0.1" in await refusal(replica.url)
 
 
@@ -145,8 +138,8 @@ async def test_what_is_not_redis(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_old_and_silent_and_loading_servers(shared: RedisServer) -> None:
-    async with running_proxy(shared.port) as proxy:
+async def test_old_and_silent_and_loading_servers(shared_redis: RedisServer) -> None:
+    async with running_proxy(shared_redis.port) as proxy:
         at = f"redis://127.0.0.1:{proxy.port}"
         proxy.replace = (b"redis_version:7.0.15", b"redis_version:6.0.16")
         assert "version 6.0.16: 6.2 or newer" in await refusal(at)
@@ -195,9 +188,9 @@ async def test_tls(tmp_path: Path) -> None:
 # Commands
 
 
-async def test_values_are_what_redis_py_sees(shared: RedisServer) -> None:
-    async with open_client(shared.url) as client:
-        with shared.oracle() as oracle:
+async def test_values_are_what_redis_py_sees(shared_redis: RedisServer) -> None:
+    async with open_client(shared_redis.url) as client:
+        with shared_redis.oracle() as oracle:
             assert await client.call("SET", "text", "grün") == b"OK"
             assert oracle.get("text") == "grün".encode()
             assert await client.call("RPUSH", b"list\0", 1, 2.5, b"\r\n") == oracle.llen(b"list\0") == 3
@@ -212,8 +205,8 @@ async def test_values_are_what_redis_py_sees(shared: RedisServer) -> None:
             assert nested[1][1].code == "MINE"
 
 
-async def test_one_pass_is_one_write_and_replies_keep_order(shared: RedisServer) -> None:
-    async with running_proxy(shared.port) as proxy, open_client(f"redis://127.0.0.1:{proxy.port}") as client:
+async def test_one_pass_is_one_write_and_replies_keep_order(shared_redis: RedisServer) -> None:
+    async with running_proxy(shared_redis.port) as proxy, open_client(f"redis://127.0.0.1:{proxy.port}") as client:
         order: list[object] = []
         await client.call("DEL", "n")
         proxy.chunks.clear()
@@ -229,8 +222,8 @@ async def test_one_pass_is_one_write_and_replies_keep_order(shared: RedisServer)
         assert client.pending == 0
 
 
-async def test_scripts_survive_a_flush(shared: RedisServer) -> None:
-    async with open_client(shared.url) as client:
+async def test_scripts_survive_a_flush(shared_redis: RedisServer) -> None:
+    async with open_client(shared_redis.url) as client:
         await client.call("DEL", "n")
         assert await client.call_script(INCREMENT, ["n"], [1]) == 1  # unknown to the server until now
         await client.call("SCRIPT", "FLUSH")
@@ -250,8 +243,8 @@ async def test_scripts_are_loaded_on_each_connection(server: RedisServer) -> Non
         assert await witness.client.call("SCRIPT", "EXISTS", INCREMENT.sha) == [1]
 
 
-async def test_bounds(shared: RedisServer) -> None:
-    async with open_client(shared.url, options=Options(max_commands=10, max_bytes=1000)) as client:
+async def test_bounds(shared_redis: RedisServer) -> None:
+    async with open_client(shared_redis.url, options=Options(max_commands=10, max_bytes=1000)) as client:
         replies = [client.send("ECHO", n) for n in range(10)]
         with pytest.raises(OverloadedError):
             client.send("ECHO", "one too many")
@@ -261,8 +254,8 @@ async def test_bounds(shared: RedisServer) -> None:
         assert await client.call("ECHO", "still well") == b"still well"
 
 
-async def test_a_cancelled_caller_leaves_the_pipeline_intact(shared: RedisServer) -> None:
-    async with running_proxy(shared.port) as proxy, open_client(f"redis://127.0.0.1:{proxy.port}") as client:
+async def test_a_cancelled_caller_leaves_the_pipeline_intact(shared_redis: RedisServer) -> None:
+    async with running_proxy(shared_redis.port) as proxy, open_client(f"redis://127.0.0.1:{proxy.port}") as client:
         proxy.stop_passing()
         with trio.move_on_after(0.02) as scope:
             await client.call("SET", "cancelled", "yes")
@@ -273,14 +266,14 @@ async def test_a_cancelled_caller_leaves_the_pipeline_intact(shared: RedisServer
         assert client.pending == 0
 
 
-async def test_a_failing_callback_harms_nobody(shared: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_callback_harms_nobody(shared_redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     heard: list[bytes] = []
 
     def hear(channel: bytes, payload: bytes) -> None:
         heard.append(payload)
         raise ValueError(payload)
 
-    async with open_client(shared.url, on_message=hear) as client:
+    async with open_client(shared_redis.url, on_message=hear) as client:
         client.subscribe(["c"])
         await client.wait_subscribed(["c"])
         client.send("PUBLISH", "c", "1").when_settled(lambda reply: 1 / 0)
@@ -293,8 +286,8 @@ async def test_a_failing_callback_harms_nobody(shared: RedisServer, caplog: pyte
 # Subscriptions
 
 
-async def test_subscriptions(shared: RedisServer) -> None:
-    async with witnessed(shared.url) as witness:
+async def test_subscriptions(shared_redis: RedisServer) -> None:
+    async with witnessed(shared_redis.url) as witness:
         client = witness.client
         names = [f"c{n}" for n in range(1200)]
         client.subscribe(names)
@@ -308,16 +301,16 @@ async def test_subscriptions(shared: RedisServer) -> None:
         await until(lambda: len(witness.messages) == 67)
         assert witness.messages == [(b"c%d" % (n % 3), b"%d" % n) for n in range(100) if n % 3 < 2]
         client.unsubscribe(["c0", "c1"])
-        with shared.oracle() as oracle:
+        with shared_redis.oracle() as oracle:
             await until(lambda: oracle.pubsub_channels() == [])
         assert client.subscribed == set()
 
 
-async def test_a_subscriber_that_hears_nothing_stays_connected(shared: RedisServer) -> None:
-    async with witnessed(shared.url, Options(ping_every_s=0.05, silence_s=0.4)) as witness:
+async def test_a_subscriber_that_hears_nothing_stays_connected(shared_redis: RedisServer) -> None:
+    async with witnessed(shared_redis.url, Options(ping_every_s=0.05, silence_s=0.4)) as witness:
         witness.client.subscribe(["quiet"])
         await witness.client.wait_subscribed(["quiet"])
-        with shared.oracle() as oracle:
+        with shared_redis.oracle() as oracle:
             before = oracle.info("commandstats")["cmdstat_ping"]["calls"]
             await until(lambda: oracle.info("commandstats")["cmdstat_ping"]["calls"] >= before + 10)
         assert (len(witness.ups), witness.downs, witness.lost) == (1, [], [])
@@ -430,8 +423,8 @@ async def test_client_kill_under_load_loses_no_answer(server: RedisServer) -> No
         assert client.pending == 0
 
 
-async def test_closing_fails_whoever_waits(shared: RedisServer) -> None:
-    async with running_proxy(shared.port) as proxy:
+async def test_closing_fails_whoever_waits(shared_redis: RedisServer) -> None:
+    async with running_proxy(shared_redis.port) as proxy:
         async with open_client(f"redis://127.0.0.1:{proxy.port}") as client:
             proxy.stop_passing()
             reply = client.send("GET", "a")
@@ -452,8 +445,8 @@ async def test_full_redis_is_an_answer(tmp_path: Path) -> None:
             assert client.away is None
 
 
-async def test_nothing_is_left_behind(shared: RedisServer) -> None:
-    async with witnessed(shared.url) as witness:
+async def test_nothing_is_left_behind(shared_redis: RedisServer) -> None:
+    async with witnessed(shared_redis.url) as witness:
         client = witness.client
         for _ in range(3):
             client.subscribe(f"c{n}" for n in range(100))

@@ -22,18 +22,12 @@ STREAM = BULLMQ["stream"]
 ENDS = {"video:1": "completed", "video:2": "failed", "video:job_123": "completed", "video:5": "cancelled"}
 
 
-@pytest.fixture(scope="module")
-def one_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with running_server(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
 @pytest.fixture
-def redis(one_redis: RedisServer) -> RedisServer:
-    with one_redis.oracle() as oracle:
+def redis(shared_redis: RedisServer) -> RedisServer:
+    with shared_redis.oracle() as oracle:
         oracle.flushall()
         oracle.config_set("notify-keyspace-events", "")
-    return one_redis
+    return shared_redis
 
 
 @pytest.fixture

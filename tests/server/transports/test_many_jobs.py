@@ -116,7 +116,7 @@ async def test_what_changes_while_a_snapshot_is_made_comes_after_it_once(many: I
         assert snapshot.id == before
         told = [snapshot.data["jobs"], [(await stream.event()).data for _ in range(COUNT // 2)]]
         answer = await ws.receive()
-        told_ws = [answer["snapshot"], [await ws.receive() for _ in range(COUNT // 2)]]
+        told_ws = [answer["snapshot"], await ws.messages(COUNT // 2)]
         await ws.quiet()
     for first, then in (told, told_ws):
         assert [record["version"] for record in first] == [1] * COUNT
