@@ -55,6 +55,14 @@ def encode_update(cursor: bytes, data: bytes) -> bytes:
     return b"id: %b\ndata: %b\n\n" % (cursor, data)
 
 
+def encode_message(data: bytes, id: str | None, retry_ms: int | None) -> bytes:
+    """One unnamed event, with what it has of the rest; as unchecked as ``encode_update``."""
+    before = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
+    if id is None:
+        return b"%bdata: %b\n\n" % (before, data)
+    return b"%bid: %b\ndata: %b\n\n" % (before, id.encode(), data)
+
+
 class Event(msgspec.Struct, frozen=True, gc=False):
     """One dispatched event."""
 

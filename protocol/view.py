@@ -155,8 +155,11 @@ def control(view: View, name: str, facts: Mapping[str, object]) -> Message | Non
     found = view.controls.get(name)
     if found is None:
         return None
-    members = {member: facts.get(fact) for member, fact in found.members.items()}
-    message = {"type": name} | {member: value for member, value in members.items() if value is not None}
+    message: dict[str, object] = {"type": name}
+    for member, fact in found.members.items():
+        value = facts.get(fact)
+        if value is not None:
+            message[member] = value
     return Message(msgspec.json.encode(message), found.event)
 
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from wsproto.connection import Connection, ConnectionState, ConnectionType
@@ -63,8 +63,7 @@ class DeflateParameters:
         return answer
 
 
-@dataclass(frozen=True, slots=True)
-class Handshake:
+class Handshake(NamedTuple):
     """An acceptable opening handshake."""
 
     headers: list[tuple[str, str]]

@@ -17,7 +17,7 @@ from protocol.frames import SMALL_WINDOW_BITS, WINDOW_BITS, deflated_text_frame,
 from protocol.http1 import encode_chunk
 from protocol.job import Record
 from protocol.notice import event_data
-from protocol.sse import encode_event, encode_update
+from protocol.sse import encode_event, encode_message, encode_update
 from protocol.update import Update
 from protocol.view import Message, View
 from protocol.views.jobs import VIEW as JOBS
@@ -125,7 +125,10 @@ class WireForm:
             return _deflated(message, self._deflate_bits)
         if framing is Framing.JSON:
             return message
-        text = encode_event(message, id=cursor, event=event, retry_ms=retry_ms)
+        if event is None:
+            text = encode_message(message, cursor, retry_ms)
+        else:
+            text = encode_event(message, id=cursor, event=event, retry_ms=retry_ms)
         return encode_chunk(text) if framing is Framing.SSE_CHUNKED else text
 
     def _rendered(self, update: Update, cursor: str) -> list[bytes]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
+import server.routes  # noqa: F401  # whoever comes first should not wait for it
 from server import systemd
 from server.brokers.base import StoreError
 from server.config import Config, ConfigError, is_loopback

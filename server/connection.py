@@ -9,7 +9,6 @@ import logging
 import math
 import re
 import select
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import cache
@@ -132,9 +131,9 @@ class Exchange:
         )
 
 
-class Deferred(ABC):
+class Deferred:
     """A request that waits for something to answer with. There is no task for it: whoever has news of it calls
-    ``Connection.wake``.
+    ``Connection.wake``. No abstract class, because every request is asked whether it is one: a Python call each.
 
     Attributes:
         exchange: the request.
@@ -148,17 +147,17 @@ class Deferred(ABC):
     patience_s: float
     headers: ClassVar[Sequence[tuple[str, str]]]
 
-    @abstractmethod
     def answer(self, *, late: bool) -> Response:
         """What there is to say now; ``late`` if the time is over. Must not wait.
 
         Raises:
             ApiError: it is refused after all.
         """
+        raise AssertionError("who waits must say what there is to say")
 
-    @abstractmethod
     def leave(self) -> None:
         """It waits no more: leave no trace. Must not wait nor raise."""
+        raise AssertionError("who waits must say how it leaves")
 
 
 class _Owed(NamedTuple):
@@ -420,7 +419,7 @@ class Connection(Peer):
 
     def _expect(self, patience_s: float) -> None:
         """Something has to come within this time."""
-        now = trio.current_time()
+        now = self.node.wheel.now()
         self._deadline = now + patience_s
         if self._timer is None or self._deadline < self._due:
             self._look_in(patience_s)
@@ -428,7 +427,7 @@ class Connection(Peer):
     def _look_in(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._due = trio.current_time() + seconds
+        self._due = self.node.wheel.now() + seconds
         self._timer = self.node.wheel.after(seconds, self._look)
 
     def _look(self) -> None:

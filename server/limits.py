@@ -334,6 +334,8 @@ def client_address(peer: str, request: Request, trusted: TrustedProxies) -> str:
     Returns:
         An IP address in its usual form, IPv4 where it is IPv4 mapped into IPv6; ``unix`` if nothing more is known.
     """
+    if not trusted.networks and peer not in ("", UNIX):
+        return _usual(peer)
     if peer in ("", UNIX):
         client, believed = UNIX, trusted.unix
     else:
@@ -361,6 +363,13 @@ def _parse_hop(text: str) -> IPv4Address | IPv6Address | None:
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     return _parse_address(text)
+
+
+@lru_cache(maxsize=4096)
+def _usual(text: str) -> str:
+    """An address in its usual form; what is none as it is."""
+    address = _parse_address(text)
+    return text if address is None else str(address)
 
 
 @lru_cache(maxsize=4096)

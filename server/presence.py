@@ -175,9 +175,11 @@ class Presence:
         )
 
     def _tell(self, kind: Literal["join", "leave"], user: str, channel: str | None, count: int) -> None:
-        event = PresenceEvent(kind, user, channel, count)
         # Over several nodes Redis decides who was the first or the last, see redis_presence.
-        if self.on_event is None or self.cluster is not None or event.listeners not in self.channels:
+        if self.on_event is None or self.cluster is not None or not self.channels:
+            return
+        event = PresenceEvent(kind, user, channel, count)
+        if event.listeners not in self.channels:
             return
         try:
             self.on_event(event, None)

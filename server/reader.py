@@ -98,7 +98,7 @@ class PushReader(Reader):
         self.min_interval_s = 0.0
         self.ended = ""
         self.final_cursor: str | None = None  # where it stood at its end, if that was not in the middle of a replay
-        self.heard_at = trio.current_time()  # when the peer last gave a sign of life
+        self.heard_at = wheel.now()  # when the peer last gave a sign of life
         self._plain = True  # nothing is filtered or spaced out, and there is one form for all
         self._due = False
         self._timer: Timer | None = None
@@ -175,8 +175,9 @@ class PushReader(Reader):
         if self.ended:
             return
         if self.queue is None:
-            owes = self.corked or self.tail or self.held or self._draining or self.open_jobs is not None
-            if len(pieces) == 1 and not owes:
+            owes = self.corked or self.tail or self.held or self._draining
+            # Of a reader that stops with its last open job this may be the last.
+            if len(pieces) == 1 and not owes and (self.open_jobs is None or self.open_jobs):
                 (piece,) = pieces
                 if isinstance(piece, bytes):  # nothing is owed: straight to the socket
                     if piece:

@@ -49,9 +49,15 @@ class Timer:
 
 
 class Wheel:
-    """Timers in slots of 10 ms, the next due slot on top of a heap. Times are ``trio.current_time()`` seconds."""
+    """Timers in slots of 10 ms, the next due slot on top of a heap. Times are ``trio.current_time()`` seconds.
+
+    Attributes:
+        now: the time.
+    """
 
     def __init__(self) -> None:
+        # ``trio.current_time``, found once: that looks for the clock anew each time, for 0.3 µs more.
+        self.now = trio.lowlevel.current_clock().current_time
         self._slots: dict[int, dict[Timer, None]] = {}
         self._due: list[int] = []  # heap of the keys of _slots
         self._empty = 0
@@ -64,7 +70,7 @@ class Wheel:
 
     def after(self, seconds: float, callback: Callable[[], object]) -> Timer:
         """Call back in so many seconds, at most 10 ms late. What the callback raises is logged and goes no further."""
-        slot = math.ceil((trio.current_time() + max(0.0, seconds)) / RESOLUTION)
+        slot = math.ceil((self.now() + (seconds if seconds > 0.0 else 0.0)) / RESOLUTION)
         timer = Timer(self, slot, callback)
         timers = self._slots.get(slot)
         if timers is None:

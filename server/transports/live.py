@@ -86,7 +86,7 @@ class LiveReader(PushReader, Peer):
         self._place = ""
         self._expiry_timer: Timer | None = None
         # Spread, or a thousand that came together would beat together for ever.
-        self._beat_timer = node.wheel.after(node.config.server.heartbeat * random.uniform(0.5, 1), self._beat)
+        self._beat_timer = node.wheel.after(node.config.server.heartbeat * (0.5 + random.random() / 2), self._beat)
         node.streams[self] = None
         node.counters.open(self.transport, self.heard_at)
 
@@ -212,7 +212,7 @@ class LiveReader(PushReader, Peer):
         self.hub.leave(self)
         if self in self.node.streams:
             del self.node.streams[self]
-            self.node.counters.close(self.ended, trio.current_time())
+            self.node.counters.close(self.ended, self.wheel.now())
             if LOG.isEnabledFor(logging.DEBUG):
                 log_event(
                     LOG,

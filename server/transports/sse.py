@@ -183,9 +183,9 @@ class EventStream(SseReader):
         connected = self._say("connected", start.given, RETRY_MS, **facts)
         first = head + connected
         if start.lost:
-            self.post(first + self._reset(start.given), self._snapshot())
+            self.post(*self._snapshot(first + self._reset(start.given)))
         elif start.after is None:
-            self.post(first, self._snapshot())
+            self.post(*self._snapshot(first))
         else:
             missed = missed_updates(node.history, self._names, start.after)
             self.post(first, replay(node, self.form, missed, watch.filter))
@@ -216,10 +216,12 @@ class EventStream(SseReader):
     def _reset(self, cursor: str | None) -> bytes:
         return self._say("reset", cursor, message="the log no longer reaches back to your cursor")
 
-    def _snapshot(self) -> Iterator[bytes]:
-        """Snapshot events as of now; the jobs are picked at once, the text is made as the socket takes it."""
+    def _snapshot(self, before: bytes) -> list[bytes | Iterator[bytes]]:
+        """Snapshot events as of now, behind what comes before them; the jobs are picked at once, the text of several is
+        made as the socket takes it."""
         jobs = snapshot(self.node.jobs, self._names)
-        return self._snapshot_events(jobs, f"{self.node.history.epoch}:{self.node.history.last}")
+        events = self._snapshot_events(jobs, f"{self.node.history.epoch}:{self.node.history.last}")
+        return [before, events] if len(jobs) > 1 else [before + b"".join(events)]
 
     def _snapshot_events(self, jobs: list[Job], cursor: str) -> Iterator[bytes]:
         wanted, fields = self._watch.filter, self._watch.fields
@@ -238,7 +240,7 @@ class EventStream(SseReader):
             self._watch.filter.passes(job.latest) for job in snapshot(self.node.jobs, self._names)
         ):
             lost = self._say("error", None, code="lost", message="the store has lost what was known of it")
-        self.post(lost, self._snapshot())
+        self.post(*self._snapshot(lost))
 
 
 def replay(node: Node, form: WireForm, missed: Iterable[Update], wanted: Filter) -> Iterator[bytes]:

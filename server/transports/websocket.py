@@ -218,7 +218,8 @@ class Session(LiveReader):
     def _give_stored(self, notices: list[Update]) -> None:
         """Notifications that were stored for this user; from here on all others come live."""
         self.notices_from = self.hub.history.last
-        self.from_inbox = frozenset([notice.offset for notice in notices])
+        if notices or self.from_inbox:
+            self.from_inbox = frozenset([notice.offset for notice in notices])
         if notices:
             self.post(replay(self.node, self.form, notices, ANY))
 
@@ -281,19 +282,20 @@ class Session(LiveReader):
             if not data:
                 self.finish("closed")
                 return False
-        self.heard_at = trio.current_time()
+        now = self.wheel.now
+        self.heard_at = now()
         try:
             events = self._incoming.receive(data)
             failure = None
         except WebSocketError as error:
             events, failure = error.events, error
-        spent_s = trio.current_time() - self.heard_at
+        spent_s = now() - self.heard_at
         if len(events) > 1:
             self.corked = True  # the answers to publishes, which are short, go out together
         await self._take_events(events)
         self.uncork()
         if slowed or self.node.poller.unbroken(self):  # else it has waited, and others have had the time
-            spent_s = trio.current_time() - self.heard_at
+            spent_s = now() - self.heard_at
         self._heavy_s = spent_s if spent_s > HEAVY_TURN_S else 0.0
         if failure is not None:
             self.close_with(failure.code, failure.reason)
