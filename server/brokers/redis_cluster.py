@@ -16,8 +16,9 @@ from trio.abc import Stream
 from protocol.resp import Argument, RedisError, encode
 from server.brokers.redis_connection import NodeInfo, connect
 from server.brokers.redis_errors import NotConnectedError, RedisClientError, RedisStartError
-from server.brokers.redis_link import CommandLink, Link, Reply, SubscriptionLink, log
+from server.brokers.redis_link import CommandLink, Link, Reply, log
 from server.brokers.redis_single import Callbacks, Client
+from server.brokers.redis_subscriptions import SubscriptionLink
 from server.brokers.redis_topology import SLOTS, Range, fetch_slots, group_by_slot, keys_of, parse_slots, slot_of
 from server.brokers.redis_url import Address, Options, RedisUrl
 

@@ -12,8 +12,8 @@ from trio.abc import Stream
 from protocol.resp import RedisError
 from server.brokers.redis_client import NodeInfo, RedisStartError
 from server.brokers.redis_connection import connect
-from server.brokers.redis_link import PatternLink
 from server.brokers.redis_single import Callbacks, Client
+from server.brokers.redis_subscriptions import PatternLink
 from server.brokers.redis_topology import fetch_slots
 from server.brokers.redis_url import Address, Options, RedisUrl
 

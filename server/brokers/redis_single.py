@@ -11,7 +11,8 @@ from trio.abc import Stream
 from protocol.resp import Argument, RedisError, Value, encode
 from server.brokers.redis_connection import NodeInfo, connect
 from server.brokers.redis_errors import RedisStartError
-from server.brokers.redis_link import CommandLink, Connect, Link, Reply, Script, SubscriptionLink, guarded, log
+from server.brokers.redis_link import CommandLink, Connect, Link, Reply, Script, guarded, log
+from server.brokers.redis_subscriptions import SubscriptionLink
 from server.brokers.redis_topology import find_master
 from server.brokers.redis_url import Address, Options, RedisUrl
 
