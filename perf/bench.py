@@ -1,4 +1,7 @@
-"""All benchmarks, one table: `python -m perf.bench [--quick] [--only fanout,publish,…] [--json FILE]`."""
+"""All benchmarks, one table: `python -m perf.bench [--quick] [--only fanout,publish,…] [--json FILE]`.
+
+A whole run writes the table and every round's numbers to perf/results/, and its plots to docs/img/.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from perf import connect, crowd, fanout, features, ingest, nodes, publish, publish_ways, sweep
+from perf import connect, crowd, fanout, features, ingest, nodes, plot, publish, publish_ways, sweep
 from perf.load import LoadError, build
-from perf.measure import LOAD_CORE, PATIENCE, Row, Start, bare, server
+from perf.measure import LOAD_CORE, PATIENCE, ROOT, Row, Start, bare, server
 
 TRANSPORTS = ("ws", "sse")
 
@@ -84,7 +88,7 @@ def promise(row: Row) -> str:
     return ""
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Where the numbers come from."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
@@ -99,6 +103,14 @@ def machine() -> dict[str, object]:
         "packages": {name: version(name) for name in ("statuswire", "trio", "h11", "wsproto", "msgspec")},
         "load_average": os.getloadavg(),
     }
+
+
+def about(facts: dict[str, Any]) -> str:
+    """The machine, in a line."""
+    return (
+        f"{facts['time']}: {facts['cores']} cores of {facts['cpu']}, Linux {facts['kernel']}, "
+        f"CPython {facts['python']}, Trio {facts['packages']['trio']}, load average {facts['load_average'][0]:.1f}"
+    )
 
 
 def as_json(rows: list[Row], seconds: float, quick: bool) -> str:
@@ -155,21 +167,31 @@ def main() -> int:
             continue  # no bare loop stands beside the servers there
         if wanted and not any(name.startswith(prefix) for prefix in wanted):
             continue
-        if name == "crowd" and not wanted and not options.quick:
-            continue  # it takes minutes, and more descriptors than most may have
         print(f"{name} …", file=sys.stderr, flush=True)
+        since = time.monotonic()
         try:
             rows += run()
+            print(f"{name}: {time.monotonic() - since:.0f} s", file=sys.stderr, flush=True)
         except (OSError, LoadError) as error:
             failed.append(f"{name}: {error}")
             print(f"{name} failed: {error}", file=sys.stderr, flush=True)
     seconds = time.monotonic() - began
+    text = (
+        f"{about(machine())}; {seconds:.0f} s in all.\nServer on one core, load on the other; medians of rounds by "
+        f"turns with the bare loop. How to read this: perf/README.md\n\n{table(rows)}\n"
+    )
+    result = as_json(rows, seconds, options.quick)
     if rows:
-        print(table(rows))
-        print(f"\nMedians of rounds by turns with the bare loop; {seconds:.0f} s. How to read this: perf/README.md")
+        print(text, end="")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(as_json(rows, seconds, options.quick) + "\n")
+        options.json.write_text(result + "\n")
+    if not (failed or wanted or options.quick or options.null or options.program):
+        name = f"perf/results/{time.strftime('%Y-%m-%d', time.gmtime())}-self"
+        (ROOT / f"{name}.txt").write_text(text)
+        (ROOT / f"{name}.json").write_text(result + "\n")
+        plot.draw(json.loads(result), ROOT / "docs/img/self.png")
+        print(f"Written: {name}.txt, {name}.json, docs/img/self.png")
     if failed:
         return 2
     return int(options.check and any(row.verdict() == "MISSED" for row in rows))

@@ -96,7 +96,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
     """The lines of one transport."""
     name = NAMES[transport]
     rows: list[Row] = []
-    seconds, rounds = (0.3, 1) if quick else (2.0, 3)
+    seconds, rounds = (0.3, 1) if quick else (0.8, 3)
     arriving = 300 if quick else 1000
     with start("memory:") as real, bare() as loop, LoadClient(LOAD_CORE) as client:
         client.ask("publish", "published", port=real.port, requests=1)

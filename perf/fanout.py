@@ -202,7 +202,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
     rows: list[Row] = []
     publishes = 200 if quick else 2000
     with both(start, transport, connections, publishes) as (ours, theirs), LoadClient(LOAD_CORE) as publisher:
-        seconds, rounds = (0.3, 1) if quick else (1.2, 5)
+        seconds, rounds = (0.3, 1) if quick else (0.8, 3)
         lockstep(ours, 0.2)
         lockstep(theirs, 0.2)
         scenario = f"{name}, 1,000 readers"
@@ -211,7 +211,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
         )
         alike = partial(lockstep, spin=True)
         rows += in_pairs(scenario, POLLED, rounds, partial(alike, ours, seconds), partial(alike, theirs, seconds))
-        pause, times = (0.5, 1) if quick else (3.0, 6)
+        pause, times = (0.5, 1) if quick else (2.0, 4)
         rows += in_pairs(
             scenario,
             LATENCY,
@@ -223,7 +223,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
             for watched in (ours, theirs):
                 watched.open(transport, fields=fields, sample=16)
             same_bytes(ours, theirs, transport)
-            long, turns = (0.5, 1) if quick else (3.0, 3)
+            long, turns = (0.5, 1) if quick else (2.0, 2)
             rows += in_pairs(
                 f"{name}, 1,000 readers, {what}",
                 SATURATED,

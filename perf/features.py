@@ -98,7 +98,7 @@ def _scraping(target: Target) -> Iterator[None]:
 
 def run(program: str | None, *, quick: bool) -> list[Row]:
     """Four lines of each feature; the second column is the server without it."""
-    seconds, rounds = (0.2, 1) if quick else (0.8, 3)
+    seconds, rounds = (0.2, 1) if quick else (0.3, 3)
     rows: list[Row] = []
     for feature in FEATURES:
         with started(feature, program) as (target, client), started(PLAIN, program) as (plain, plain_client):

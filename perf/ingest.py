@@ -160,12 +160,12 @@ def run(program: str | None, *, quick: bool) -> list[Row]:
         with taking_in(store, program) as (target, writer):
             catching_up(target, writer, 1_000)
             name = f"BullMQ, {store.rstrip(':')}"
-            rounds = 1 if quick else 3
+            rounds = 1 if quick else 2
             rows += alone(
-                f"{name}, {RATE:,} events/s", PACED, rounds, partial(paced, target, writer, 0.5 if quick else 5.0)
+                f"{name}, {RATE:,} events/s", PACED, rounds, partial(paced, target, writer, 0.5 if quick else 3.0)
             )
             rows += alone(
                 f"{name}, as fast as they are taken in", CATCHING_UP, rounds,
-                partial(catching_up, target, writer, 2_000 if quick else 20_000),
+                partial(catching_up, target, writer, 2_000 if quick else 10_000),
             )  # fmt: skip
     return rows

@@ -3,18 +3,22 @@
     make load                                      # scenarios headless, with what must hold (perf/scenarios.py)
     make locust                                    # web UI; choose the classes there
 
-Readers watch one of `--jobs` jobs each, and come again now and then with their cursor. They report as Locust events:
-`connect` (up to the snapshot), `reconnect`, `delivery` (from the publisher's clock to the reader's), and for every
-update that did not come a failed `delivery`. Publishers stamp each update with the time. gevent moves the bytes; events
-and messages are the project's own `protocol`.
+Readers watch one of `--jobs` jobs each, and come again now and then with their cursor, half of the times after a
+connection that was cut without a word. Besides, `--cut` has the server end all of them in the same moment. They report
+as Locust events: `connect` (up to the snapshot), `reconnect`, `delivery` (from the publisher's clock to the reader's),
+`catch-up` (the same of what was published while they were away), for every update that did not come a failed
+`delivery`, `cut`, and `stream` where a connection ended that nobody had cut. Publishers stamp each update with the time
+since this machine was started. gevent moves the bytes; events and messages are the project's own `protocol`.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import random
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +33,7 @@ from gevent.exceptions import LoopExit
 from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
+from locust.runners import MasterRunner
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import CloseConnection, Ping, RejectConnection, Request, TextMessage
 
@@ -36,11 +41,21 @@ from protocol.messages import Subscribe
 from protocol.sse import EventParser
 
 TIMEOUT_S = 30.0
+DISCONNECTED = "disconnected by the application"
+# The server says something every 30 s.
+QUIET_S = 75.0
+# Those that were all cut in one moment come again within so long.
+SPREAD_S = 3.0
+LATE_EVERY_S = 0.05
 TURNS = itertools.count()
 
 
 class Refused(Exception):
     """The server did not do what was asked; the message is its answer."""
+
+
+class Cut(Exception):
+    """The server ended the connection because it was told to."""
 
 
 class Lost(Exception):
@@ -54,6 +69,7 @@ def options(parser: LocustArgumentParser) -> None:
     parser.add_argument("--updates", type=float, default=100.0, help="updates per second of one publisher")
     parser.add_argument("--batch", type=int, default=1, help="updates in one request of a publisher")
     parser.add_argument("--stay", type=float, default=60.0, help="seconds, about, until a reader comes again")
+    parser.add_argument("--cut", type=float, default=0.0, help="seconds from one cut of all connections to the next")
     parser.add_argument("--token", default="", help="for servers that want one")
 
 
@@ -61,6 +77,36 @@ def parts(url: str) -> tuple[str, int]:
     """Host and port."""
     found = urlsplit(url)
     return found.hostname or "127.0.0.1", found.port or 80
+
+
+@events.test_start.add_listener
+def watch_oneself(environment: Environment, **_: object) -> None:
+    """How late Locust itself is, where there are users: what is below that was not measured of the server."""
+
+    def look() -> None:
+        while True:
+            began = time.perf_counter()
+            gevent.sleep(LATE_EVERY_S)
+            late = max(0.0, time.perf_counter() - began - LATE_EVERY_S)
+            environment.events.request.fire(
+                request_type="LOCUST",
+                name="late",
+                response_time=late * 1e3,
+                response_length=0,
+                exception=None,
+                context={},
+            )
+
+    if not isinstance(environment.runner, MasterRunner):
+        gevent.spawn(look)
+
+
+def hang_up(connection: socket.socket | None) -> None:
+    """Ends a connection without a word: what has not been read is gone, and the other side is reset."""
+    if connection is not None:
+        with suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
 
 
 class WebSocket:
@@ -80,6 +126,7 @@ class WebSocket:
         self._socket.sendall(self._connection.send(TextMessage(msgspec.json.encode(subscribe).decode())))
         self._text = ""
         self._read(lambda: any(message["type"] == "subscribed" for message in self._waiting))
+        self._socket.settimeout(QUIET_S)
 
     def _read(self, done: Callable[[], bool]) -> None:
         while not done():
@@ -89,6 +136,8 @@ class WebSocket:
                 if isinstance(event, RejectConnection):
                     raise Refused(f"status {event.status_code}")
                 if isinstance(event, CloseConnection):
+                    if event.reason == DISCONNECTED:
+                        raise Cut
                     raise Refused(f"closed: {event.code} {event.reason}")
                 if isinstance(event, Ping):
                     self._socket.sendall(self._connection.send(event.response()))
@@ -120,6 +169,10 @@ class WebSocket:
             self._socket.sendall(self._connection.send(CloseConnection(code=1000)))
         self._socket.close()
 
+    def cut(self) -> None:
+        """No goodbye."""
+        hang_up(self._socket)
+
 
 class Stream:
     """One event stream."""
@@ -135,7 +188,11 @@ class Stream:
             headers.append(("Last-Event-ID", user.cursor))
         target = f"/api/v2/jobs/stream?jobIds={user.job}" if not user.blocked else "/blocked"
         self._socket.sendall(self._connection.send(h11.Request(method="GET", target=target, headers=headers)) or b"")
-        self._ready: list[dict[str, Any]] = [next(self._read())]
+        self._events = self._read()
+        self._ready: list[dict[str, Any]] = [next(self._events)]
+        while not user.cursor and self._ready[-1]["type"] != "snapshot":
+            self._ready.append(next(self._events))
+        self._socket.settimeout(QUIET_S)
 
     def _read(self) -> Iterator[dict[str, Any]]:
         while True:
@@ -146,18 +203,25 @@ class Stream:
                 raise Refused(f"status {event.status_code}")
             elif isinstance(event, h11.Data):
                 for found in self._parser.feed(bytes(event.data)):
-                    yield {**json.loads(found.data), "id": found.id}
+                    message = json.loads(found.data)
+                    if message["type"] == "error":
+                        raise Cut if message["message"] == DISCONNECTED else Refused(message["message"])
+                    yield {**message, "id": found.id}
             elif isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)):
                 raise Refused("the stream ended")
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """What comes, for ever."""
         yield from self._ready
-        yield from self._read()
+        yield from self._events
 
     def close(self) -> None:
         """Goodbye."""
         self._socket.close()
+
+    def cut(self) -> None:
+        """No goodbye."""
+        hang_up(self._socket)
 
 
 class Poll:
@@ -196,6 +260,11 @@ class Poll:
 
     def close(self) -> None:
         """Goodbye."""
+        self._connection.close()
+
+    def cut(self) -> None:
+        """No goodbye."""
+        hang_up(self._connection.sock)
         self._connection.close()
 
 
@@ -238,6 +307,7 @@ class Reader(User):
         self.job = f"load-{next(TURNS) % given.jobs}"
         self.cursor = ""
         self.version: int | None = None
+        self.since_ns = 0
         self.blocked = False
 
     def headers_of_bytes(self) -> list[tuple[bytes, bytes]]:
@@ -263,10 +333,11 @@ class Reader(User):
             yield None
             return
         self.report(kind, name, (time.perf_counter() - began) * 1e3)
+        self.since_ns = time.monotonic_ns()
         try:
             yield connection
         finally:
-            connection.close()
+            random.choice((connection.close, connection.cut))()
 
     def read(self, transport: Transport) -> bool:
         """Reads until it is time to come again; False if there was no connection."""
@@ -278,6 +349,9 @@ class Reader(User):
                 try:
                     for message in connection.messages():
                         self.take(transport.type, message)
+                except Cut:
+                    self.report(transport.type, "cut", 0)
+                    gevent.sleep(random.uniform(0, SPREAD_S))
                 except TROUBLE as error:
                     self.report(transport.type, "stream", 0, error)
         return True
@@ -294,7 +368,8 @@ class Reader(User):
             self.follow(kind, message["version"])
             self.version = message["version"]
             sent = int(message["message"].removeprefix("t="))
-            self.report(kind, "delivery", max(0.0, (time.time_ns() - sent) / 1e6))
+            name = "delivery" if sent >= self.since_ns else "catch-up"
+            self.report(kind, name, max(0.0, (time.monotonic_ns() - sent) / 1e6))
 
     def follow(self, kind: str, version: int) -> None:
         """The next version; those that were left out are lost."""
@@ -388,7 +463,7 @@ class Publisher(User):
         for _ in range(self.given.batch):
             self.number += 1
             job = f"load-{self.number % self.given.jobs}"
-            stamp = f"t={time.time_ns()}"
+            stamp = f"t={time.monotonic_ns()}"
             batch.append({"jobId": job, "userId": "load", "status": "processing", "message": stamp})
         began = time.perf_counter()
         error: Exception | None = None
@@ -409,3 +484,46 @@ class Publisher(User):
             exception=error,
             context={},
         )
+
+
+class Cutter(User):
+    """Has the server end all connections of the user that all readers are, now and then."""
+
+    fixed_count = 1
+
+    @task
+    def cut(self) -> None:
+        """Once."""
+        given = self.environment.parsed_options
+        assert given is not None
+        gevent.sleep(given.cut or 3600.0)
+        headers = {"Authorization": f"Bearer {given.token}"} if given.token else {}
+        error: Exception | None = None
+        began = time.perf_counter()
+        connection = HTTPConnection(*parts(self.host or "http://127.0.0.1:3000"), timeout=TIMEOUT_S)
+        try:
+            connection.request("DELETE", f"/api/sse/users/{user_of(given.token)}", headers=headers)
+            response = connection.getresponse()
+            answer = response.read()
+            if response.status != 200:
+                error = Refused(f"status {response.status}: {answer[:200]!r}")
+        except (OSError, HTTPException) as trouble:
+            error = trouble
+        finally:
+            connection.close()
+        self.environment.events.request.fire(
+            request_type="HTTP",
+            name="cut all",
+            response_time=(time.perf_counter() - began) * 1e3,
+            response_length=0,
+            exception=error,
+            context={},
+        )
+
+
+def user_of(token: str) -> str:
+    """Whose a token is; without one everybody is anonymous."""
+    if not token:
+        return "anonymous"
+    claims = token.split(".")[1]
+    return str(json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["sub"])

@@ -274,7 +274,7 @@ def run(program: str | None, *, quick: bool) -> list[Row]:
         running.publish(requests=JOBS // len(running.nodes) // BATCH, batch=BATCH)  # now every job exists
         running.open()
         spread(running, 0.5)
-        seconds = 2.0 if quick else 30.0
+        seconds = 2.0 if quick else 10.0
         rows = alone(
             "2 servers on Redis, 10,000 updates/s, 1,000 readers of one job each",
             SPREAD,
@@ -288,7 +288,7 @@ def run(program: str | None, *, quick: bool) -> list[Row]:
         rows += alone(
             "2 servers on Redis, 1,000 WebSocket readers of the same",
             EVERYTHING,
-            1 if quick else 3,
-            partial(everything, running, connections, 1.0 if quick else 5.0),
+            1 if quick else 2,
+            partial(everything, running, connections, 1.0 if quick else 3.0),
         )
         return rows

@@ -39,7 +39,7 @@ def publish(target: Target, client: LoadClient, seconds: float, options: dict[st
 def run(start: Start, *, quick: bool) -> list[Row]:
     """The lines of both stores."""
     rows: list[Row] = []
-    seconds, rounds = (0.2, 1) if quick else (1.0, 3)
+    seconds, rounds = (0.2, 1) if quick else (0.5, 3)
     for store in ("memory:", "sqlite:"):
         with start(store) as real, bare() as loop, LoadClient(LOAD_CORE) as client:
             for way, options in WAYS.items():

@@ -104,7 +104,7 @@ def through_redis(target: Target, redis: Target, source: str, number: int) -> di
 
 def run(start: Start, program: str | None, *, quick: bool) -> list[Row]:
     """The lines of all ways."""
-    seconds, rounds, number = (0.2, 1, 1_000) if quick else (1.0, 3, 10_000)
+    seconds, rounds, number = (0.2, 1, 1_000) if quick else (0.5, 3, 5_000)
     rows: list[Row] = []
     for store in ("memory:", "sqlite:"):
         with start(store) as target:

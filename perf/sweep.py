@@ -108,7 +108,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
     """The lines of one transport."""
     name = NAMES[transport]
     rows: list[Row] = []
-    seconds, rounds = (0.3, 1) if quick else (1.0, 3)
+    seconds, rounds = (0.3, 1) if quick else (0.5, 3)
     for number in READERS[: 4 if quick else None]:
         with both(start, transport, number, 200 if quick else 1000) as (ours, theirs):
             lockstep(ours, 0.2)
@@ -130,7 +130,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
                 f"{name}, {channels:,} channels of {each} reader{'s' * (each > 1)}, {rate:,} updates/s",
                 SPREAD,
                 rounds,
-                partial(spread, target, readers, publisher, channels, rate, batch, 2 * seconds),
+                partial(spread, target, readers, publisher, channels, rate, batch, 3 * seconds),
             )
     with (
         start("memory:") as target,
