@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from tests.integration.browser import NewPage
     from tests.redis_servers import RedisServer
 
 # How long an example takes depends on what else the machine does, which is no property of what is tested.
@@ -25,10 +26,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What the fixtures are made with is imported only where they are used: most tests need none of them.
+
+
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis of the test's own, empty, that keeps nothing on disk."""
-    from tests.redis_servers import running_server  # few tests need it, and its imports take a while
+    from tests.redis_servers import running_server
 
     with running_server(tmp_path) as running:
         yield running
@@ -41,6 +45,24 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
     with running_server(tmp_path_factory.mktemp("redis")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real browser for a module's tests: the address of its debugger."""
+    from tests.integration.browser import started_chromium
+
+    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
+        yield address
+
+
+@pytest.fixture
+async def new_page(chromium: str) -> AsyncIterator[NewPage]:
+    """Opens tabs in it, which are gone after the test."""
+    from tests.integration.browser import using_browser
+
+    async with using_browser(chromium) as opened:
+        yield opened
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,8 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from typing import Any
 
 import redis
 import trio
+
+from tests.support import wait_for
 
 SLOTS = 16384
 # What dies with its parent dies with the thread that started it: this one lasts as long as the tests.
@@ -39,14 +40,6 @@ def free_ports(count: int) -> list[int]:
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
                 ports.append(port)
     return ports
-
-
-def wait_for(condition: Callable[[], object], *, within: float = 20.0) -> None:
-    """Wait for a condition without a loop: blocks."""
-    give_up = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < give_up, "the servers did not get ready"
-        time.sleep(0.01)
 
 
 def _program(name: str) -> str:

@@ -8,6 +8,7 @@ connection and reads one answer at a time, strictly; ``ask`` is one request on a
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -454,11 +455,19 @@ async def until(condition: Callable[[], object], *, within: float = PATIENCE_S) 
     return time.monotonic() - began
 
 
-async def until_so(ask: Callable[[], Awaitable[object]], *, within: float = PATIENCE_S) -> None:
-    """The same for what has to be asked for, over HTTP or in Redis."""
+async def until_so(ask: Callable[[], Awaitable[object]], *, within: float = PATIENCE_S, every: float = 0.01) -> None:
+    """The same for what has to be asked for, over HTTP or in Redis; ``every`` so many seconds, as answers cost."""
     with trio.fail_after(within):
         while not await ask():  # noqa: ASYNC110 - other processes set no events
-            await trio.sleep(0.01)
+            await trio.sleep(every)
+
+
+def wait_for(condition: Callable[[], object], *, within: float = PATIENCE_S) -> None:
+    """The same outside of Trio: blocks."""
+    give_up = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < give_up, f"not within {within} s"
+        time.sleep(0.01)
 
 
 async def for_a_while(seconds: float) -> None:
@@ -473,6 +482,27 @@ async def virtual_time(seconds: float) -> None:
     """Let so much time pass of a clock that jumps (``autojump_clock``), which takes none."""
     assert isinstance(trio.lowlevel.current_clock(), MockClock), "real time is not for waiting"
     await trio.sleep(seconds)
+
+
+class Paced:
+    """Numbers from 0 on, so many in a second, ``count`` in all; what is late is caught up with. For ``async for``."""
+
+    # No async generator: those must not be left in the middle, as a cancelled task leaves them.
+    def __init__(self, per_second: float, count: float = math.inf) -> None:
+        self._begun = trio.current_time()
+        self._per_second = per_second
+        self._count = count
+        self._number = -1
+
+    def __aiter__(self) -> Paced:
+        return self
+
+    async def __anext__(self) -> int:
+        self._number += 1
+        if self._number >= self._count:
+            raise StopAsyncIteration
+        await trio.sleep_until(self._begun + self._number / self._per_second)
+        return self._number
 
 
 async def until_answered(at: Address, target: str, status: int) -> Answer:

@@ -21,8 +21,9 @@ from server.routes import ROUTES, Route
 from tests.conformance.http1_corpus import GROUPS, MAX_BODY, MAX_LINE, OK, SENTINEL, Case
 from tests.conformance.results import Results
 from tests.integration.running import free_port
+from tests.nginx import running_nginx, write_configuration
 from tests.support import AUTH, PATIENCE_S, server
-from tests.web.test_proxied import NGINX
+from tools.examples.nginx_example import NGINX
 
 pytestmark = pytest.mark.slow
 
@@ -102,17 +103,12 @@ async def our_server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
 @asynccontextmanager
 async def nginx(directory: Path) -> AsyncIterator[int]:
     """An nginx that passes everything on, and writes down what it heard."""
-    assert NGINX, "nginx is not there: run `make system`"
     port, behind = free_port(), free_port()
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = "".join(f"{kind}_temp_path {directory}/{kind};\n" for kind in kinds)
-    (directory / "nginx.conf").write_text(
-        f"""daemon off; error_log {directory}/error.log; pid {directory}/nginx.pid; worker_processes 1;
-        events {{ worker_connections 2048; }}
-        http {{ {paths}
+    configuration = write_configuration(
+        directory,
+        f"""
             log_format heard escape=json '["$remote_port","$status","$request_method","$uri","$args","$host",'
                 '"$request_body"]';
-            access_log off;
             client_header_timeout {HURRY_S}s; client_body_timeout {HURRY_S}s; keepalive_timeout {HURRY_S}s;
             client_header_buffer_size {MAX_LINE}; large_client_header_buffers 8 {MAX_LINE};
             client_max_body_size {MAX_BODY}; client_body_buffer_size 1m; lingering_timeout 1s; lingering_time 1s;
@@ -127,26 +123,12 @@ async def nginx(directory: Path) -> AsyncIterator[int]:
                     proxy_set_header Expect "";
                     proxy_pass_request_headers off;
                 }}
-            }}
-        }}"""
+            }}""",
+        main="worker_processes 1;",
+        events="worker_connections 2048;",
     )
-    process = await trio.lowlevel.open_process(
-        [NGINX, "-e", f"{directory}/error.log", "-p", str(directory), "-c", str(directory / "nginx.conf")],
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        with trio.fail_after(PATIENCE_S):
-            while True:
-                try:
-                    await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
-                    break
-                except OSError:
-                    await trio.sleep(0.01)
+    async with running_nginx(configuration):
         yield port
-    finally:
-        process.terminate()
-        with trio.CancelScope(shield=True):
-            await process.wait()
 
 
 def heard_by_nginx(log: bytes) -> dict[int, list[Heeded]]:

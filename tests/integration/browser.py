@@ -7,18 +7,19 @@ import json
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 import trio_websocket
 
-PATIENCE_S = 20
+from tests.support import PATIENCE_S, wait_for
+
 # A screenshot of a long page is some megabytes of base64.
 MAX_MESSAGE = 64 * 1024 * 1024
+LISTENING = re.compile(rb"DevTools listening on (ws://\S+)\n")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Root in a container has no sandbox; the rest keeps it from talking to anyone but us.
@@ -144,6 +145,12 @@ class Page:
         return base64.b64decode(result["data"])
 
 
+class NewPage(Protocol):
+    """Opens a tab with storage of its own, or ``beside`` another one, whose storage it shares."""
+
+    def __call__(self, beside: Page | None = None) -> Awaitable[Page]: ...
+
+
 def find_chromium() -> str:
     """The browser's program; `make system` installs one."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
@@ -168,11 +175,9 @@ def started_chromium(directory: Path) -> Iterator[str]:
             stderr=stderr,
         )
     try:
-        deadline = time.monotonic() + 60
-        while not (match := re.search(rb"DevTools listening on (ws://\S+)\n", complaints.read_bytes())):
-            assert process.poll() is None, complaints.read_text(errors="replace")
-            assert time.monotonic() < deadline, complaints.read_text(errors="replace")
-            time.sleep(0.02)
+        wait_for(lambda: process.poll() is not None or LISTENING.search(complaints.read_bytes()))
+        match = LISTENING.search(complaints.read_bytes())
+        assert match, complaints.read_text(errors="replace")
         yield match[1].decode()
     finally:
         process.kill()
@@ -180,8 +185,8 @@ def started_chromium(directory: Path) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def using_browser(address: str) -> AsyncIterator[Callable[[], Any]]:
-    """Use a browser that runs; yields an async function that opens a new tab, each with storage of its own."""
+async def using_browser(address: str) -> AsyncIterator[NewPage]:
+    """Use a browser that runs: what opens tabs in it."""
     async with (
         trio_websocket.open_websocket_url(address, max_message_size=MAX_MESSAGE, message_queue_size=1000) as socket,
         trio.open_nursery() as nursery,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import httpx
 import trio
@@ -13,7 +12,6 @@ import trio
 from tests.integration.browser import Page
 from tests.integration.running import STATUSWIRE, Running, clean_environment
 
-NewPage: TypeAlias = Callable[[], Awaitable[Page]]
 SECRET = "a-secret-of-thirty-two-bytes-or-more"
 ENTER, ESCAPE, TAB = ("Enter", 13, "\r"), ("Escape", 27), ("Tab", 9)
 DOWN, UP, END, HOME = ("ArrowDown", 40), ("ArrowUp", 38), ("End", 35), ("Home", 36)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -17,10 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import trio
-
 from tests.fleet import Reader
 from tests.redis_servers import RedisServer
+from tests.support import until
 
 HERE = Path(__file__).parent / "queues"
 # What jobs carry, and nobody may see.
@@ -250,7 +250,7 @@ async def keep_up(load: Load) -> None:
     times = [0] * len(load.workers)
     load.running = [work(0) for work in load.workers]
     while True:
-        await trio.sleep(0.2)
+        await until(lambda: any(process.poll() is not None for process in load.running), within=math.inf)
         for number, process in enumerate(load.running):
             if process.poll() is not None:
                 times[number] += 1

@@ -16,9 +16,9 @@ import trio
 
 from tests.fleet import Reader
 from tests.integration.test_redis_fleet import fleet
-from tests.integration.test_web_examples import nginx
+from tests.nginx import running_nginx
 from tests.redis_servers import RedisServer, free_ports
-from tests.support import Address, Ended, bearer, until
+from tests.support import Address, Ended, bearer, for_a_while, until
 from tools.examples.nginx_example import configure
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ class Rounds:
             for _ in itertools.count():
                 if await self._sent(lines, headers | {"Idempotency-Key": f"round {number}"}):
                     break
-                await trio.sleep(0.05)
+                await for_a_while(0.05)
             self.published += 1
             # A machine that is too slow for the rate is not asked for more to make up for it.
             due = max(due + 1 / ROUNDS_PER_S, trio.current_time())
@@ -88,7 +88,7 @@ async def test_a_server_is_stopped_while_everybody_reads(redis: RedisServer, tmp
             configuration.write_text(
                 configuration.read_text().replace("events {", f"events {{ worker_connections {4 * READERS + 100};")
             )
-            async with nginx(configuration), trio.open_nursery() as reading, trio.open_nursery() as publishing:
+            async with running_nginx(configuration), trio.open_nursery() as reading, trio.open_nursery() as publishing:
                 for reader in readers:
                     reading.start_soon(reader.run)
                 for reader in readers:

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from tests.redis_servers import RedisServer
-from tests.support import ADMIN, AUTH, ROOT, InProcess, bearer, server, token
+from tests.support import ADMIN, AUTH, ROOT, InProcess, bearer, server, token, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -88,15 +88,19 @@ async def record(at: InProcess, job_id: str) -> dict[str, Any]:
     return found
 
 
-async def until(at: InProcess, job_id: str, *statuses: str) -> dict[str, Any]:
+async def until_status(at: InProcess, job_id: str, *statuses: str) -> dict[str, Any]:
+    """Wait until a job has one of these statuses; its record then."""
     found: dict[str, Any] = {}
-    with trio.move_on_after(LONG_S):
-        while True:
-            found = await record(at, job_id)
-            if found.get("status") in statuses:
-                return found
-            await trio.sleep(0.02)
-    raise AssertionError(f"not {statuses}: {found}")
+
+    async def has_one() -> bool:
+        nonlocal found
+        found = await record(at, job_id)
+        return found.get("status") in statuses
+
+    with suppress(trio.TooSlowError):
+        await until_so(has_one, within=LONG_S)
+    assert found.get("status") in statuses, found
+    return found
 
 
 async def steps(at: InProcess, job_id: str) -> list[tuple[int, str]]:
@@ -120,24 +124,24 @@ async def check_common(at: InProcess, ids: dict[str, str], source: str) -> None:
     for user in ("alice", "bob"):
         for name in ("ok", "bad", "flaky", "asked"):
             assert (await record(at, ids[f"{name}-{user}"])).get("status"), "it is queued or more"
-        done = await until(at, ids[f"ok-{user}"], "completed")
+        done = await until_status(at, ids[f"ok-{user}"], "completed")
         assert (done["message"], done["stage"], done["result"]) == ("half of it", "first", {"rows": 5})
         assert (done["attempt"], done["kind"], done["userId"]) == (1, "ok", user)
         assert done["metadata"]["source"] == source
-        went_wrong = await until(at, ids[f"bad-{user}"], "failed")
+        went_wrong = await until_status(at, ids[f"bad-{user}"], "failed")
         assert (went_wrong["error"], went_wrong["attempt"]) == ("ValueError: bad went wrong", 1)
-        again = await until(at, ids[f"flaky-{user}"], "completed")
+        again = await until_status(at, ids[f"flaky-{user}"], "completed")
         assert again["attempt"] == 2
         assert "message" not in again
         for name in ("ok", "bad", "flaky"):
             assert in_order(await steps(at, ids[f"{name}-{user}"])), name
         assert {attempt for attempt, _ in await steps(at, ids[f"flaky-{user}"])} == {1, 2}
-        await until(at, ids[f"asked-{user}"], "processing")
+        await until_status(at, ids[f"asked-{user}"], "processing")
         cancelled = await at.post(f"/api/v2/jobs/{ids[f'asked-{user}']}/cancel", {}, bearer(user))
         assert cancelled.status == 202
-        stopped = await until(at, ids[f"asked-{user}"], "cancelled")
+        stopped = await until_status(at, ids[f"asked-{user}"], "cancelled")
         assert "error" not in stopped
-    nobodys = await until(at, ids["nobodys"], "completed")
+    nobodys = await until_status(at, ids["nobodys"], "completed")
     assert nobodys["userId"] == f"queue:{source}"
     answer = await at.get("/api/v2/jobs?limit=1000", ADMIN)
     everything = answer.body.decode()
@@ -160,10 +164,10 @@ async def test_dramatiq(redis: RedisServer, tmp_path: Path) -> None:
             start(*work, "--threads", "1", "--queues", "fragile")
             await check_common(at, ids, "dramatiq")
             for user in ("alice", "bob"):
-                assert (await until(at, ids[f"revoked-{user}"], "cancelled"))["message"] == "skipped"
+                assert (await until_status(at, ids[f"revoked-{user}"], "cancelled"))["message"] == "skipped"
             # Another worker gets what the dead one had, and nobody counts that.
             start(*work, "--threads", "1", "--queues", "fragile")
-            found = await until(at, ids["die-alice"], "completed")
+            found = await until_status(at, ids["die-alice"], "completed")
             assert found["attempt"] in (1, 2)
 
 
@@ -177,10 +181,10 @@ async def test_huey(redis: RedisServer, tmp_path: Path) -> None:
             fragile = start(*work, "huey_jobs.fragile", "-d", "0.02", "-m", "0.05")
             await check_common(at, ids, "huey")
             for user in ("alice", "bob"):
-                assert (await until(at, ids[f"revoked-{user}"], "cancelled"))["message"] == "revoked"
-            stalled = await until(at, ids["die-alice"], "stalled", "failed")
+                assert (await until_status(at, ids[f"revoked-{user}"], "cancelled"))["message"] == "revoked"
+            stalled = await until_status(at, ids["die-alice"], "stalled", "failed")
             assert stalled["progress"] == 30
-            assert (await until(at, ids["die-alice"], "failed"))["error"] == "lost"
+            assert (await until_status(at, ids["die-alice"], "failed"))["error"] == "lost"
             assert await trio.to_thread.run_sync(fragile.wait) == -signal.SIGKILL
 
 
@@ -194,9 +198,9 @@ async def test_taskiq(redis: RedisServer, tmp_path: Path) -> None:
             fragile = start(*work, QUEUE="fragile")
             await check_common(at, ids, "taskiq")
             for user in ("alice", "bob"):
-                assert (await until(at, ids[f"revoked-{user}"], "failed"))["error"] == "TimeoutError"
+                assert (await until_status(at, ids[f"revoked-{user}"], "failed"))["error"] == "TimeoutError"
             assert fragile.poll() is None
-            assert (await until(at, ids["die-alice"], "failed"))["error"] == "lost"
+            assert (await until_status(at, ids["die-alice"], "failed"))["error"] == "lost"
 
 
 async def test_arq(redis: RedisServer, tmp_path: Path, arq: Path) -> None:
@@ -206,16 +210,16 @@ async def test_arq(redis: RedisServer, tmp_path: Path, arq: Path) -> None:
             assert (await record(at, ids["ok-alice"]))["status"] == "queued"
             start("-m", "arq", "arq_jobs.WorkerSettings")
             fragile = start("-m", "arq", "arq_jobs.Fragile")
-            await until(at, ids["revoked-bob"], "processing")
+            await until_status(at, ids["revoked-bob"], "processing")
             abort = start(str(HERE / "arq_jobs.py"), "abort", ids["revoked-bob"])
             await check_common(at, ids, "arq")
             await trio.to_thread.run_sync(abort.wait)
             for user in ("alice", "bob"):
-                found = await until(at, ids[f"revoked-{user}"], "cancelled")
+                found = await until_status(at, ids[f"revoked-{user}"], "cancelled")
                 assert found["message"] == "aborted", json.dumps(found)
-                found = await until(at, ids[f"late-{user}"], "failed")
+                found = await until_status(at, ids[f"late-{user}"], "failed")
                 assert found["error"] == "TimeoutError"
-                found = await until(at, ids[f"hopeless-{user}"], "failed")
+                found = await until_status(at, ids[f"hopeless-{user}"], "failed")
                 assert found["error"] == "JobExecutionFailed: max 2 retries exceeded"
                 assert found["attempt"] == 3
             # Another worker gets what the dead one had, once the time for that is over.
@@ -223,4 +227,4 @@ async def test_arq(redis: RedisServer, tmp_path: Path, arq: Path) -> None:
             with redis.oracle() as oracle:
                 assert oracle.delete(f"arq:in-progress:{ids['die-alice']}") == 1
             start("-m", "arq", "arq_jobs.Fragile")
-            assert (await until(at, ids["die-alice"], "completed"))["attempt"] == 2
+            assert (await until_status(at, ids["die-alice"], "completed"))["attempt"] == 2

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.support import ROOT, InProcess, server, until
+from tests.support import ROOT, InProcess, server, until, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -163,12 +163,14 @@ async def test_a_scheduler_that_is_killed(tmp_path: Path) -> None:
                 lambda: any(job.latest.status == "processing" for job in at.node.jobs._all_from(None)), within=LONG_S
             )
             process.send_signal(signal.SIGKILL)
-        with trio.fail_after(LONG_S):
-            seen: list[str] = []
-            while "failed" not in seen:
-                status = (await jobs(at))["hang"]["status"]
-                if status not in seen:
-                    seen.append(status)
-                await trio.sleep(0.05)
+        seen: list[str] = []
+
+        async def failed() -> bool:
+            status = (await jobs(at))["hang"]["status"]
+            if status not in seen:
+                seen.append(status)
+            return "failed" in seen
+
+        await until_so(failed, within=LONG_S, every=0.05)
         assert seen[-2:] == ["stalled", "failed"]
         assert (await jobs(at))["hang"]["error"] == "lost"

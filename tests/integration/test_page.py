@@ -6,13 +6,12 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.integration.browser import started_chromium, using_browser
+from tests.integration.browser import NewPage
 from tests.integration.pages import (
     ALL_NAMES,
     DOWN,
@@ -24,7 +23,6 @@ from tests.integration.pages import (
     STATE,
     TAB,
     TIMELINE,
-    NewPage,
     action,
     choose,
     click,
@@ -40,24 +38,6 @@ from tests.integration.pages import (
 from tests.integration.running import STATUSWIRE, Running, clean_environment, running
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
-
-
-@pytest.fixture
-async def new_page(chromium: str) -> AsyncIterator[NewPage]:
-    async with using_browser(chromium) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Running]:
-    async with running(tmp_path, "--store", "memory:") as started:
-        yield started
 
 
 @pytest.mark.parametrize("transport", ["websocket", "sse", "longpoll"])

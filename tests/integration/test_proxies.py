@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,7 @@ from tests.support import (
     start,
     stop,
     until,
+    until_so,
 )
 from tools.examples.nginx_example import NGINX, configure
 
@@ -93,15 +94,14 @@ async def proxy(kind: str, directory: Path, servers: list[str]) -> AsyncIterator
             COMMANDS[kind](directory, at.port, servers), env=os.environ | environ, stdout=log, stderr=log
         )
     try:
-        with trio.fail_after(30):
-            while True:
-                assert process.poll() is None, (directory / "log").read_text()
-                try:
-                    if (await at.get("/ready")).status == 200:
-                        break
-                except OSError:
-                    pass
-                await trio.sleep(0.05)
+
+        async def passes_on() -> bool:
+            assert process.poll() is None, (directory / "log").read_text()
+            with suppress(OSError):
+                return (await at.get("/ready")).status == 200
+            return False
+
+        await until_so(passes_on)
         yield at
     finally:
         with trio.CancelScope(shield=True):

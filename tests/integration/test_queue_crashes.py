@@ -6,6 +6,7 @@ import json
 import random
 import re
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import redis as redis_py
 import trio
 
 from tests.redis_servers import RedisServer
-from tests.support import Address, server, spawned, until
+from tests.support import Address, for_a_while, server, spawned, until, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +58,14 @@ async def taken_in(at: Address, outcome: str) -> int:
     return int(float(found[1])) if found else 0
 
 
+async def accepted(at: Address, wanted: int) -> bool:
+    return await taken_in(at, "accepted") >= wanted
+
+
+async def all_there(at: Address) -> bool:
+    return sum((await versions(at)).values()) >= JOBS * EVENTS
+
+
 @pytest.mark.parametrize("store", ["sqlite", "redis"])
 async def test_a_server_that_is_killed_again_and_again(store: str, redis: RedisServer, tmp_path: Path) -> None:
     directory = tmp_path / "server"
@@ -74,18 +83,14 @@ async def test_a_server_that_is_killed_again_and_again(store: str, redis: RedisS
                 for step in [next(steps) for _ in range(3)]:
                     await trio.to_thread.run_sync(write, oracle, step)
                 wanted = before + generator.randrange(1, 3 * JOBS)
-                with trio.fail_after(LONG_S):
-                    while await taken_in(at, "accepted") < wanted:  # noqa: ASYNC110
-                        await trio.sleep(0.001)
+                await until_so(partial(accepted, at, wanted), within=LONG_S, every=0.001)
                 repeated += await taken_in(at, "duplicate")
                 at.signal(signal.SIGKILL)
                 await at.exit_status()
         for step in steps:
             write(oracle, step)
         async with spawned(directory, **tables) as at:
-            with trio.fail_after(LONG_S):
-                while sum((await versions(at)).values()) < JOBS * EVENTS:  # noqa: ASYNC110
-                    await trio.sleep(0.05)
+            await until_so(partial(all_there, at), within=LONG_S, every=0.05)
             repeated += await taken_in(at, "duplicate")
             assert await versions(at) == {f"video:{job}": EVENTS for job in range(JOBS)}
             for job in (0, JOBS - 1):
@@ -110,11 +115,9 @@ async def test_two_that_both_believe_it_is_their_turn(redis: RedisServer) -> Non
             await until(lambda: first.sessions and second.sessions, within=LONG_S)
             for step in range(EVENTS):
                 await trio.to_thread.run_sync(write, oracle, step)
-                await trio.sleep(0.02)
+                await for_a_while(0.02)  # each is read by itself
             counters = [source.taker.counters for source in (first, second)]
-            with trio.fail_after(LONG_S):
-                while sum((await versions(two)).values()) < JOBS * EVENTS:  # noqa: ASYNC110
-                    await trio.sleep(0.05)
+            await until_so(partial(all_there, two), within=LONG_S, every=0.05)
             await until(lambda: all(each.received >= JOBS * EVENTS for each in counters), within=LONG_S)
             await until(
                 lambda: sum(each.accepted + each.duplicates for each in counters) == 2 * JOBS * EVENTS, within=LONG_S

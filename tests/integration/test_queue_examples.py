@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import trio
 
-from tests.support import ROOT, Address
+from tests.support import ROOT, Address, until, until_so
 
 pytestmark = pytest.mark.slow
+
+LISTENING = re.compile(r"listening on http://[^ ]*:(\d+)")
 
 
 async def jobs_of(at: Address) -> list[dict[str, Any]]:
@@ -37,14 +39,17 @@ async def test_an_example_shows_jobs_with_progress_and_owners(kind: str, tmp_pat
             lambda: subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
         )
     try:
-        with trio.fail_after(60):
-            while not (found := re.search(r"listening on http://[^ ]*:(\d+)", log.read_text())):  # noqa: ASYNC110
-                await trio.sleep(0.1)
-            at = Address(int(found[1]))
-            while not any(job["progress"] > 0 for job in await jobs_of(at)):
-                assert process.poll() is None, log.read_text()
-                await trio.sleep(0.1)
-            assert {job["userId"] for job in await jobs_of(at)} <= {"alice", "bob", "carol"}
+        await until(lambda: process.poll() is not None or LISTENING.search(log.read_text()))
+        found = LISTENING.search(log.read_text())
+        assert found, log.read_text()
+        at = Address(int(found[1]))
+
+        async def moves() -> bool:
+            assert process.poll() is None, log.read_text()
+            return any(job["progress"] > 0 for job in await jobs_of(at))
+
+        await until_so(moves, every=0.1)
+        assert {job["userId"] for job in await jobs_of(at)} <= {"alice", "bob", "carol"}
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:

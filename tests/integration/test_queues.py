@@ -12,7 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tests.integration.queue_runs import (
     steps,
 )
 from tests.redis_servers import RedisServer, running_server
-from tests.support import ADMIN, AUTH, Address, server, spawned, until
+from tests.support import ADMIN, AUTH, Address, for_a_while, server, spawned, until, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -77,30 +77,37 @@ async def records(at: Address) -> dict[str, dict[str, Any]]:
 
 async def until_some_ended(where: list[Address], count: int) -> None:
     """Wait until so many jobs have ended."""
-    with trio.fail_after(LONG_S):
-        while sum("endedAt" in job for job in (await records(where[0])).values()) < count:  # noqa: ASYNC110
-            await trio.sleep(0.05)
+
+    async def enough() -> bool:
+        return sum("endedAt" in job for job in (await records(where[0])).values()) >= count
+
+    await until_so(enough, every=0.05)
 
 
 async def until_ended(where: list[Address], load: Load, names: dict[str, tuple[str, str]]) -> dict[str, dict[str, Any]]:
     """Wait until all jobs have ended that end at all, as one server has them."""
-    left: dict[str, Any] = {"all": "of them"}
+    left: dict[str, Any] = {}
     found: dict[str, dict[str, Any]] = {}
-    with trio.move_on_after(LONG_S):
-        while left:
-            await trio.sleep(0.1)
-            try:
-                found = await records(where[0])
-            except OSError:
-                continue
-            left = {name: does for name, (does, _) in names.items() if "endedAt" not in found.get(name, {})}
-            if left and all(does in load.forgotten for does in left.values()):
-                before = len(left), sum(job["version"] for job in found.values())
-                await trio.sleep(6)
-                found = await records(where[0])
-                left = {name: does for name, does in left.items() if "endedAt" not in found.get(name, {})}
-                if before == (len(left), sum(job["version"] for job in found.values())):
-                    left = {name: does for name, does in left.items() if load.truth(name, does) is not None}
+
+    async def none_left() -> bool:
+        nonlocal left, found
+        try:
+            found = await records(where[0])
+        except OSError:
+            return False
+        left = {name: does for name, (does, _) in names.items() if "endedAt" not in found.get(name, {})}
+        if left and all(does in load.forgotten for does in left.values()):
+            before = len(left), sum(job["version"] for job in found.values())
+            await for_a_while(6)  # what is still looked after would have moved by then
+            found = await records(where[0])
+            left = {name: does for name, does in left.items() if "endedAt" not in found.get(name, {})}
+            if before == (len(left), sum(job["version"] for job in found.values())):
+                left = {name: does for name, does in left.items() if load.truth(name, does) is not None}
+        return not left
+
+    with suppress(trio.TooSlowError):
+        await until_so(none_left, every=0.1)
+    assert found
     assert not left, [(name, does, found.get(name), load.truth(name, does)) for name, does in left.items()][:20]
     return found
 
@@ -160,7 +167,7 @@ class Trouble:
             async def restart() -> None:
                 first.signal(signal.SIGKILL)
                 await first.exit_status()
-                await trio.sleep(0.5)  # jobs go on meanwhile
+                await for_a_while(0.5)  # jobs go on meanwhile
                 nursery.start_soon(again)
                 await until(lambda: self.nodes[0] is not first, within=LONG_S)
                 await ready(self.nodes[0])
@@ -198,7 +205,7 @@ class Trouble:
 
             async def restart() -> None:
                 self._redis.kill()
-                await trio.sleep(0.5)
+                await for_a_while(0.5)  # so that workers and server find it gone
                 await trio.to_thread.run_sync(self._redis.start)
                 await ready(one)
 
@@ -207,9 +214,12 @@ class Trouble:
 
 async def ready(at: Address) -> None:
     """Wait until the queue is taken in there."""
-    with trio.fail_after(LONG_S):
-        while (await at.get("/ready")).json.get("queues", {}).get("q", {}).get("state") != "up":  # noqa: ASYNC110
-            await trio.sleep(0.02)
+
+    async def up() -> bool:
+        state: object = (await at.get("/ready")).json.get("queues", {}).get("q", {}).get("state")
+        return state == "up"
+
+    await until_so(up)
 
 
 @pytest.mark.parametrize(("kind", "trouble"), CASES)

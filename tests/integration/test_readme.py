@@ -22,14 +22,15 @@ import trustme
 
 from server.config import Config
 from server.config_rules import toml
+from tests.integration.pages import SECRET, sign
 from tests.integration.running import ROOT, STATUSWIRE, clean_environment, free_port, running
-from tools.examples.nginx_example import NGINX, configure
+from tests.nginx import running_nginx
+from tests.support import PATIENCE_S
+from tools.examples.nginx_example import configure
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 20
 DOCUMENTS = ("README.md", "docs/wire-protocol.md", "docs/operations.md", "docs/workers.md")
-SECRET = "a-secret-of-thirty-two-bytes-or-more"
 
 
 class Block(NamedTuple):
@@ -266,13 +267,11 @@ async def test_the_nginx_sample_carries_every_transport(tmp_path: Path) -> None:
     pem = tmp_path / "certificate.pem"
     authority.issue_cert("status.example.com", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
     port = free_port()
-    token = await sign(tmp_path)
+    token = await sign(tmp_path, "--sub", "alice", "--capability", "publish")
     trusting = {"STATUSWIRE_SERVER_TRUSTED_PROXIES": "127.0.0.1"}
     async with running(tmp_path, "--jwt-key", SECRET, environ=trusting) as server:
         listen, statuswire = f"127.0.0.1:{port}", f"127.0.0.1:{server.port}"
-        file = trio.Path(configure(tmp_path, "site-own-host.conf", listen, statuswire, certificate=pem))
-        await file.write_text((await file.read_text()).replace("stderr warn", "stderr notice"))
-        async with nginx(tmp_path):
+        async with running_nginx(configure(tmp_path, "site-own-host.conf", listen, statuswire, certificate=pem)):
             with trio.fail_after(PATIENCE_S):
                 await through_nginx(f"https://127.0.0.1:{port}", tmp_path / "ca.pem", token)
     log = await trio.Path(tmp_path / "statuswire.log").read_text()
@@ -280,46 +279,10 @@ async def test_the_nginx_sample_carries_every_transport(tmp_path: Path) -> None:
     assert token not in log
 
 
-@asynccontextmanager
-async def nginx(directory: Path) -> AsyncIterator[None]:
-    """nginx with the configuration in ``directory``, from when it listens."""
-    assert NGINX, "nginx is not there: run `make system`"
-    command = [NGINX, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")]
-    process = await trio.lowlevel.open_process(command, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    try:
-        async with trio.open_nursery() as nursery:
-            said = b""
-            with trio.fail_after(PATIENCE_S):
-                while b"start worker process" not in said:
-                    data = await process.stderr.receive_some()
-                    assert data, said.decode()
-                    said += data
-            nursery.start_soon(discard, process.stderr)
-            yield
-            nursery.cancel_scope.cancel()
-    finally:
-        process.terminate()
-        with trio.CancelScope(shield=True):
-            await process.wait()
-            await process.stderr.aclose()
-
-
 async def discard(stream: trio.abc.ReceiveStream) -> None:
     """Read on, so that its writer never waits."""
     while await stream.receive_some():
         pass
-
-
-async def sign(directory: Path) -> str:
-    """A token of a user who may publish."""
-    done = await trio.run_process(
-        [str(STATUSWIRE), "token", "--jwt-key", SECRET, "--sub", "alice", "--capability", "publish"],
-        capture_stdout=True,
-        cwd=directory,
-        env=clean_environment(),
-    )
-    return done.stdout.decode().strip()
 
 
 async def through_nginx(url: str, authority: Path, token: str) -> None:

@@ -13,7 +13,7 @@ import trio
 
 from tests.fleet import TRANSPORTS, Publisher, Reader
 from tests.redis_servers import RedisServer, free_ports, running_server
-from tests.support import AUTH, Spawned, start, stop, until, until_answered, write_config
+from tests.support import AUTH, Spawned, for_a_while, start, stop, until, until_answered, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -161,6 +161,6 @@ async def test_two_hundred_readers_on_two_servers(redis: RedisServer, tmp_path: 
         fleet(tmp_path, redis.url) as running,
         under_load(running, users=20, readers=200, pause_s=0.1) as (readers, _, _),
     ):
-        await trio.sleep(5)
+        await for_a_while(5)  # under load
         # No server failed, so nobody had a reason to leave; polls count each answer.
         assert all(reader.connections == 1 for reader in readers if reader.transport != "poll")

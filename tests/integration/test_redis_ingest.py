@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import redis as redis_py
-import trio
 
 from server.ingest import redis_channels, redis_stream
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM
 from tests.ingesting import LONG_S, channels_of, nodes, record, steps, stream_of, text, version
 from tests.redis_servers import RedisServer
-from tests.support import server, spawned, until
+from tests.support import for_a_while, server, spawned, until
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +113,7 @@ async def test_equal_messages_within_the_window_count_as_one(redis: RedisServer,
             oracle.publish(channel, update)
         await until(lambda: sum(channels_of(each).counters.duplicates for each in running) == 2)
         assert version(running[0], "a") == 1
-        await trio.sleep(1.2)  # Redis' clock is the real one
+        await for_a_while(1.2)  # the window, by Redis' clock, which is the real one
         oracle.publish(CHANNELS[0], update)
         await until(lambda: version(running[0], "a") == 2)
         # What the completion channel adds to equal bytes makes another update of them.
@@ -124,7 +123,7 @@ async def test_equal_messages_within_the_window_count_as_one(redis: RedisServer,
         named = text(jobId="b", userId="u", eventId="e")
         oracle.publish(CHANNELS[0], named)
         await until(lambda: version(running[0], "b") == 1)
-        await trio.sleep(1.2)
+        await for_a_while(1.2)
         duplicates = sum(channels_of(each).counters.duplicates for each in running)
         oracle.publish(CHANNELS[1], named)
         await until(lambda: sum(channels_of(each).counters.duplicates for each in running) == duplicates + 1)

@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, STREAM
 from tests.ingesting import LONG_S, channels_of, node_beside, nodes, record, steps, stream_of, text, version
 from tests.redis_servers import RedisServer, running_cluster, running_sentinels, running_server
-from tests.support import InProcess, spawned, until
+from tests.support import InProcess, for_a_while, spawned, until, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +45,12 @@ async def test_who_takes_up_may_lose_its_ears(redis: RedisServer, oracle: redis_
                 connect = link._connect
 
                 async def late(connect: Connect = connect) -> tuple[Stream, NodeInfo]:
-                    await trio.sleep(0.2)  # some hundred messages
+                    await for_a_while(0.2)  # some hundred messages
                     return await connect()
 
                 link._connect = late
                 link.drop("for a test")
-            await trio.sleep(0.002)
+            await for_a_while(0.002)  # or all would be sent before the first cut
         await until(lambda: version(running[0], "a") >= 300, within=LONG_S)
         assert Counter(steps(running[0], "a")) == Counter(f"step {number}" for number in range(1, 301))
 
@@ -92,7 +92,7 @@ async def test_a_node_that_was_frozen_accepts_nothing_twice(
             for number in range(100):
                 oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message=f"step {number}"))
             await until(lambda: version(two, "a") == 100, within=LONG_S)
-        await trio.sleep(6)
+        await for_a_while(6)  # longer than the window
         frozen.signal(signal.SIGCONT)
         await until(lambda: oracle.get("{statuswire}:ingest:channels"), within=LONG_S)
         async with node_beside(redis.url) as three:
@@ -121,13 +121,13 @@ class Feed:
                 try:
                     client.xadd(STREAM, {"data": update})
                 except redis_py.exceptions.RedisError:
-                    time.sleep(0.05)
+                    time.sleep(0.05)  # as a client does before it tries again
                     client.close()
                     client = self._connect()
                 else:
                     self.sent.add(name)
                     break
-            time.sleep(0.001)
+            time.sleep(0.001)  # some hundred a second
         client.close()
 
     async def run(self) -> None:
@@ -185,7 +185,7 @@ async def test_a_frozen_reader_of_the_stream_accepts_nothing_twice(redis: RedisS
                 await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
                 assert stream_of(two).takes
                 frozen.signal(signal.SIGCONT)
-                await trio.sleep(2)
+                await for_a_while(2)  # nothing tells when it has given up what it had in hand
                 for job in range(5):
                     assert steps(two, f"j{job}") == [f"step {n}" for n in range(job, 3000, 5)]
                 assert oracle.xlen(DEAD) == 0
@@ -220,7 +220,7 @@ async def test_a_full_redis_takes_up_what_was_heard_when_it_has_room(
         oracle.config_set("maxmemory", "1mb")
         for number in range(20):
             oracle.publish(CHANNELS[0], text(jobId="a", message=f"step {number}"))
-        await trio.sleep(1)
+        await until(lambda: any(each.node.broker.available is not None for each in running))
         assert version(running[0], "a") == 1
         oracle.config_set("maxmemory", "0")
         await until(lambda: version(running[0], "a") == 21, within=LONG_S)
@@ -295,16 +295,16 @@ async def test_cluster(tmp_path: Path) -> None:
             await until(lambda: all(channels_of(each).listening for each in running), within=LONG_S)
             number = 0
 
-            async def published() -> None:
+            async def arrives() -> bool:
                 """Pub/sub may lose some meanwhile, but not from now on."""
                 nonlocal number
-                with trio.fail_after(LONG_S):
-                    while version(running[0], "c") == 0:
-                        number += 1
-                        alive.publish(CHANNELS[0], text(jobId="c", userId="u", message=f"try {number}"))
-                        await trio.sleep(0.1)
+                number += 1
+                alive.publish(CHANNELS[0], text(jobId="c", userId="u", message=f"try {number}"))
+                with suppress(trio.TooSlowError):
+                    await until(lambda: version(running[0], "c") > 0, within=0.1)
+                return version(running[0], "c") > 0
 
-            await published()
+            await until_so(arrives)
             told = steps(running[0], "c")
             assert len(told) == len(set(told))
 

@@ -22,7 +22,7 @@ from tests.redis_servers import (
     running_sentinels,
     running_server,
 )
-from tests.support import PATIENCE_S, ROOT, command, server, stop, write_config
+from tests.support import PATIENCE_S, ROOT, command, for_a_while, server, stop, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -175,7 +175,7 @@ async def test_a_redis_that_comes_soon_is_waited_for(tmp_path: Path) -> None:
     write_config(tmp_path, {"store": {"url": redis.url}})
     process = command(tmp_path)
     try:
-        await trio.sleep(1)  # it may be looking already
+        await for_a_while(1)  # it may be looking already
         redis.start()
         assert process.stdout is not None
         line = await trio.to_thread.run_sync(process.stdout.readline)

@@ -8,13 +8,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import trio
 
 from server.routes import ROUTES
 from server.routes.page import FILES
 from tests.integration.running import free_port
-from tests.support import AUTH, PATIENCE_S, WORKER, Address, Answer, InProcess, bearer, request_bytes, server, token
-from tests.web.test_proxied import NGINX
+from tests.nginx import running_nginx, write_configuration
+from tests.support import AUTH, WORKER, Address, Answer, InProcess, bearer, request_bytes, server, token
 
 pytestmark = pytest.mark.slow
 
@@ -25,13 +24,10 @@ STREAM = "no-cache, no-transform"
 @asynccontextmanager
 async def caching(directory: Path, target: Address) -> AsyncIterator[Address]:
     """nginx as carelessly as it can be set up without overruling its upstream: by address, everything, for long."""
-    assert NGINX, "nginx is not there: run `make system`"
     port = free_port()
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = "".join(f"{kind}_temp_path {directory}/{kind};\n" for kind in kinds)
-    (directory / "nginx.conf").write_text(
-        f"""daemon off; master_process off; error_log stderr notice; pid {directory}/nginx.pid; events {{}}
-        http {{ {paths} access_log off;
+    configuration = write_configuration(
+        directory,
+        f"""
             proxy_cache_path {directory}/cache keys_zone=all:1m;
             server {{
                 listen 127.0.0.1:{port};
@@ -45,27 +41,11 @@ async def caching(directory: Path, target: Address) -> AsyncIterator[Address]:
                     proxy_cache_methods GET HEAD POST;
                     add_header X-Cache $upstream_cache_status always;
                 }}
-            }}
-        }}"""
+            }}""",
+        main="master_process off;",
     )
-    process = await trio.lowlevel.open_process(
-        [NGINX, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")]
-    )
-    try:
-        with trio.fail_after(PATIENCE_S):
-            while True:
-                try:
-                    stream = await trio.open_tcp_stream("127.0.0.1", port)
-                except OSError:
-                    await trio.sleep(0.02)
-                else:
-                    await stream.aclose()
-                    break
+    async with running_nginx(configuration):
         yield Address(port)
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
 
 
 # Everything that is read, in the words of alice; whoever asks next must not get her answer.

@@ -21,7 +21,7 @@ from server.brokers.spool_file import left_by_others
 from server.brokers.spooling import SpoolingBroker
 from tests.redis_servers import Proxy, RedisServer, running_proxy, running_server
 from tests.streams import session
-from tests.support import InProcess, request_bytes, server, spawned, until, until_answered
+from tests.support import InProcess, for_a_while, request_bytes, server, spawned, until, until_answered
 
 pytestmark = pytest.mark.slow
 
@@ -387,20 +387,20 @@ async def test_any_outage_keeps_order_and_counts_once(
                             proxy.cut()
                         case "mute":
                             proxy.stop_passing()
-                            await trio.sleep(dice.uniform(0, 1))
+                            await for_a_while(dice.uniform(0, 1))
                             proxy.cut()
-                            await trio.sleep(dice.uniform(0, 1))
+                            await for_a_while(dice.uniform(0, 1))
                             proxy.pass_again()
                         case "full":
                             with redis.oracle() as oracle:
                                 for _ in range(5):
                                     oracle.config_set("maxmemory", 1)
-                                    await trio.sleep(dice.uniform(0, 0.05))
+                                    await for_a_while(dice.uniform(0, 0.05))
                                     oracle.config_set("maxmemory", 0)
-                                    await trio.sleep(dice.uniform(0, 0.05))
+                                    await for_a_while(dice.uniform(0, 0.05))
                         case "kill":
                             redis.kill()
-                            await trio.sleep(dice.uniform(0, 1))
+                            await for_a_while(dice.uniform(0, 1))
                             await trio.to_thread.run_sync(redis.start)
                 stopping.set()
             await passed_on(at)

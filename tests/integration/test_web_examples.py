@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from itertools import count
@@ -23,37 +23,22 @@ import pytest
 import trio
 import trustme
 
-from tests.integration.browser import Page, PageError, started_chromium, using_browser
-from tests.integration.pages import NewPage
-from tests.integration.pictures import directory_of_pictures, shoot, unexpected
+from tests.integration.browser import NewPage, Page, PageError
+from tests.integration.pictures import shoot, unexpected
 from tests.integration.running import ROOT, clean_environment, free_port, running
+from tests.nginx import running_nginx
+from tests.support import until
 from tests.web.pages import TRANSPORTS
-from tools.examples.nginx_example import NGINX, configure
+from tools.examples.nginx_example import configure
 
 pytestmark = pytest.mark.slow
 
 START_S = 120
+OPEN = re.compile(r"^Open (http\S+) in a browser", re.MULTILINE)
 FIRST = "document.querySelector('#jobs li')"
 BAR = f"{FIRST}?.querySelector('job-progress, progress')"
 SAYS = f"{FIRST}?.querySelector('.says')?.textContent"
 STATE = "document.getElementById('state')?.textContent"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
-
-
-@pytest.fixture
-async def new_page(chromium: str) -> AsyncIterator[NewPage]:
-    async with using_browser(chromium) as opened:
-        yield opened
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return directory_of_pictures(tmp_path / "screenshots")
 
 
 def of_session(session: int) -> list[str]:
@@ -85,10 +70,9 @@ async def example(directory: Path, kind: str, *flags: str) -> AsyncIterator[str]
             )
         )
     try:
-        with trio.fail_after(START_S):
-            while not (found := re.search(r"^Open (http\S+) in a browser", log.read_text(), re.MULTILINE)):
-                assert process.poll() is None, log.read_text()
-                await trio.sleep(0.05)
+        await until(lambda: process.poll() is not None or OPEN.search(log.read_text()), within=START_S)
+        found = OPEN.search(log.read_text())
+        assert found, log.read_text()
         yield found[1]
         # As a terminal does it: every process is told.
         os.killpg(process.pid, signal.SIGINT)
@@ -207,32 +191,6 @@ def all_are(*statuses: str) -> str:
     return f"{said} === '{','.join(statuses)}'"
 
 
-@asynccontextmanager
-async def nginx(configuration: Path) -> AsyncIterator[None]:
-    """nginx, from when it listens."""
-    assert NGINX, "nginx is not there: run `make system`"
-    address = re.search(
-        r"listen (127[0-9.]+):(\d+)", "".join(map(Path.read_text, configuration.parent.glob("s*.conf")))
-    )
-    assert address
-    command = [NGINX, "-e", "stderr", "-p", str(configuration.parent), "-c", str(configuration)]
-    process = await trio.lowlevel.open_process(command)
-    try:
-        with trio.fail_after(30):
-            while True:
-                assert process.poll() is None
-                try:
-                    await (await trio.open_tcp_stream(address[1], int(address[2]))).aclose()
-                    break
-                except OSError:
-                    await trio.sleep(0.05)
-        yield
-    finally:
-        with trio.CancelScope(shield=True):
-            process.terminate()
-            await process.wait()
-
-
 async def each_transport(page: Page, url: str, start_one: Callable[[], Awaitable[object]]) -> None:
     """A client for each, by an address below the page's origin: it sees a job from its beginning to its end, once."""
     for transport in TRANSPORTS:
@@ -319,7 +277,7 @@ async def test_each_variant_of_the_nginx_sample(
         # What is not below the path (a browser asks for /favicon.ico) is refused there: no loop through nginx.
         application = f"127.0.0.1:{server.port}" if site == "base-path" else ""
         configuration = configure(tmp_path, file, listen, statuswire, application, certificate if tls else None)
-        async with nginx(configuration):
+        async with running_nginx(configuration):
             page = await new_page()
             # The certificate is nobody's.
             await page.call("Security.setIgnoreCertificateErrors", ignore=True)

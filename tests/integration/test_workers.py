@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import trio
 
 from tests.redis_servers import RedisServer, free_ports
 from tests.streams import WebSocket, event_stream, session, websocket
-from tests.support import Spawned, command, spawned, until, until_answered, write_config
+from tests.support import Spawned, command, spawned, until, until_answered, until_so, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -221,9 +222,7 @@ async def test_the_numbers_are_those_of_all_workers(redis: RedisServer, tmp_path
                 and f"\nstatuswire_processes {float(WORKERS)}\n" in text
             )
 
-        with trio.fail_after(60):
-            while not await told():  # noqa: ASYNC110  # other processes set no events
-                await trio.sleep(0.1)
+        await until_so(told, every=0.1)
 
 
 async def test_a_worker_that_cannot_be_replaced_keeps_nobody_waiting(redis: RedisServer, tmp_path: Path) -> None:
@@ -236,17 +235,13 @@ async def test_a_worker_that_cannot_be_replaced_keeps_nobody_waiting(redis: Redi
         for _ in range(30):
             assert (await at.get("/health")).status == 200
         redis.start()
-        with trio.fail_after(60):
-            while not await spread(at):  # noqa: ASYNC110  # other processes set no events
-                await trio.sleep(0.1)
+        await until_so(partial(spread, at), every=0.1)
     assert at.process.returncode == 0
 
 
 async def until_logged(at: Spawned, text: str, times: int) -> None:
     """For what takes longer than anything else here."""
-    with trio.fail_after(90):
-        while at.log().count(text) < times:  # noqa: ASYNC110  # other processes set no events
-            await trio.sleep(0.05)
+    await until(lambda: at.log().count(text) >= times, within=90)
 
 
 async def spread(at: Spawned) -> bool:

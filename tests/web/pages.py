@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
-from tests.integration.browser import Page
-from tests.support import Address
+from tests.integration.browser import NewPage, Page
+from tests.redis_servers import Proxy
+from tests.support import Address, for_a_while, until
 
 TRANSPORTS = ("websocket", "sse", "longpoll", "poll")
 LIVE = "client.live"
-
-
-class NewPage(Protocol):
-    """Opens a tab; ``beside`` another one it shares that one's storage."""
-
-    def __call__(self, beside: Page | None = None) -> Awaitable[Page]: ...
 
 
 async def start(page: Page, url: str, what: object = "job-1", token: str = "", **options: object) -> None:
@@ -50,6 +46,35 @@ async def start(page: Page, url: str, what: object = "job-1", token: str = "", *
 async def until_live(page: Page, transport: str = "") -> None:
     """Wait until it is, over this transport or any."""
     await page.wait(LIVE + (f" && client.transport === '{transport}'" if transport else ""))
+
+
+def unexpected(page: Page) -> list[str]:
+    """What the browser complained of, but that there is no icon."""
+    return [problem for problem in page.problems if "favicon" not in problem]
+
+
+async def cut_off(page: Page, yes: bool) -> None:
+    """Take the network from a page, or give it back."""
+    await page.call(
+        "Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1
+    )
+
+
+async def share_one(new_page: NewPage, url: str, count: int) -> list[Page]:
+    """So many tabs of one browser, whose clients share one connection."""
+    first = await new_page()
+    tabs = [first, *[await new_page(first) for _ in range(count - 1)]]
+    for tab in tabs:
+        await start(tab, url, share=True)
+        await until_live(tab)
+    return tabs
+
+
+async def saw_all(page: Page, last: int) -> None:
+    """Wait for the job's end, this version; every one before it must have come, once and in order."""
+    await page.wait("client.live && seen.at(-1)?.status === 'completed'")
+    assert await versions(page) == list(range(1, last + 1))
+    assert await page.run("missed") == []
 
 
 async def start_all(page: Page, url: str, what: object = "job-1", **options: object) -> None:
@@ -91,7 +116,15 @@ async def versions(page: Page) -> list[int]:
     return found
 
 
-Publish = Callable[..., Awaitable[Any]]
+async def cut_fifty_times(live: Callable[[], Awaitable[object]], *proxies: Proxy) -> None:
+    """Cut the connections through one proxy after the other, each time soon after all is live. They are made again."""
+    for number in range(50):
+        await live()
+        await for_a_while(random.uniform(0, 0.1))
+        proxy = proxies[number % len(proxies)]
+        before = proxy.connections
+        proxy.cut()
+        await until(lambda proxy=proxy, before=before: proxy.connections > before)  # type: ignore[misc]
 
 
 @asynccontextmanager
@@ -103,7 +136,7 @@ async def busy(publish_one: Callable[[int], Awaitable[object]], pause: float = 0
         while True:
             number += 1
             await publish_one(number)
-            await trio.sleep(pause)
+            await for_a_while(pause)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)

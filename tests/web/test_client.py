@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-import trio
 
-from tests.integration.browser import started_chromium, using_browser
+from tests.integration.browser import NewPage
 from tests.integration.running import running
 from tests.redis_servers import running_proxy
 from tests.support import AUTH, WORKER, Address, in_seconds, server, token, until
-from tests.web.pages import TRANSPORTS, NewPage, busy, publish, start, until_live, versions
+from tests.web.pages import (
+    TRANSPORTS,
+    busy,
+    cut_fifty_times,
+    cut_off,
+    publish,
+    saw_all,
+    share_one,
+    start,
+    unexpected,
+    until_live,
+    versions,
+)
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
-
-
-@pytest.fixture
-async def new_page(chromium: str) -> AsyncIterator[NewPage]:
-    async with using_browser(chromium) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -49,7 +47,7 @@ async def test_every_version_once_and_the_end(new_page: NewPage, transport: str)
             assert await versions(page) == list(range(1, 22))
         assert await page.run("client.state") == ("open" if transport in ("websocket", "sse") else "polling")
         assert await page.run("errors") == []
-        assert [problem for problem in page.problems if "favicon" not in problem] == []
+        assert unexpected(page) == []
 
 
 @pytest.mark.parametrize("transport", ["websocket", "sse", "longpoll"])
@@ -61,12 +59,7 @@ async def test_cut_at_random_fifty_times(new_page: NewPage, transport: str) -> N
         page = await new_page()
         await start(page, f"http://127.0.0.1:{proxy.port}", transports=[transport], reconnectDelay=10)
         async with busy(lambda number: publish(at, message=str(number))):
-            for _ in range(50):
-                await until_live(page)
-                await trio.sleep(random.uniform(0, 0.1))
-                before = proxy.connections
-                proxy.cut()
-                await until(lambda before=before: proxy.connections > before)  # type: ignore[misc]
+            await cut_fifty_times(partial(until_live, page), proxy)
         ended = await publish(at, status="completed")
         await page.wait("seen.at(-1)?.status === 'completed'")
         assert await page.run("missed") == []
@@ -157,15 +150,14 @@ async def test_a_frozen_page_catches_up(new_page: NewPage, transport: str) -> No
 
 
 async def test_it_is_offline_and_says_so(new_page: NewPage) -> None:
-    condition = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     async with server() as at:
         page = await new_page()
         await start(page, at.url)
         await until_live(page)
-        await page.call("Network.emulateNetworkConditions", offline=True, **condition)
+        await cut_off(page, True)
         await page.wait("client.state === 'offline' && client.error.code === 'offline'")
         await publish(at, progress=1)
-        await page.call("Network.emulateNetworkConditions", offline=False, **condition)
+        await cut_off(page, False)
         await page.wait("client.live && seen.length === 1")
 
 
@@ -183,7 +175,7 @@ async def test_a_token_is_renewed_before_it_ends(new_page: NewPage, transport: s
         )
         await until_live(page)
         await page.wait("asked === 2")
-        await trio.sleep(max(0, ends + 0.1 - time.time()))  # from then on the first one is of no use
+        await until(lambda: time.time() > ends)  # from then on the first one is of no use
         await at.publish("job-1", WORKER, userId="alice", progress=5)
         await page.wait("seen.at(-1)?.progress === 5 && client.live")
         states = await page.run("states")
@@ -208,12 +200,8 @@ async def test_a_refused_token_is_asked_for_once_more_and_no_more(new_page: NewP
 
 async def test_one_connection_for_all_tabs(new_page: NewPage) -> None:
     async with server() as at:
-        pages = [await new_page()]
-        pages += [await new_page(pages[0]) for _ in range(2)]
-        for page in pages:
-            await start(page, at.url, share=True)
-            await until_live(page)
-        assert len(at.node.streams) == 1
+        pages = await share_one(new_page, at.url, 3)
+        (stream,) = at.node.streams
         await publish(at, progress=1)
         for page in pages:
             await page.wait("seen.length === 1")
@@ -223,12 +211,10 @@ async def test_one_connection_for_all_tabs(new_page: NewPage) -> None:
         await pages[1].wait("window.other === 1")
         await pages[0].call("Page.close")
         async with busy(lambda number: publish(at, message=str(number))):
-            await trio.sleep(0.5)
-            await until(lambda: len(at.node.streams) == 1)
+            await until(lambda: stream not in at.node.streams and len(at.node.streams) == 1)
         last = await publish(at, status="completed")
         for page in pages[1:]:
-            await page.wait("client.live && seen.at(-1)?.status === 'completed'")
-            assert await versions(page) == list(range(1, last["version"] + 1))
+            await saw_all(page, last["version"])
         assert len(at.node.streams) == 1
 
 

@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,12 +16,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-import trio
 
-from tests.integration.browser import Page, started_chromium, using_browser
+from tests.integration.browser import NewPage, Page
 from tests.integration.running import running
-from tests.support import Address, server, until
-from tests.web.pages import NewPage, publish
+from tests.support import Address, Paced, server, until
+from tests.web.pages import publish
 from tests.web.tools import ROOT, WEB, web_tools
 
 pytestmark = pytest.mark.slow
@@ -30,18 +28,6 @@ pytestmark = pytest.mark.slow
 BARS = 200
 UPDATES_PER_SECOND = 50
 TURNS = 200  # four seconds
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
-
-
-@pytest.fixture
-async def new_page(chromium: str) -> AsyncIterator[NewPage]:
-    async with using_browser(chromium) as opened:
-        yield opened
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -316,11 +302,9 @@ async def test_two_hundred_bars_leave_the_page_free(new_page: NewPage, tmp_path:
 async def measured(page: Page, client: httpx.AsyncClient, ids: list[str], first: int) -> dict[str, float]:
     """Publish to all jobs for some seconds; what share of them the main thread was busy, by CPU time and by tasks."""
     before = await metrics(page)
-    begun = time.monotonic()
-    for turn in range(TURNS):
+    async for turn in Paced(UPDATES_PER_SECOND, TURNS):
         batch = [{"jobId": job_id, "userId": "u", "progress": (first + turn) / 10} for job_id in ids]
         (await client.post("/api/v2/updates", json=batch)).raise_for_status()
-        await trio.sleep(max(0, begun + (turn + 1) / UPDATES_PER_SECOND - time.monotonic()))
     after = await metrics(page)
     passed = after["Timestamp"] - before["Timestamp"]
     busy = {name: (after[name] - before[name]) / passed for name in ("ThreadTime", "TaskDuration", "ScriptDuration")}

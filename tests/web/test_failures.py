@@ -4,42 +4,48 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.integration.browser import Page, started_chromium, using_browser
+from tests.integration.browser import NewPage, Page
 from tests.integration.running import running
 from tests.redis_servers import RedisServer, running_proxy, running_sentinels
-from tests.support import AUTH, PATIENCE_S, WORKER, Address, in_seconds, server, token, until, until_answered
-from tests.web.pages import NewPage, busy, publish, start, start_all, until_all, until_live, versions
+from tests.support import (
+    AUTH,
+    PATIENCE_S,
+    WORKER,
+    Address,
+    for_a_while,
+    in_seconds,
+    server,
+    token,
+    until,
+    until_answered,
+    until_so,
+)
+from tests.web.pages import (
+    busy,
+    cut_off,
+    publish,
+    saw_all,
+    share_one,
+    start,
+    start_all,
+    unexpected,
+    until_all,
+    until_live,
+    versions,
+)
 
 pytestmark = pytest.mark.slow
 
 # How long the network is away. `make test-offline` for the whole minute, in which waits grow as long as they get.
 OFFLINE_S = float(os.environ.get("OFFLINE_S", "2"))
-CONDITION = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-ENDED = "seen.at(-1)?.status === 'completed'"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
-
-
-@pytest.fixture
-async def new_page(chromium: str) -> AsyncIterator[NewPage]:
-    async with using_browser(chromium) as opened:
-        yield opened
-
-
-def unexpected(page: Page) -> list[str]:
-    """What the browser complained of, but that there is no icon."""
-    return [problem for problem in page.problems if "favicon" not in problem]
 
 
 async def go_on(page: Page, at: Address, away: Callable[[bool], Awaitable[object]]) -> None:
@@ -53,7 +59,7 @@ async def go_on(page: Page, at: Address, away: Callable[[bool], Awaitable[object
     await publish(at, progress=30)
     await publish(at, "ends", status="completed")
     await at.ask("DELETE", "/api/v2/jobs/goes")
-    await trio.sleep(OFFLINE_S)
+    await for_a_while(OFFLINE_S)
     await until_all(page, "!one.client.live && one.watched.jobs.length === 3")
     await away(False)
     await until_all(page, "one.client.live && one.watched.jobs.length === 2")
@@ -74,10 +80,7 @@ async def test_offline_for_a_while(new_page: NewPage) -> None:
         page = await new_page()
         await start_all(page, at.url, {"all": True})
 
-        async def away(yes: bool) -> None:
-            await page.call("Network.emulateNetworkConditions", offline=yes, **CONDITION)
-
-        await go_on(page, at, away)
+        await go_on(page, at, partial(cut_off, page))
 
 
 async def test_a_network_that_is_gone_without_a_word(new_page: NewPage, tmp_path: Path) -> None:
@@ -120,15 +123,14 @@ async def test_redis_fails_over_under_a_page(new_page: NewPage, tmp_path: Path) 
             with master.oracle() as oracle:
                 await trio.to_thread.run_sync(oracle.wait, 1, 5000)
             master.kill()
-            progress, accepted = 2, 0
-            with trio.fail_after(60):
-                while accepted < 5:
-                    answer = await at.post("/api/v2/jobs/job-1/updates", {"userId": "anonymous", "progress": progress})
-                    if answer.status == 200:
-                        accepted, progress = accepted + 1, progress + 1
-                    else:
-                        assert answer.status == 503, answer
-                        await trio.sleep(0.05)
+
+            async def accepted(progress: int) -> bool:
+                answer = await at.post("/api/v2/jobs/job-1/updates", {"userId": "anonymous", "progress": progress})
+                assert answer.status in (200, 503), answer
+                return answer.status == 200
+
+            for progress in range(2, 7):
+                await until_so(partial(accepted, progress))
             assert sentinels.master() is not master
             await publish(at, status="completed")
             await until_all(page, "one.client.live && one.seen.at(-1).status === 'completed'")
@@ -210,7 +212,7 @@ async def test_a_suspended_page_goes_on(new_page: NewPage) -> None:
             await publish(at, progress=20)
             await publish(at, progress=30)
             await publish(at, status="completed")
-            await trio.sleep(7)
+            await for_a_while(7)  # so long that, awake, they would have known
         await until_all(page, "!one.client.live || one.client.transport.includes('poll')")
         proxy.cut()
         proxy.pass_again()
@@ -223,12 +225,7 @@ async def test_a_suspended_page_goes_on(new_page: NewPage) -> None:
 @pytest.mark.parametrize("how", ["frozen", "stopped"])
 async def test_the_tab_that_leads_falls_asleep(new_page: NewPage, how: str) -> None:
     async with server() as at:
-        pages = [await new_page()]
-        pages += [await new_page(pages[0]) for _ in range(2)]
-        for page in pages:
-            await start(page, at.url, share=True)
-            await until_live(page)
-        leader, *others = pages
+        leader, *others = pages = await share_one(new_page, at.url, 3)
         (stream,) = at.node.streams
 
         async def awake_ones_go_on() -> None:
@@ -251,9 +248,7 @@ async def test_the_tab_that_leads_falls_asleep(new_page: NewPage, how: str) -> N
                 await awake_ones_go_on()
         last = await publish(at, status="completed")
         for page in pages:
-            await page.wait(f"client.live && {ENDED}")
-            assert await versions(page) == list(range(1, last["version"] + 1))
-            assert await page.run("missed") == []
+            await saw_all(page, last["version"])
         await until(lambda: len(at.node.streams) == 1)
 
 
@@ -281,11 +276,7 @@ async def test_back_from_the_back_forward_cache(new_page: NewPage, share: bool) 
 
 async def test_two_tabs_are_closed_at_once(new_page: NewPage) -> None:
     async with server() as at:
-        pages = [await new_page()]
-        pages += [await new_page(pages[0]) for _ in range(3)]
-        for page in pages:
-            await start(page, at.url, share=True)
-            await until_live(page)
+        pages = await share_one(new_page, at.url, 4)
         async with busy(lambda number: publish(at, message=str(number)), pause=0.005):
             async with trio.open_nursery() as nursery:
                 # Among them the one that leads, in the middle of passing on, and the one that would be next.
@@ -296,9 +287,7 @@ async def test_two_tabs_are_closed_at_once(new_page: NewPage) -> None:
                 await until_live(page)
         last = await publish(at, status="completed")
         for page in pages[2:]:
-            await page.wait(f"client.live && {ENDED}")
-            assert await versions(page) == list(range(1, last["version"] + 1))
-            assert await page.run("missed") == []
+            await saw_all(page, last["version"])
 
 
 async def test_a_tab_that_disconnects_wants_nothing_more(new_page: NewPage) -> None:
@@ -332,10 +321,13 @@ async def test_disconnected_before_the_token_is_there(new_page: NewPage) -> None
             page, at.url, token=f"() => new Promise((give) => (window.give = () => give({good!r})))", share=True
         )
         await page.wait("window.give")
+        before = len(page.sent)
         # Nor may it be told of what is watched meanwhile by errors.
         await page.run("client.watch('job-2', () => {}), client.disconnect(), give(), 0")
-        await trio.sleep(0.2)
-        assert not at.node.streams
+        marks = [f"{at.url}/health?mark={number}" for number in range(5)]
+        for mark in marks:
+            await page.run(f"fetch({mark!r}).then(() => 0)")
+        assert [url for _, url in page.sent[before:]] == marks, "it has not tried to connect before any of them"
         assert await page.run("client.state") == "closed"
         await page.run("client.reconnect()")
         await until_live(page)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import random
-import shutil
 import signal
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.integration.browser import started_chromium, using_browser
-from tests.integration.running import ROOT, free_port
+from tests.integration.browser import NewPage
+from tests.integration.running import free_port
+from tests.nginx import running_nginx, write_configuration
 from tests.redis_servers import running_proxy
-from tests.support import PATIENCE_S, Address, server, until
-from tests.web.pages import TRANSPORTS, NewPage, busy, publish, start, start_all, until_all, until_live, versions
+from tests.support import Address, server
+from tests.web.pages import (
+    TRANSPORTS,
+    busy,
+    cut_fifty_times,
+    publish,
+    start,
+    start_all,
+    until_all,
+    until_live,
+    versions,
+)
 
 pytestmark = pytest.mark.slow
 
-NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:{ROOT}/.venv/nginx/usr/sbin")
 # How proxies and firewalls keep something out: an answer of their own, or none at all.
 REFUSED = "return 403;"
 CUT_OFF = "return 444;"
@@ -31,18 +38,6 @@ SSE = "location = /api/v2/jobs/stream {{ {} }}"
 # Those that are open when the configuration is another.
 CUT_OLD = "worker_shutdown_timeout 100ms;"
 LONG_POLL = "if ($arg_timeout ~ [1-9]) {{ {} }}"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with started_chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
-
-
-@pytest.fixture
-async def new_page(chromium: str) -> AsyncIterator[NewPage]:
-    async with using_browser(chromium) as opened:
-        yield opened
 
 
 class Nginx(Address):
@@ -56,14 +51,11 @@ class Nginx(Address):
         self._target = target
         self.process: trio.Process | None = None
 
-    def configure(self, *blocked: str) -> None:
+    def configure(self, *blocked: str) -> Path:
         """Write the configuration; what is running takes it up when told to."""
-        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        paths = "".join(f"{kind}_temp_path {self._directory}/{kind};\n" for kind in kinds)
-        (self._directory / "nginx.conf").write_text(
-            f"""daemon off; error_log stderr notice; pid {self._directory}/nginx.pid; events {{}}
-            {self._main}
-            http {{ {paths} access_log off;
+        return write_configuration(
+            self._directory,
+            f"""
                 map $http_upgrade $connection_upgrade {{ default upgrade; "" ""; }}
                 server {{
                     listen 127.0.0.1:{self.port};
@@ -77,8 +69,8 @@ class Nginx(Address):
                         proxy_read_timeout 120s;
                         {self._location}
                     }}
-                }}
-            }}"""
+                }}""",
+            main=self._main,
         )
 
     def reconfigure(self, *blocked: str) -> None:
@@ -93,34 +85,9 @@ async def nginx(
     directory: Path, target: Address, *blocked: str, main: str = "", location: str = ""
 ) -> AsyncIterator[Nginx]:
     """Run nginx in front of a server, with some locations blocked."""
-    assert NGINX, "nginx is not there: run `make system`"
     proxy = Nginx(directory, target.port, free_port(), main, location)
-    proxy.configure(*blocked)
-    process = proxy.process = await trio.lowlevel.open_process(
-        [NGINX, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")], stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    try:
-        async with trio.open_nursery() as nursery:
-            said = b""
-            with trio.fail_after(PATIENCE_S):
-                while b"start worker process" not in said:
-                    data = await process.stderr.receive_some()
-                    assert data, said.decode()
-                    said += data
-            nursery.start_soon(_discard, process.stderr)
-            yield proxy
-            nursery.cancel_scope.cancel()
-    finally:
-        process.terminate()
-        with trio.CancelScope(shield=True):
-            await process.wait()
-            await process.stderr.aclose()
-
-
-async def _discard(stream: trio.abc.ReceiveStream) -> None:
-    while await stream.receive_some():
-        pass
+    async with running_nginx(proxy.configure(*blocked)) as proxy.process:
+        yield proxy
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -172,12 +139,8 @@ async def test_it_comes_back_to_the_best_without_a_gap(new_page: NewPage, tmp_pa
         await start(page, proxy.url)
         await until_live(page, "sse")
         proxy.reconfigure()
-        number = 0
-        with trio.fail_after(PATIENCE_S):
-            while await page.run("client.transport") != "websocket":
-                number += 1
-                await publish(at, message=str(number))
-                await trio.sleep(0.02)
+        async with busy(lambda number: publish(at, message=str(number))):
+            await page.wait("client.transport === 'websocket'")
         last = await publish(at, status="completed")
         await page.wait("seen.at(-1).status === 'completed'")
         assert await versions(page) == list(range(1, last["version"] + 1))
@@ -213,13 +176,7 @@ async def test_cut_fifty_times_before_and_behind_nginx(new_page: NewPage, tmp_pa
             await start_all(page, f"http://127.0.0.1:{before.port}", reconnectDelay=10)
             await until_all(page, "one.seen.length")
             async with busy(lambda number: publish(at, message=str(number))):
-                for number in range(50):
-                    await until_all(page, "one.client.live")
-                    await trio.sleep(random.uniform(0, 0.1))
-                    side = (before, behind)[number % 2]
-                    made = side.connections
-                    side.cut()
-                    await until(lambda side=side, made=made: side.connections > made)  # type: ignore[misc]
+                await cut_fifty_times(partial(until_all, page, "one.client.live"), before, behind)
             last = await publish(at, status="completed")
             await until_all(page, "one.client.live && one.seen.at(-1).status === 'completed'")
             assert await page.run("clients.flatMap((one) => one.missed)") == []
