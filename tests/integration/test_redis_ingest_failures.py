@@ -220,7 +220,7 @@ async def test_a_full_redis_takes_up_what_was_heard_when_it_has_room(
         oracle.config_set("maxmemory", "1mb")
         for number in range(20):
             oracle.publish(CHANNELS[0], text(jobId="a", message=f"step {number}"))
-        await until(lambda: any(each.node.broker.available is not None for each in running))
+        await until(lambda: all(len(channels_of(each)._held) == 20 for each in running))
         assert version(running[0], "a") == 1
         oracle.config_set("maxmemory", "0")
         await until(lambda: version(running[0], "a") == 21, within=LONG_S)
