@@ -16,8 +16,9 @@ import trio.testing
 from protocol.errors import ApiError
 from protocol.fields import decode_fields
 from server.brokers.base import Accepted, Publish
+from tests.pacing import for_a_while
 from tests.streams import WebSocket, session
-from tests.support import PATIENCE_S, InProcess, for_a_while, server, until
+from tests.support import PATIENCE_S, InProcess, server, until
 
 RESUMED_S = 10.0  # promised: with Redis back, every node's readers get updates again
 

@@ -8,7 +8,6 @@ connection and reads one answer at a time, strictly; ``ask`` is one request on a
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -25,7 +24,6 @@ from typing import Any, Final
 
 import jwt
 import trio
-from trio.testing import MockClock
 
 from server.app import running
 from server.config import Config
@@ -468,41 +466,6 @@ def wait_for(condition: Callable[[], object], *, within: float = PATIENCE_S) -> 
     while not condition():
         assert time.monotonic() < give_up, f"not within {within} s"
         time.sleep(0.01)
-
-
-async def for_a_while(seconds: float) -> None:
-    """Let things go on as they are: a peer stalls, a lease runs out, a load lasts, a client stays away.
-
-    Only where the time itself is what a test is about. What happens at some time or other is waited for with ``until``.
-    """
-    await trio.sleep(seconds)
-
-
-async def virtual_time(seconds: float) -> None:
-    """Let so much time pass of a clock that jumps (``autojump_clock``), which takes none."""
-    assert isinstance(trio.lowlevel.current_clock(), MockClock), "real time is not for waiting"
-    await trio.sleep(seconds)
-
-
-class Paced:
-    """Numbers from 0 on, so many in a second, ``count`` in all; what is late is caught up with. For ``async for``."""
-
-    # No async generator: those must not be left in the middle, as a cancelled task leaves them.
-    def __init__(self, per_second: float, count: float = math.inf) -> None:
-        self._begun = trio.current_time()
-        self._per_second = per_second
-        self._count = count
-        self._number = -1
-
-    def __aiter__(self) -> Paced:
-        return self
-
-    async def __anext__(self) -> int:
-        self._number += 1
-        if self._number >= self._count:
-            raise StopAsyncIteration
-        await trio.sleep_until(self._begun + self._number / self._per_second)
-        return self._number
 
 
 async def until_answered(at: Address, target: str, status: int) -> Answer:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import trio
 
+from tests.pacing import for_a_while
 from tests.streams import SseEvent, Stream, clean_server, parse_events, running_out, stream_at
-from tests.support import ADMIN, ALICE, AUTH, BOB, WORKER, Answer, InProcess, bearer, for_a_while
+from tests.support import ADMIN, ALICE, AUTH, BOB, WORKER, Answer, InProcess, bearer
 
 PROJECT = "/api/projects/p1"
 STATUS = f"{PROJECT}/initial-report-status"

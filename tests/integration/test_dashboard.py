@@ -45,7 +45,7 @@ from tests.integration.pages import (
 )
 from tests.integration.pictures import WIDE, shoot, unexpected
 from tests.integration.running import Running, running
-from tests.support import Paced, for_a_while
+from tests.pacing import Paced, for_a_while
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,9 @@ import trio
 from tests.fleet import Reader
 from tests.integration.test_redis_fleet import fleet
 from tests.nginx import running_nginx
+from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, free_ports
-from tests.support import Address, Ended, bearer, for_a_while, until
+from tests.support import Address, Ended, bearer, until
 from tools.examples.nginx_example import configure
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,11 @@ import trio.testing
 from protocol.errors import ApiError
 from server.brokers import redis_broker
 from server.brokers.base import Accepted, Cancel, Delete
+from tests.pacing import for_a_while
 from tests.redis_nodes import nodes, publish, under_load
 from tests.redis_servers import RedisServer, running_server
 from tests.streams import session
-from tests.support import PATIENCE_S, InProcess, for_a_while, server, until
+from tests.support import PATIENCE_S, InProcess, server, until
 
 pytestmark = pytest.mark.slow
 

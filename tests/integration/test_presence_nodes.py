@@ -15,12 +15,13 @@ from protocol.presence import PresenceEvent, Target
 from server import cluster as cluster_module
 from server.cluster import Cluster
 from server.metrics import Sample
+from tests.pacing import for_a_while
 from tests.redis_nodes import joined, nodes
 from tests.redis_servers import RedisServer, running_cluster
 from tests.server.test_auth_hook import application
 from tests.server.test_presence import Someone, presence, told_of_comings_and_goings
 from tests.streams import event_stream, session, websocket
-from tests.support import AUTH, InProcess, bearer, for_a_while, server, spawned, token, until, until_so
+from tests.support import AUTH, InProcess, bearer, server, spawned, token, until, until_so
 
 pytestmark = pytest.mark.slow
 

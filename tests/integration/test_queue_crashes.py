@@ -14,8 +14,9 @@ import pytest
 import redis as redis_py
 import trio
 
+from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer
-from tests.support import Address, for_a_while, server, spawned, until, until_so
+from tests.support import Address, server, spawned, until, until_so
 
 pytestmark = pytest.mark.slow
 

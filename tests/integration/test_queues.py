@@ -35,8 +35,9 @@ from tests.integration.queue_runs import (
     rq_load,
     steps,
 )
+from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, running_server
-from tests.support import ADMIN, AUTH, Address, for_a_while, server, spawned, until, until_so
+from tests.support import ADMIN, AUTH, Address, server, spawned, until, until_so
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ import pytest
 import trio
 
 from tests.fleet import TRANSPORTS, Publisher, Reader
+from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, free_ports, running_server
-from tests.support import AUTH, Spawned, for_a_while, start, stop, until, until_answered, write_config
+from tests.support import AUTH, Spawned, start, stop, until, until_answered, write_config
 
 pytestmark = pytest.mark.slow
 

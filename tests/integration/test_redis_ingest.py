@@ -14,8 +14,9 @@ from server.ingest import redis_channels, redis_stream
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM
 from tests.ingesting import LONG_S, channels_of, nodes, record, steps, stream_of, text, version
+from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer
-from tests.support import for_a_while, server, spawned, until
+from tests.support import server, spawned, until
 
 pytestmark = pytest.mark.slow
 

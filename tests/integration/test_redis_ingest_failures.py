@@ -22,8 +22,9 @@ from server.ingest import redis_channels
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, STREAM
 from tests.ingesting import LONG_S, channels_of, node_beside, nodes, record, steps, stream_of, text, version
+from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, running_cluster, running_sentinels, running_server
-from tests.support import InProcess, for_a_while, spawned, until, until_so
+from tests.support import InProcess, spawned, until, until_so
 
 pytestmark = pytest.mark.slow
 

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from server.app import StartError
+from tests.pacing import for_a_while
 from tests.redis_nodes import publish
 from tests.redis_servers import (
     RedisServer,
@@ -22,7 +23,7 @@ from tests.redis_servers import (
     running_sentinels,
     running_server,
 )
-from tests.support import PATIENCE_S, ROOT, command, for_a_while, server, stop, write_config
+from tests.support import PATIENCE_S, ROOT, command, server, stop, write_config
 
 pytestmark = pytest.mark.slow
 

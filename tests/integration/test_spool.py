@@ -19,9 +19,10 @@ from server.app import StartError
 from server.brokers import redis_publisher
 from server.brokers.spool_file import left_by_others
 from server.brokers.spooling import SpoolingBroker
+from tests.pacing import for_a_while
 from tests.redis_servers import Proxy, RedisServer, running_proxy, running_server
 from tests.streams import session
-from tests.support import InProcess, for_a_while, request_bytes, server, spawned, until, until_answered
+from tests.support import InProcess, request_bytes, server, spawned, until, until_answered
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from server import socketio
-from tests.support import Ended, InProcess, for_a_while, request_bytes, server, until
+from tests.pacing import for_a_while
+from tests.support import Ended, InProcess, request_bytes, server, until
 
 JOBS = "/api/v2/jobs"
 GET = request_bytes("GET", "/health")

@@ -14,7 +14,7 @@ from protocol.update import Job
 from server.leases import Leases
 from server.wheel import Wheel
 from tests.contract.harness import fields
-from tests.support import virtual_time
+from tests.pacing import virtual_time
 
 
 class Scene:

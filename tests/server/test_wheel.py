@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from server.wheel import RESOLUTION, Wheel
-from tests.support import for_a_while, virtual_time
+from tests.pacing import for_a_while, virtual_time
 
 
 @pytest.fixture

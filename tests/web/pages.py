@@ -11,8 +11,9 @@ from typing import Any
 import trio
 
 from tests.integration.browser import NewPage, Page
+from tests.pacing import for_a_while
 from tests.redis_servers import Proxy
-from tests.support import Address, for_a_while, until
+from tests.support import Address, until
 
 TRANSPORTS = ("websocket", "sse", "longpoll", "poll")
 LIVE = "client.live"

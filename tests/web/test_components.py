@@ -19,7 +19,8 @@ import pytest
 
 from tests.integration.browser import NewPage, Page
 from tests.integration.running import running
-from tests.support import Address, Paced, server, until
+from tests.pacing import Paced
+from tests.support import Address, server, until
 from tests.web.pages import publish
 from tests.web.tools import ROOT, WEB, web_tools
 

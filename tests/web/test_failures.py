@@ -14,20 +14,9 @@ import trio
 
 from tests.integration.browser import NewPage, Page
 from tests.integration.running import running
+from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, running_proxy, running_sentinels
-from tests.support import (
-    AUTH,
-    PATIENCE_S,
-    WORKER,
-    Address,
-    for_a_while,
-    in_seconds,
-    server,
-    token,
-    until,
-    until_answered,
-    until_so,
-)
+from tests.support import AUTH, PATIENCE_S, WORKER, Address, in_seconds, server, token, until, until_answered, until_so
 from tests.web.pages import (
     busy,
     cut_off,

@@ -12,6 +12,7 @@ from server.transports.live import LiveReader
 from server.transports.notices import NoticeStream
 from server.transports.sse import EventStream
 from server.transports.websocket import Session
+from tests.pacing import for_a_while
 from tests.streams import (
     Closed,
     clean_server,
@@ -23,7 +24,7 @@ from tests.streams import (
     reset_connection,
     session,
 )
-from tests.support import Http, for_a_while, request_bytes, until
+from tests.support import Http, request_bytes, until
 
 # For so long the loop is watched, and may turn so often for its own sake. A socket that is reported for ever makes it
 # turn thousands of times.

@@ -11,6 +11,7 @@ from wsproto.events import Ping, TextMessage
 
 from protocol.frames import close_frame
 from server.app import drain
+from tests.pacing import for_a_while
 from tests.streams import (
     NO_PATIENCE,
     WebSocket,
@@ -25,7 +26,7 @@ from tests.streams import (
     versions,
     websocket,
 )
-from tests.support import AUTH, PATIENCE_S, InProcess, for_a_while, token, until
+from tests.support import AUTH, PATIENCE_S, InProcess, token, until
 
 # Heartbeats
 
