@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Generator, Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from protocol.update import STATUSES, Job, Update
-
-# So many jobs are looked through before others have a turn: some 2 ms.
-PORTION: Final = 4096
+from server.turns import PORTION, portions, sort
 
 
 class Page(NamedTuple):
@@ -106,12 +104,19 @@ class Jobs:
             self._created = [self._created[slot] for slot in live]
             self._ids = [self._ids[slot] for slot in live]
 
-    def load(self, jobs: Iterable[Job]) -> None:
-        """Start from these, which must come in order of ``created``."""
-        self.clear()
-        for job in jobs:
-            self.put(job)
-        self._ended = deque(sorted(self._ended, key=lambda update: update.offset))
+    def load(self, jobs: Sequence[Job]) -> Generator[None, None, None]:
+        """Start from these, which must come in order of ``created``; what was known is there until all is done."""
+        fresh = Jobs(max_jobs=self.max_jobs)
+        for portion in portions(jobs):
+            for job in portion:
+                fresh.put(job)
+            yield
+        fresh._ended = deque((yield from sort(portions(list(fresh._ended)), attrgetter("offset"))))
+        self.become(fresh)
+
+    def become(self, other: Jobs) -> None:
+        """Have what the other has, which is not to be used any more."""
+        vars(self).update(vars(other))
 
     def take_oldest_ended(self) -> Job | None:
         """Pick the job that ended longest ago; it is still shown, but will not be picked again."""
@@ -133,7 +138,7 @@ class Jobs:
         kind: Container[str | None] | None = None,
         limit: int,
         after: int | None = None,
-    ) -> Iterator[Page | None]:
+    ) -> Generator[None, None, Page]:
         """Jobs from the newest to the oldest, as of now.
 
         Args:
@@ -143,24 +148,23 @@ class Jobs:
             limit: most jobs returned, at least 1.
             after: go on after this: what the previous page returned.
 
-        Yields:
-            The page; before it None each time that others can have a turn, where many are looked through.
+        Returns:
+            The page; where many are looked through, others can have turns.
         """
         found: list[Job] = []
         for job in self._newest(user_id, after):
             if job is None:
-                yield None
+                yield
                 continue
             latest = job.latest
             if (status is None or latest.status in status) and (kind is None or latest.kind in kind):
                 if len(found) == limit:
-                    yield Page(found, found[-1].created)
-                    return
+                    return Page(found, found[-1].created)
                 found.append(job)
-        yield Page(found, None)
+        return Page(found, None)
 
     def _newest(self, user_id: str | None, after: int | None) -> Iterator[Job | None]:
-        """Those that ``page`` looks through, and its Nones."""
+        """Those that ``page`` looks through, and a None for each of its pauses."""
         looked = self._all_from(after) if user_id is None else self._of_user_from(user_id, after)
         for job in islice(looked, PORTION):
             yield job

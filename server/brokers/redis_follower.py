@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
+from operator import attrgetter
+from time import perf_counter
 from typing import Any, Final, Literal
 
 import trio
@@ -44,10 +46,11 @@ from server.brokers.redis_keys import (
     update_of,
 )
 from server.brokers.redis_notices import load_stored, places_of
-from server.brokers.redis_reading import cut_of, decode_jobs, entries_of, newest_of, read_log
+from server.brokers.redis_reading import cut_of, decode_jobs, entries_of, read_log
 from server.history import History
 from server.inbox import Inboxes, Place
 from server.jobs import Jobs
+from server.turns import PORTION, in_turns, portions, sort
 
 log = logging.getLogger("statuswire.broker")
 
@@ -64,6 +67,10 @@ IDLE_S: Final = 300.0
 _MAX_OVER: Final = 1000
 # Records forgotten before others have a turn: about a millisecond.
 _TURN: Final = 1000
+# Seconds for which messages are shown before others have a turn.
+_TURN_S: Final = 0.002
+
+_created = attrgetter("created")
 
 
 class _LogLostError(Exception):
@@ -224,7 +231,10 @@ class Follower:
                 self._buffer.append((shard, data))
             else:
                 self._overflowed = True
-            return
+        else:
+            self._take_next(shard, data)
+
+    def _take_next(self, shard: int, data: bytes) -> None:
         if shard not in self.followed:
             return
         message = decode_message(data)
@@ -349,7 +359,7 @@ class Follower:
             self._loaded.clear()
         finally:
             if self._buffer is not None and not self._gap:
-                self._drain()
+                await self._drain()
 
     async def _unfollow_idle(self) -> None:
         """Let go of shards that nobody needs here, so that their updates cost nothing.
@@ -413,23 +423,20 @@ class Follower:
         entries: list[Update] = []
         newest: dict[int, tuple[int, bytes | None]] = {}
         for shard in shards:
-            messages = await read_log(self.client, shard, self._history.first, limit)
-            newest[shard] = await newest_of(self.client, shard, messages, limit)
-            entries += [update for message, _ in messages for update in entries_of(message)]
+            read, newest[shard] = await read_log(self.client, shard, self._history.first, limit)
+            entries += read
         inboxes = await load_stored(self.client) if NOTICES_SHARD in shards else []
         cut = await cut_of(self.client, shards)
         # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up, among it
         # what is in these records already.
-        self._history.fill(entries)
+        await in_turns(self._history.fill(entries))
         if NOTICES_SHARD in shards:
             self._load_inboxes(inboxes, limit)
         self._history.forget(cut)
-        jobs = list(self._jobs.jobs.values())
-        for stored in loaded:
-            if stored.job is not None and stored.job.created <= limit:
-                jobs.append(stored.job)
-                self.revs[stored.job.latest.job_id] = stored.rev
-        self._jobs.load(sorted(jobs, key=lambda job: job.created))
+        jobs, revs = await in_turns(_jobs_of(loaded, limit))
+        jobs = await in_turns(sort(portions([*self._jobs.jobs.values(), *jobs]), _created))
+        await in_turns(self._jobs.load(jobs))
+        self.revs |= revs
         for shard, (stamp, data) in newest.items():
             self.seen[shard], self._seen_data[shard] = stamp, data
         self._loaded |= shards
@@ -461,7 +468,11 @@ class Follower:
                 raise _LogLostError(f"offset {self._history.last} was shown, Redis is at {offset}")
             bound = offset
             fresh: list[tuple[int, Message, bytes]] = []
+            until = perf_counter() + _TURN_S
             for shard, cut, page in zip(shards, found[::2], found[1::2], strict=True):
+                if perf_counter() > until:
+                    await trio.lowlevel.checkpoint()
+                    until = perf_counter() + _TURN_S
                 messages = self._check_page(shard, page, offset, cut)
                 fresh += [(shard, message, data) for message, data in messages]
                 if len(page) == _PAGE:
@@ -472,6 +483,9 @@ class Follower:
                     if message.first <= self._history.last:
                         raise _LogLostError(f"offset {message.first} is another one's now")
                     self._show(shard, message, data)
+                if perf_counter() > until:
+                    await trio.lowlevel.checkpoint()
+                    until = perf_counter() + _TURN_S
             self._history.skip(bound)
             for shard in shards:
                 self._on_shown(shard)
@@ -494,12 +508,19 @@ class Follower:
             raise _OutOfStepError(f"what came after entry {seen} of shard {shard} is not kept any more")
         return messages
 
-    def _drain(self) -> None:
-        """Go on with the messages that came while the streams were read."""
-        buffer, self._buffer = self._buffer, None
-        assert buffer is not None
-        for shard, data in buffer:
-            self._take(shard, data)
+    async def _drain(self) -> None:
+        """Go on with the messages that came while the streams were read, and come while they are shown."""
+        assert self._buffer is not None
+        until = perf_counter() + _TURN_S
+        while self._buffer:
+            shard, data = self._buffer.popleft()
+            self._take_next(shard, data)
+            if self._gap:
+                return
+            if perf_counter() > until:
+                await trio.lowlevel.checkpoint()
+                until = perf_counter() + _TURN_S
+        self._buffer = None
         if self._overflowed:
             self._overflowed = False
             self._hold()
@@ -525,29 +546,30 @@ class Follower:
             raise RedisClientError("the epoch changed while it was being loaded")
         loaded = await decode_jobs(tables, offset)
         first = max(1, offset - self._history.max_updates + 2)
-        messages: list[Message] = []
+        entries: list[Update] = []
         newest: dict[int, tuple[int, bytes | None]] = {}
         for shard in shards:
-            read = await read_log(self.client, shard, first, offset)
-            newest[shard] = await newest_of(self.client, shard, read, offset)
-            messages += [message for message, _ in read]
+            read, newest[shard] = await read_log(self.client, shard, first, offset)
+            entries += read
         cut = await cut_of(self.client, shards)
         inboxes = await load_stored(self.client)
+        # All of it is made beside what is shown, and takes its place in one step.
+        history, jobs = self._fresh(epoch.decode(), offset), Jobs(max_jobs=self._jobs.max_jobs)
+        # Entries of the old epoch count in the new one: nobody resumes behind them with an old cursor.
+        await in_turns(history.fill(entries))
+        history.forget(cut)
+        known, revs = await in_turns(_jobs_of(loaded, offset))
+        await in_turns(jobs.load(await in_turns(sort(portions(known), _created))))
         self._reload = ""
         if epoch.decode() != self._history.epoch:
             self._over[self._history.epoch] = None
             if len(self._over) > _MAX_OVER:
                 del self._over[next(iter(self._over))]
-        self.begin(epoch.decode(), offset)
         self._gap = True  # what was published while it was loaded
-        # Entries of the old epoch count in the new one: nobody resumes behind them with an old cursor.
-        self._history.fill([update for message in messages for update in entries_of(message)])
-        self._history.forget(cut)
+        self._history.become(history)
         self._load_inboxes(inboxes, offset)
-        self._jobs.load(
-            sorted((stored.job for stored in loaded if stored.job is not None), key=lambda job: job.created)
-        )
-        self.revs = {stored.job.latest.job_id: stored.rev for stored in loaded if stored.job is not None}
+        self._jobs.become(jobs)
+        self.revs = revs
         self.seen = [newest.get(shard, (0, None))[0] for shard in range(SHARDS + 1)]
         self._seen_data = [newest.get(shard, (0, None))[1] for shard in range(SHARDS + 1)]
         self._behind = [0] * (SHARDS + 1)
@@ -556,9 +578,13 @@ class Follower:
 
     def begin(self, epoch: str, offset: int) -> None:
         """Nothing is shown, nothing is followed, and the log stands at ``offset``."""
-        first = max(0, offset - self._history.max_updates + 1)
-        self._history.restart(epoch, first)
-        self._history.skip(offset)
+        self._history.become(self._fresh(epoch, offset))
+
+    def _fresh(self, epoch: str, offset: int) -> History:
+        """A log that stands at ``offset`` and has nothing."""
+        fresh = self._history.beside(epoch, max(0, offset - self._history.max_updates + 1))
+        fresh.skip(offset)
+        return fresh
 
     # Once a second
 
@@ -580,6 +606,21 @@ class Follower:
             self.wake()
         elif level and self._buffer is None:
             self._history.skip(offset)  # a quiet reader's cursor moves with the log
+
+
+def _jobs_of(loaded: list[Stored], limit: int) -> Generator[None, None, tuple[list[Job], dict[str, str]]]:
+    """Those that there were at this offset, and the tokens of their states. The list is used up."""
+    jobs: list[Job] = []
+    revs: dict[str, str] = {}
+    while loaded:
+        portion = loaded[-PORTION:]
+        del loaded[-PORTION:]
+        for stored in portion:
+            if stored.job is not None and stored.job.created <= limit:
+                jobs.append(stored.job)
+                revs[stored.job.latest.job_id] = stored.rev
+        yield
+    return jobs, revs
 
 
 def unavailable(reason: str) -> ApiError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final
 
 import trio
@@ -15,34 +15,30 @@ from server.brokers.redis_keys import LOGS, META, Message, Stored, decode_messag
 _TURN: Final = 1000
 
 
-async def read_log(client: Client, shard: int, first: int, last: int) -> list[tuple[Message, bytes]]:
-    """The messages of a shard from ``first`` to ``last``, both included, and as they are in the stream."""
-    found: list[tuple[Message, bytes]] = []
-    start = f"{max(first, 1)}-0"
-    while True:
-        page = await client.call("XRANGE", LOGS[shard], start, f"{last}-0", "COUNT", _TURN)
-        found += [(decode_message(fields[1]), fields[1]) for _, fields in page]
-        if len(page) < _TURN:
-            return found
-        start = "(" + page[-1][0].decode()
-
-
-async def newest_of(
-    client: Client, shard: int, read: Sequence[tuple[Message, bytes]], last: int
-) -> tuple[int, bytes | None]:
-    """Stamp and text of a shard's newest message up to ``last``, which may be older than all that was read of it.
+async def read_log(client: Client, shard: int, first: int, last: int) -> tuple[list[Update], tuple[int, bytes | None]]:
+    """The entries of a shard's messages from ``first`` to ``last``, both included.
 
     Returns:
-        0 and None if it has none.
+        Besides, stamp and text of its newest message up to ``last``, which may be older than all those; 0 and None if
+        it has none.
     """
-    if read:
-        message, data = read[-1]
-        return message.stamp, data
-    page = await client.call("XREVRANGE", LOGS[shard], f"{last}-0", "-", "COUNT", 1)
-    if page:
+    found: list[Update] = []
+    start, data = f"{max(first, 1)}-0", None
+    while True:
+        page = await client.call("XRANGE", LOGS[shard], start, f"{last}-0", "COUNT", _TURN)
+        for _, fields in page:
+            data = fields[1]
+            # What is kept are entries only: the collector has nothing to do with them.
+            found += entries_of(decode_message(data))
+        if len(page) < _TURN:
+            break
+        start = "(" + page[-1][0].decode()
+    if data is None:
+        page = await client.call("XREVRANGE", LOGS[shard], f"{last}-0", "-", "COUNT", 1)
+        if not page:
+            return found, (0, None)
         data = page[0][1][1]
-        return decode_message(data).stamp, data
-    return 0, None
+    return found, (decode_message(data).stamp, data)
 
 
 async def cut_of(client: Client, shards: Iterable[int]) -> int:
@@ -51,12 +47,13 @@ async def cut_of(client: Client, shards: Iterable[int]) -> int:
     return max((int(cut) for cut in cuts if cut is not None), default=0)
 
 
-async def decode_jobs(tables: Sequence[Sequence[bytes]], offset: int) -> list[Stored]:
-    """All jobs of some shards, as of ``offset``."""
+async def decode_jobs(tables: Iterable[list[bytes]], offset: int) -> list[Stored]:
+    """All jobs of some shards, as of ``offset``. The tables are used up: even to throw them away at once takes long."""
     loaded: list[Stored] = []
     for table in tables:
-        for start in range(0, len(table), _TURN):
-            loaded += [stored_of(blob, offset) for blob in table[start : start + _TURN]]
+        while table:
+            loaded += [stored_of(blob, offset) for blob in table[-_TURN:]]
+            del table[-_TURN:]
             await trio.lowlevel.checkpoint()
     return loaded
 

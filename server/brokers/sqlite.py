@@ -22,6 +22,7 @@ from server.brokers.sqlite_file import Loaded, SqliteFile
 from server.brokers.thread import StoreThread
 from server.history import History
 from server.jobs import Jobs
+from server.turns import at_once
 from server.wheel import Wheel
 
 _PROBE_EVERY_S: Final = 1.0
@@ -200,7 +201,7 @@ class SqliteBroker(LocalBroker):
 
     def _adopt(self, loaded: Loaded) -> None:
         """Show what the file has."""
-        self._jobs.load(loaded.jobs)
+        at_once(self._jobs.load(loaded.jobs))
         first = loaded.tail[0].offset if loaded.tail else loaded.last + 1
         self._history.restart(loaded.epoch, first - 1)
         for update in loaded.tail:

@@ -30,6 +30,7 @@ from server.routes.intake import (
     spooled,
     unsupported,
 )
+from server.turns import in_turns
 
 MAX_BATCH: Final = 8 * 1024 * 1024
 # 84 bytes each then; what is refused costs us some 500 bytes of answer, and must not be many times the batch.
@@ -264,16 +265,14 @@ async def list_jobs(exchange: Exchange) -> Response:
         statuses = frozenset(of_types if statuses is None else of_types & statuses)
     await node.broker.follow((EVERYTHING if user_id is None else user_channel(user_id),))
     cursor = f"{node.history.epoch}:{node.history.last}"
-    pages = node.jobs.page(
+    work = node.jobs.page(
         user_id=user_id,
         status=statuses,
         kind=wanted.kinds,
         limit=whole_number(query, "limit", DEFAULT_PAGE, 1, MAX_PAGE),
         after=whole_number(query, "after", None, 0, 2**63),
     )
-    while (page := next(pages)) is None:
-        await trio.lowlevel.checkpoint()
-    jobs, following = page
+    jobs, following = await in_turns(work)
     rest = msgspec.json.encode({"next": None if following is None else str(following), "id": cursor})
     records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
     return Response(200, (JSON, NO_STORE), json_list(records, b'{"jobs":', b"," + rest[1:]))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Generator, Iterable, Sequence, Set
 from functools import partial
 from hashlib import blake2b
-from heapq import merge
-from itertools import islice
+from itertools import chain
 from operator import attrgetter
 from typing import Final, NamedTuple
-
-import trio
 
 from protocol.notice import heard, parse_channels, reaches
 from protocol.polling import parse_client_id, parse_timeout, poll_body
@@ -27,13 +24,12 @@ from server.hub import Reader, Want
 from server.node import Node
 from server.notices import check_join, owed
 from server.reading import Start, channels_for, missed_updates, over, snapshot, start_from
+from server.turns import PORTION, at_once, in_turns, portions, sort
 
 # One answer holds at most about this much; the next poll gets the rest at once.
 ANSWER_BYTES: Final = 1024 * 1024
 # One with records of so many bytes is sent whole.
 WHOLE_BYTES: Final = 65536
-# So many updates are looked through and put into order at a time: some 2 ms.
-PORTION: Final = 2048
 _offset = attrgetter("offset")
 
 
@@ -158,9 +154,7 @@ async def poll(exchange: Exchange) -> Response | Deferred:
     node.counters.opened["poll"] += 1
     node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
     if question.watch.job_ids is None and _many(node, begin):
-        collecting = _collecting(node, question, begin)
-        while (found := next(collecting)) is None:
-            await trio.lowlevel.checkpoint()
+        found = await in_turns(_collect(node, question, begin))
         if found.updates or begin.lost or not question.timeout or node.draining:
             return _response(node, question, _told(node, question, begin, found))
         begin = start_from(node.history, found.cursor)  # what came meanwhile is news
@@ -255,7 +249,7 @@ def _tell(node: Node, question: Question, begin: Start, *, timed_out: bool = Fal
         kept: Told | None = node.told.get(moment, key)
         if kept is not None:
             return kept
-    told = _told(node, question, begin, _collect(node, question, begin), timed_out=timed_out)
+    told = _told(node, question, begin, at_once(_collect(node, question, begin)), timed_out=timed_out)
     if key is not None and isinstance(told.body, bytes):
         node.told.keep(moment, key, told, len(told.body))
     return told
@@ -289,34 +283,16 @@ class Found(NamedTuple):
     cut: bool
 
 
-def _collect(node: Node, question: Question, start: Start) -> Found:
+def _collect(node: Node, question: Question, start: Start) -> Generator[None, None, Found]:
     """What there is to answer with as of now, from a snapshot if there is no cursor to go on from."""
-    return next(found for found in _collecting(node, question, start) if found is not None)
-
-
-def _collecting(node: Node, question: Question, start: Start) -> Iterator[Found | None]:
-    """The same, with a None each time that others can have a turn: what was found stays as of the beginning."""
     wanted, hearing, names = question.watch.filter, question.hearing, question.names
     epoch, last = node.history.epoch, node.history.last
     notices = owed(node, start, hearing.user, hearing.names).notices if hearing.names else []
     if start.after is None:
         jobs = snapshot(node.jobs, names)
-        runs: list[list[Update]] = []
-        for begin in range(0, len(jobs), PORTION):
-            run = [job.latest for job in jobs[begin : begin + PORTION] if wanted.passes(job.latest)]
-            runs.append(sorted(run, key=_offset))
-            if len(jobs) > PORTION:
-                yield None
-        if len(runs) + bool(notices) <= 1:
-            yield Found(runs[0] if runs else notices, f"{epoch}:{last}", False)
-            return
-        merged, latest = merge(*runs, notices, key=_offset), []
-        while portion := list(islice(merged, PORTION)):
-            latest += portion
-            if len(portion) == PORTION:
-                yield None
-        yield Found(latest, f"{epoch}:{last}", False)
-        return
+        runs = ([job.latest for job in portion if wanted.passes(job.latest)] for portion in portions(jobs))
+        latest = yield from sort(chain(runs, [notices]) if notices else runs, _offset)
+        return Found(latest, f"{epoch}:{last}", False)
     missed = missed_updates(node.history, names, start.after)
     if notices:
         missed = sorted(missed + notices, key=_offset)
@@ -325,13 +301,12 @@ def _collecting(node: Node, question: Question, start: Start) -> Iterator[Found 
     for count, update in enumerate(missed, 1):
         if update.targets is not None or wanted.passes(update):
             if size > ANSWER_BYTES:
-                yield Found(found, f"{epoch}:{found[-1].offset}", True)
-                return
+                return Found(found, f"{epoch}:{found[-1].offset}", True)
             found.append(update)
             size += len(update.body)
         if count % PORTION == 0:
-            yield None
-    yield Found(found, f"{epoch}:{last}", False)
+            yield
+    return Found(found, f"{epoch}:{last}", False)
 
 
 def _digest(names: list[str], wanted: Filter) -> bytes:

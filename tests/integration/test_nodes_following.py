@@ -10,7 +10,8 @@ import pytest
 import trio
 import trio.testing
 
-from server.brokers import redis_follower
+from server import history, jobs, turns
+from server.brokers import redis_follower, redis_reading
 from server.brokers.redis_client import RedisClientError, Script
 from server.brokers.redis_keys import AFTER, CHANNELS, LOAD, NOTICES_SHARD, SHARDS, shard_of
 from tests.redis_nodes import nodes, publish
@@ -248,3 +249,56 @@ async def test_what_is_not_followed_cannot_be_read_while_redis_is_away(redis: Re
         assert (await one.get("/api/v2/jobs/a", bearer("alice"))).status == 200
         refused = await one.get("/api/v2/jobs", ADMIN)
         assert (refused.status, refused.error) == (503, "store_unavailable")
+
+
+async def test_many_jobs_are_followed_in_turns(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one shard while those of another are read and published: nobody misses anything or gets it twice."""
+    assert shard_of("u") != shard_of("v")
+    async with nodes(redis.url) as (one, two), session(one) as ws:
+        await ws.subscribe(userId="v")
+        for number in range(200):
+            await publish(two, f"job-{number}", userId="u")
+        for module in (turns, history, jobs, redis_follower):
+            monkeypatch.setattr(module, "PORTION", 4)
+        monkeypatch.setattr(redis_follower, "_TURN_S", -1.0)
+        monkeypatch.setattr(redis_reading, "_TURN", 4)
+        passes, over = 0, trio.CancelScope()
+
+        async def others() -> None:
+            nonlocal passes
+            while True:
+                await trio.lowlevel.checkpoint()
+                passes += 1
+
+        async def more() -> None:
+            with over:
+                for number in itertools.count():
+                    await publish(two, f"job-{number % 200}", message=str(number))
+                    await publish(two, "v-job", userId="v", message=str(number))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(others)
+            nursery.start_soon(more)
+            async with session(one) as reader:
+                before = passes
+                answer = await reader.subscribe(userId="u")
+                assert passes - before > 200 // 4 * 4  # decoded, filled in, sorted and shown, each in turns
+                over.cancel()
+                versions = {job["jobId"]: [job["version"]] for job in answer["snapshot"]}
+                assert len(versions) == 200
+                await publish(two, "job-0", status="completed")
+                while (message := await reader.receive())["type"] != "job_completed":
+                    if message["type"] != "heartbeat":
+                        versions[message["jobId"]].append(message["version"])
+            nursery.cancel_scope.cancel()
+        versions["job-0"].append(message["version"])
+        for job_id, seen in versions.items():
+            job = two.node.jobs.get(job_id) or one.node.jobs.get(job_id)
+            assert job is not None
+            assert seen == list(range(seen[0], job.latest.version + 1))
+        seen = []
+        await publish(two, "v-job", status="completed")
+        while (message := await ws.receive())["type"] != "job_completed":
+            if message["type"] != "heartbeat":
+                seen.append(message["version"])
+        assert seen == list(range(1, message["version"]))

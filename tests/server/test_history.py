@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from protocol.position import Position
 from protocol.update import Update
 from server.history import ENTRY_OVERHEAD, History
+from server.turns import at_once
 
 
 def entry(offset: int, *, at_ms: int = 0, job: str = "j", user: str = "u", size: int = 10) -> Update:
@@ -192,7 +193,7 @@ def test_skipped_places_are_filled_later() -> None:
     assert (history.first, history.last, len(history)) == (1, 6, 6)
     assert offsets(history.everything(0)) == [1, 4]
     assert history.reaches(Position("e", 6))
-    history.fill([entry(2, job="b"), entry(3, job="a", user="v"), entry(5, job="b")])
+    at_once(history.fill([entry(2, job="b"), entry(3, job="a", user="v"), entry(5, job="b")]))
     assert offsets(history.everything(0)) == [1, 2, 3, 4, 5]
     assert offsets(history.of_job("a", 0)) == [1, 3, 4]
     assert offsets(history.of_user("u", 1)) == [2, 4, 5]
@@ -212,7 +213,7 @@ def test_skipped_places_count_and_go_with_what_is_behind_them() -> None:
     assert (history.first, offsets(history.everything(0))) == (2, [5])
     history.append(entry(7, at_ms=10_001))
     assert (history.first, offsets(history.everything(0))) == (6, [7])
-    history.fill([entry(2), entry(5)])  # trimmed: they have no place any more
+    at_once(history.fill([entry(2), entry(5)]))  # trimmed: they have no place any more
     assert offsets(history.everything(0)) == [7]
     history.skip(100)
     assert (history.first, history.last, len(history), history.bytes) == (101, 100, 0, 0)
@@ -263,12 +264,12 @@ def test_filling_later_is_the_same_as_appending(
             continue
         if missing:
             part.skip(offset - 1)
-            part.fill(missing)
+            at_once(part.fill(missing))
             missing = []
         part.skip(offset - 1)
         part.append(update)
     part.skip(whole.last)
-    part.fill(missing)
+    at_once(part.fill(missing))
     kept = [update for update in whole.everything(0) if update.offset >= part.first]
     assert part.everything(0) == kept
     assert part.first >= whole.first or part.last == whole.last

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from protocol.update import Job, Private, Update
 from server import jobs as jobs_module
 from server.jobs import Jobs, Page
+from server.turns import at_once
 
 
 def job(
@@ -73,7 +74,7 @@ def test_how_many_there_are_of_each_status() -> None:
 
 
 def page(jobs: Jobs, **asked: Any) -> Page:
-    return next(found for found in jobs.page(**asked) if found is not None)
+    return at_once(jobs.page(**asked))
 
 
 def test_pages_are_newest_first() -> None:
@@ -110,14 +111,14 @@ def test_where_many_are_looked_through_others_have_turns_and_the_page_is_of_one_
     assert next(steps) is None
     show(jobs, job("j2", 2, version=2, status="failed"), job("j5", 5, version=2), job("j11", 11))
     jobs.forget("j1")
-    rest = list(steps)
-    found = rest.pop()
-    assert rest == [None, None]
-    assert found is not None
+    assert next(steps) is None
+    found = at_once(steps)
     assert ids(found.jobs) == ["j9", "j2", "j1"]
     assert found.following is None
     # A page that is full before is there at once.
-    assert [page and ids(page.jobs) for page in jobs.page(user_id=user_id, limit=2)] == [["j11", "j10"]]
+    with pytest.raises(StopIteration) as caught:
+        next(jobs.page(user_id=user_id, limit=2))
+    assert ids(caught.value.value.jobs) == ["j11", "j10"]
     assert ids(page(jobs, user_id=user_id, limit=9, after=4).jobs) == ["j3", "j2"]
 
 
@@ -146,7 +147,7 @@ def test_the_oldest_ended_come_first() -> None:
 
 def test_loading_orders_the_ended_by_their_end() -> None:
     jobs = Jobs(max_jobs=10)
-    jobs.load([job("a", 1, version=9, status="failed"), job("b", 2, status="failed"), job("c", 3)])
+    at_once(jobs.load([job("a", 1, version=9, status="failed"), job("b", 2, status="failed"), job("c", 3)]))
     assert jobs.take_oldest_ended() is jobs.get("b")
     assert jobs.take_oldest_ended() is jobs.get("a")
 

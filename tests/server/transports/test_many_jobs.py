@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 
-from server import connection, jobs, reader, reading
+from server import connection, jobs, reader, reading, turns
 from server.transports import longpoll, websocket, websocket_messages
 from tests.streams import cursor, event_stream, put, session
 from tests.support import InProcess
@@ -22,7 +22,7 @@ PORTIONS = COUNT // PORTION
 @pytest.fixture(autouse=True)
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn is over after eight jobs."""
-    for module in (jobs, longpoll):
+    for module in (jobs, longpoll, turns):
         monkeypatch.setattr(module, "PORTION", PORTION)
     for module in (reading, websocket):
         monkeypatch.setattr(module, "LOOK_EVERY", PORTION)
@@ -84,20 +84,20 @@ WAYS = pytest.mark.parametrize("read", [listed, polled, streamed, subscribed])
 @WAYS
 async def test_others_have_turns_while_many_are_looked_through(read: Any, many: InProcess) -> None:
     put(many, "rare", kind="rare")
-    async with others() as turns:
+    async with others() as taken:
         (found,) = await read(many, "kind=rare")
         assert found["jobId"] == "rare"
-        assert turns[0] > PORTIONS
+        assert taken[0] > PORTIONS
 
 
 @pytest.mark.parametrize("read", [polled, streamed, subscribed])
 async def test_others_have_turns_while_many_are_replayed(read: Any, many: InProcess) -> None:
     beginning = f"{many.node.history.epoch}:0"
     put(many, "rare", kind="rare")
-    async with others() as turns:
+    async with others() as taken:
         (found,) = await read(many, f"kind=rare&last_seen={beginning}")
         assert found["jobId"] == "rare"
-        assert turns[0] > (PORTIONS if read is polled else COUNT // 64)
+        assert taken[0] > (PORTIONS if read is polled else COUNT // 64)
 
 
 async def test_what_changes_while_a_snapshot_is_made_comes_after_it_once(many: InProcess) -> None:
@@ -107,8 +107,8 @@ async def test_what_changes_while_a_snapshot_is_made_comes_after_it_once(many: I
         hello = await stream.event()
         assert hello.type == "connected"
         await ws.send("subscribe", all=True, fields=["progress"])
-        async with others() as turns:
-            while not turns[0]:
+        async with others() as taken:
+            while not taken[0]:
                 await trio.lowlevel.checkpoint()
             for number in range(0, COUNT, 2):
                 put(many, f"job_{number}", progress=2)
@@ -126,7 +126,7 @@ async def test_what_changes_while_a_snapshot_is_made_comes_after_it_once(many: I
 
 
 async def test_a_poll_in_which_nothing_was_found_misses_nothing_that_came_meanwhile(many: InProcess) -> None:
-    async with others() as turns, trio.open_nursery() as nursery:
+    async with others() as taken, trio.open_nursery() as nursery:
         answers: list[list[dict[str, Any]]] = []
 
         async def ask() -> None:
@@ -134,8 +134,8 @@ async def test_a_poll_in_which_nothing_was_found_misses_nothing_that_came_meanwh
             answers.append(answer.json["updates"])
 
         nursery.start_soon(ask)
-        start = turns[0]
-        while not many.node.counters.opened["poll"] or turns[0] < start + 10:
+        start = taken[0]
+        while not many.node.counters.opened["poll"] or taken[0] < start + 10:
             await trio.lowlevel.checkpoint()
         assert not many.node.polls, "it is still looking"
         put(many, "rare", kind="rare")
