@@ -1,8 +1,8 @@
 """Who watches what on this node, and the one task that sends.
 
 Delivering appends an update to the pending list of the channels it is offered on. The flusher sends what is
-pending; what arrives meanwhile is sent together in the next pass, in one ``send`` per connection. No timer:
-an idle server sends at once, a loaded one joins exactly as much as it must.
+pending; what arrives meanwhile is sent together in the next pass, in one ``send`` per connection. An idle server sends
+at once, a loaded one joins as much as it must; only many small flushes are held to a beat (``server.beat``).
 
 Everything here but the flusher's own yields is synchronous, so registering cannot be torn by cancellation
 and a block without ``await`` is atomic.
@@ -21,6 +21,7 @@ import trio
 from protocol.update import Update
 from protocol.watch import Filter, channels_of
 from protocol.wire import WireForm
+from server.beat import Beat
 from server.counters import Counters
 from server.history import History
 from server.logs import log_event
@@ -37,6 +38,8 @@ YIELD_ALWAYS_S: Final = 0.005
 LOOK_EVERY: Final = 16
 # So many channels are encoded before any of them is sent: sends in quick succession find more of their readers awake.
 AHEAD: Final = 16
+# Where updates come one after the other the next of them ends the wait for more, as a timer costs 20 µs.
+GRACE_S: Final = 0.001
 # Updates joined into one send hold at most about this much text, so that one flush of large records cannot
 # make one giant buffer per wire form.
 JOIN_BYTES: Final = 1024 * 1024
@@ -161,6 +164,8 @@ class Hub:
         self._overlapping = False
         self._sharing = False
         self._soon: list[Callable[[], object]] = []
+        self._beat = Beat()
+        self._due = 0.0  # while a flush is put off, until when
         self._wake = trio.Event()
         self._room = trio.Event()
         self._room.set()
@@ -240,7 +245,8 @@ class Hub:
             self._notices.append(update)
             self._pending_bytes += len(update.body)
         if self._dirty or self._notices:
-            self._wake.set()
+            if not self._due or perf_counter() >= self._due:
+                self._wake.set()
             if self._pending_bytes > PENDING_BYTES and self._room.is_set():
                 self._room = trio.Event()
         elif not self._flushing:
@@ -273,13 +279,35 @@ class Hub:
     async def run(self) -> None:
         """The flusher: sends what is pending, for ever."""
         while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            soon, self._soon = self._soon, []
-            for callback in soon:
-                callback()
+            await self._woken()
+            # One channel is not put off: there, what comes during a flush joins anyhow.
+            if len(self._dirty) > 1 and (left := self._beat.left(perf_counter())):
+                await self._gather(left)
             if self._dirty or self._notices:
+                began = perf_counter()
                 await self._flush()
+                self._beat.flushed(began, perf_counter())
+
+    async def _woken(self) -> None:
+        await self._wake.wait()
+        self._wake = trio.Event()
+        self._call_soon()
+
+    def _call_soon(self) -> None:
+        soon, self._soon = self._soon, []
+        for callback in soon:
+            callback()
+
+    async def _gather(self, seconds: float) -> None:
+        """Put a flush off. What comes after these seconds ends that, or soon after them the clock."""
+        before = self._pending_bytes
+        self._due = perf_counter() + seconds
+        with trio.move_on_after(seconds + GRACE_S):
+            while perf_counter() < self._due:
+                await self._woken()
+        self._due = 0.0
+        self._beat.put_off(before, self._pending_bytes)
+        self._call_soon()
 
     async def _flush(self) -> None:
         """Send all that is pending now."""

@@ -12,10 +12,11 @@ from trio.testing import assert_checkpoints, assert_no_checkpoints, wait_all_tas
 from protocol.notice import notice_entry, users_of
 from protocol.update import Update
 from protocol.watch import ANY, EVERYTHING, job_channel, user_channel
+from server import beat as beat_module
 from server import hub as hub_module
 from server.hub import Want
 from tests.server.hub_bench import Bench, CountingForm, Recorder, update
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -237,6 +238,67 @@ async def test_what_arrives_during_a_flush_goes_together_in_the_next(bench: Benc
     bench.next()
     await wait_all_tasks_blocked()
     assert readers[-1].sent == [b"e:1 ", b"e:2 e:3 "]
+
+
+@pytest.fixture
+def beat(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The flusher counts as busy, and the next beat is an hour away."""
+    monkeypatch.setattr(beat_module, "BUSY", -1.0)
+    monkeypatch.setattr(beat_module, "BEAT_S", 3600.0)
+    monkeypatch.setattr(hub_module, "GRACE_S", 3600.0)
+    return monkeypatch
+
+
+async def test_flushes_to_several_channels_are_put_off_to_the_beat(bench: Bench, beat: pytest.MonkeyPatch) -> None:
+    a, b = bench.reader("j/a"), bench.reader("j/b")
+    called: list[int] = []
+    for job in ("a", "a"):
+        bench.next(job)
+        await wait_all_tasks_blocked()
+    assert a.sent == [b"e:1 ", b"e:2 "]  # one channel is not
+    for job in ("a", "b", "b"):
+        bench.next(job)
+    await wait_all_tasks_blocked()
+    bench.next("a")
+    bench.hub.soon(lambda: called.append(1))  # nor is this
+    await wait_all_tasks_blocked()
+    assert (len(a.sent), b.sent, called) == (2, [], [1])
+    assert bench.hub.given() == 2  # nobody's cursor passes what waits
+    late = bench.reader("j/b")
+    bench.hub.log_lost()
+    await wait_all_tasks_blocked()
+    assert (len(a.sent), b.sent, late.sent) == (2, [], [])
+    assert (a.resets, b.resets, late.resets) == (1, 1, 1)
+
+
+async def test_what_comes_after_the_beat_ends_the_wait_and_goes_along(bench: Bench, beat: pytest.MonkeyPatch) -> None:
+    beat.setattr(beat_module, "BEAT_S", 0.02)
+    a, b = bench.reader("j/a"), bench.reader("j/b")
+    bench.next("a")
+    while not a.sent:
+        await trio.lowlevel.checkpoint()
+    with trio.fail_after(60):
+        while not b.sent:
+            bench.next("a")
+            bench.next("b")
+            await wait_all_tasks_blocked()
+    last = bench.history.last
+    assert (len(a.sent), len(b.sent)) == (2, 1)
+    assert a.sent[-1].endswith(b"e:%d " % (last - 1))
+    assert b.sent[-1].endswith(b"e:%d " % last)
+
+
+async def test_the_clock_ends_the_wait_if_nothing_comes(bench: Bench, beat: pytest.MonkeyPatch) -> None:
+    beat.setattr(beat_module, "BEAT_S", 0.02)
+    beat.setattr(hub_module, "GRACE_S", 0.0)
+    a, b = bench.reader("j/a"), bench.reader("j/b")
+    bench.next("a")
+    while not a.sent:
+        await trio.lowlevel.checkpoint()
+    bench.next("a")
+    bench.next("b")
+    await until(lambda: b.sent)
+    assert (a.sent, b.sent) == ([b"e:1 ", b"e:2 "], [b"e:3 "])
 
 
 async def test_a_flush_of_large_updates_is_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
