@@ -18,8 +18,8 @@ from server import auth_hook
 from server.auth import Identity
 from server.auth_hook import AuthHook
 from server.config import Auth
-from tests.streams import websocket
-from tests.support import AUTH, Answer, InProcess, answering, bearer, in_seconds, server, spawned, until
+from tests.streams import running_out, websocket
+from tests.support import AUTH, Answer, InProcess, answering, bearer, server, spawned, until
 
 NOW: Final = 1_750_000_000.0
 JOBS: Final = "/api/v2/jobs"
@@ -236,10 +236,11 @@ async def test_the_application_sees_cookies_beside_tokens() -> None:
 
 async def test_a_live_connection_ends_with_the_session_and_may_renew_it() -> None:
     async with application() as app, server(auth={"hook_url": app.url, "hook_cache": 0}) as at:
-        app.reply = lambda headers: (200, {"userId": "alice", "expiresAt": in_seconds(1.5)})
-        async with websocket(at, headers={"Cookie": "a=b"}) as ws:
-            assert (await ws.receive())["type"] == "connected"
-            assert (await ws.closed()).code == 4401
+        with running_out() as end:
+            app.reply = lambda headers: (200, {"userId": "alice", "expiresAt": end})
+            async with websocket(at, headers={"Cookie": "a=b"}) as ws:
+                assert (await ws.receive())["type"] == "connected"
+                assert (await ws.closed()).code == 4401
         app.reply = lambda headers: (200, {"userId": "alice", "expiresAt": "2999-01-01T00:00:00Z"})
         async with websocket(at, headers={"Cookie": "a=b"}) as ws:
             await ws.receive()

@@ -98,7 +98,7 @@ async def test_empty_lines_before_a_request_are_skipped() -> None:
 
 
 async def test_a_head_that_does_not_come_to_its_end_is_408() -> None:
-    async with server(limits={"head_timeout": 0.2}) as at, at.connect() as http, at.connect() as silent:
+    async with server(limits={"head_timeout": 0.5}) as at, at.connect() as http, at.connect() as silent:
         await http.send(GET)
         assert (await http.answer()).status == 200
         await http.send(b"GET /health HTTP/1.1\r\n")
@@ -114,8 +114,8 @@ async def test_a_head_that_does_not_come_to_its_end_is_408() -> None:
 async def test_a_refused_head_that_lingers_is_no_mistake_of_ours(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(socketio, "LINGER_S", 0.3)
-    async with server(limits={"head_timeout": 0.1}) as at, at.connect() as http:
+    monkeypatch.setattr(socketio, "LINGER_S", 0.7)
+    async with server(limits={"head_timeout": 0.4}) as at, at.connect() as http:
         await http.send(b"\0")
         assert (await http.answer()).status == 400
         # The server reads on for a moment, beyond the time that a head may take.

@@ -25,7 +25,7 @@ from server.brokers.redis_client import (
 from server.brokers.redis_url import parse_redis_url
 from tests.redis_servers import RedisServer, free_ports, make_server, running_proxy, running_server
 from tests.redis_witness import refusal, witnessed
-from tests.support import until
+from tests.support import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -307,12 +307,12 @@ async def test_subscriptions(shared_redis: RedisServer) -> None:
 
 
 async def test_a_subscriber_that_hears_nothing_stays_connected(shared_redis: RedisServer) -> None:
-    async with witnessed(shared_redis.url, Options(ping_every_s=0.05, silence_s=0.4)) as witness:
+    async with witnessed(shared_redis.url, Options(ping_every_s=0.05, silence_s=1.0)) as witness:
         witness.client.subscribe(["quiet"])
         await witness.client.wait_subscribed(["quiet"])
         with shared_redis.oracle() as oracle:
             before = oracle.info("commandstats")["cmdstat_ping"]["calls"]
-            await until(lambda: oracle.info("commandstats")["cmdstat_ping"]["calls"] >= before + 10)
+            await until(lambda: oracle.info("commandstats")["cmdstat_ping"]["calls"] >= before + 24)
         assert (len(witness.ups), witness.downs, witness.lost) == (1, [], [])
 
 
@@ -332,7 +332,7 @@ async def test_kill_and_restart(server: RedisServer) -> None:
         with pytest.raises(NotConnectedError):
             await client.call("GET", "kept", patience=0.05)
         server.start()
-        assert await client.call("GET", "kept", patience=3.0) == b"1"
+        assert await client.call("GET", "kept", patience=PATIENCE_S) == b"1"
         await client.wait_subscribed(["news"])
         await client.call("PUBLISH", "news", "again")
         await until(lambda: witness.messages == [(b"news", b"again")])
@@ -351,13 +351,13 @@ async def test_frozen(server: RedisServer) -> None:
         await client.wait_subscribed(["news"])
         server.freeze()
         reply = client.send("SET", "doubt", 1)
-        took = await until(lambda: client.away and not client.subscribed, within=5)
-        assert took < 4.0
+        took = await until(lambda: client.away and not client.subscribed)
+        assert took < 10  # on a machine that has other things to do
         assert isinstance(reply.outcome, ConnectionLostError)
         assert reply.outcome.sent
         assert "silent" in witness.downs[0]
         server.thaw()
-        assert await client.call("GET", "doubt", patience=3.0) == b"1"
+        assert await client.call("GET", "doubt", patience=PATIENCE_S) == b"1"
         await client.wait_subscribed(["news"])
 
 

@@ -23,7 +23,7 @@ from tests.support import until
 
 async def test_an_expiry_that_could_not_be_kept_is_tried_again(path: Path) -> None:
     async with running("sqlite", path) as rig:
-        await rig.accept(publish("a", userId="u", ttl=0.1, status="processing", metadata=BIG))
+        await rig.accept(publish("a", userId="u", ttl=0.4, status="processing", metadata=BIG))
         fill_up(rig)
         await until(lambda: away(rig))
         assert rig.record("a")["status"] == "processing"

@@ -11,6 +11,7 @@ from wsproto.events import Ping, TextMessage
 
 from protocol.frames import close_frame
 from server.app import drain
+from server.transports import live
 from tests.pacing import for_a_while
 from tests.streams import (
     NO_PATIENCE,
@@ -63,7 +64,7 @@ async def test_a_client_that_answers_no_ping_is_stale_and_closed() -> None:
 async def test_a_slow_reader_that_reads_is_not_stale() -> None:
     """It is so far behind that no ping reaches it; that it takes something is sign of life enough."""
     async with (
-        clean_server(server={"heartbeat": 0.05}, health=NO_PATIENCE) as server,
+        clean_server(server={"heartbeat": 0.1}, health=NO_PATIENCE) as server,
         session(server, receive_buffer=1) as ws,
     ):
         await ws.subscribe()
@@ -72,7 +73,7 @@ async def test_a_slow_reader_that_reads_is_not_stale() -> None:
         put(server, "a", metadata={"text": "x" * 60_000})
         put(server, "b", metadata={"text": "x" * 60_000})
         started = trio.current_time()
-        while trio.current_time() < started + 0.4:
+        while trio.current_time() < started + 0.1 * (live.STALE_HEARTBEATS + 3):
             if not reader.tail:  # type: ignore[attr-defined]
                 put(server, "a")
             await ws.http.stream.receive_some(1000)

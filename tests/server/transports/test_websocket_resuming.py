@@ -176,7 +176,7 @@ async def test_spaced_out_cursors_lose_nothing(server: InProcess) -> None:
     log: list[tuple[str, int]] = []
     ids: list[tuple[str, int]] = []
     async with session(server) as ws:
-        await ws.subscribe(userId="alice", minInterval=80)
+        await ws.subscribe(userId="alice", minInterval=250)
 
         async def take(count: int) -> None:
             for message in await ws.messages(count):
