@@ -124,9 +124,10 @@ hostility: setup-dev system  ## every attack for ten seconds (HOSTILITY_SECONDS=
 test-offline: setup-dev system  ## pages without a network for a whole minute, of all kinds (three minutes)
 	OFFLINE_S=60 $(BIN)/pytest -q tests/web/test_failures.py -k 'offline or without_a_word'
 
-bench: bench-self bench-peers  ## measure speed: by itself, then beside others (half an hour of a quiet machine; see perf/README.md)
+bench: bench-self bench-peers  ## measure speed: by itself, then beside others (twenty minutes of a quiet machine; see perf/README.md)
 
-bench-self: setup  ## beside this machine's bare limit (needs gcc; a quarter of an hour)
+bench-self: setup system  ## beside this machine's bare limit: a table, a plot (nine minutes)
+	$(BIN)/pip install --quiet --editable '.[plots]'
 	$(BIN)/python -m perf.bench $(BENCH_ARGS)
 
 soak: setup  ## clients that come and go for half an hour, and nothing that grows (SOAK_SECONDS=300 for five minutes)

@@ -22,6 +22,7 @@ from typing import Any
 from perf import connect, crowd, fanout, features, ingest, nodes, plot, publish, publish_ways, sweep
 from perf.load import LoadError, build
 from perf.measure import LOAD_CORE, PATIENCE, ROOT, Row, Start, bare, server
+from perf.peers.table import fill
 
 TRANSPORTS = ("ws", "sse")
 
@@ -191,7 +192,10 @@ def main() -> int:
         (ROOT / f"{name}.txt").write_text(text)
         (ROOT / f"{name}.json").write_text(result + "\n")
         plot.draw(json.loads(result), ROOT / "docs/img/self.png")
-        print(f"Written: {name}.txt, {name}.json, docs/img/self.png")
+        shown = f"{about(machine())}; {seconds:.0f} s in all. All lines: `{name}.txt`."
+        picture = "![CPU of deliveries, of updates published, and of what is switched on](img/self.png)"
+        fill(ROOT / "docs/performance.md", "self", f"{shown}\n\n{picture}")
+        print(f"Written: {name}.txt, {name}.json, docs/img/self.png, docs/performance.md")
     if failed:
         return 2
     return int(options.check and any(row.verdict() == "MISSED" for row in rows))

@@ -220,20 +220,20 @@ def published(scenario: Scenario, url: str, seconds: float, token: str) -> Itera
         )
 
         def judge() -> list[Check]:
-            return published_checks(client.wait("published", seconds + 30), scenario.updates * seconds)
+            return published_checks(client.wait("published", seconds + 30), scenario.updates)
 
         yield judge
 
 
 def published_checks(report: dict[str, Any], wanted: float) -> list[Check]:
-    """What must hold of the C client's updates."""
-    share, failed = report["accepted"] / wanted, report["failed"] + report["unanswered"]
+    """What must hold of the C client's updates, of which so many a second were wanted."""
+    rate, failed = report["accepted"] / report["seconds"], report["failed"] + report["unanswered"]
     return [
         Check(
-            f"updates taken, of {wanted:,.0f} in {report['seconds']:.0f} s",
-            f"{share * 100:.2f} %",
-            f"> {PUBLISHED_SHARE * 100:.0f} %",
-            share > PUBLISHED_SHARE,
+            "updates taken a second",
+            f"{rate:,.0f}",
+            f"> {PUBLISHED_SHARE * wanted:,.0f}",
+            rate > PUBLISHED_SHARE * wanted,
         ),
         Check(f"publishes that failed, of {report['requests']:,}", f"{failed}", "0", not failed),
     ]

@@ -71,3 +71,9 @@ def test_what_costs_less_needs_fewer_nodes() -> None:
     assert fleet(crowd).first == "everyday work"
     assert fleet(replace(crowd, active=0.01)).first == "coming back"
     assert fleet(crowd, cheaper).nodes < fleet(crowd).nodes
+
+
+def test_two_nodes_on_one_redis_cost_about_what_was_measured() -> None:
+    found = fleet(Crowd(1_000, active=1.0, rate=10.0)).loads
+    each = (found["sending"] + found["publishing"] + found["receiving"]) / 2 / 10_000 * 1e6
+    assert each == pytest.approx(56.4, rel=0.25), "perf/results/2026-11-22-nodes.txt; a tenth are long-polls there"
