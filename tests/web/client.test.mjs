@@ -287,3 +287,61 @@ describe("the client", { concurrency: 8 }, () => {
     assert.equal(made.live, true);
   });
 });
+
+// A snapshot in two messages, and the connection ends between them: half of it is no state of anything.
+describe("a snapshot that is cut off", () => {
+  const record = (jobId, version) => ({ jobId, userId: "anonymous", status: "processing", progress: version, version, createdAt: "2026-01-31T12:00:00Z" });
+  const [a, b] = [record("a", 1), record("b", 1)];
+
+  async function watched(made) {
+    const seen = [];
+    const watch = made.watch({ all: true }, ({ jobId, version }) => seen.push(`${jobId}${version}`));
+    await until(made, "open");
+    return { seen, known: watch.jobs.map(({ jobId }) => jobId) };
+  }
+
+  test("over an event stream", async (t) => {
+    const cursors = [];
+    const { url } = await pretend(t, (request, response, count) => {
+      cursors.push(request.headers["last-event-id"] ?? new URL(request.url, "http://x").searchParams.get("last_seen"));
+      response.writeHead(200, { "content-type": "text/event-stream" });
+      const send = (message, id = "") => response.write(`${id}data: ${JSON.stringify(message)}\n\n`);
+      send({ type: "connected", heartbeat: 30 });
+      if (count === 1) send({ type: "snapshot", jobs: [a, record("gone", 1)], more: true });
+      if (count === 1) return setTimeout(() => response.destroy(), 50);
+      send({ type: "snapshot", jobs: [record("a", 2)], more: true });
+      send({ type: "snapshot", jobs: [b] }, "id: e:5\n");
+    });
+    const { seen, known } = await watched(client(t, { url, transports: ["sse"], reconnectDelay: 1 }));
+    assert.deepEqual([seen, known, cursors], [["a2", "b1"], ["a", "b"], [null, null]]);
+  });
+
+  test("over a WebSocket", async (t) => {
+    const subscribed = [];
+    class Socket {
+      readyState = 1;
+      constructor() {
+        setTimeout(() => this.say({ type: "connected", heartbeat: 30, id: "e:4" }));
+      }
+      say = (message) => this.onmessage({ data: JSON.stringify(message) });
+      send(text) {
+        const { type, ref, last_seen } = JSON.parse(text);
+        if (type !== "subscribe") return;
+        subscribed.push(last_seen);
+        const part = (rest) => this.say({ type: "subscribed", ref, ...rest });
+        const whole = { jobIds: [], denied: [], recovered: false, id: "e:5" };
+        setTimeout(() => {
+          part({ snapshot: [subscribed.length === 1 ? record("gone", 1) : record("a", 2)], more: true });
+          if (subscribed.length === 1) this.onclose({ code: 1006, reason: "" });
+          else part({ snapshot: [b], ...whole });
+        });
+      }
+      close() {}
+    }
+    const real = globalThis.WebSocket;
+    globalThis.WebSocket = Socket;
+    t.after(() => (globalThis.WebSocket = real));
+    const { seen, known } = await watched(client(t, { transports: ["websocket"], reconnectDelay: 1 }));
+    assert.deepEqual([seen, known, subscribed], [["a2", "b1"], ["a", "b"], [undefined, undefined]]);
+  });
+});
