@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from statuswire.running import PATTERN, progress_in
+from tests.producer.workers import delivered
 from tests.support import InProcess, server, until
 
 DEFAULT = re.compile(PATTERN)
@@ -52,6 +53,7 @@ async def run(at: InProcess, spool: Path, *command: str, options: tuple[str, ...
         [sys.executable, "-m", "server", "run", "--url", at.url, "--user", "alice", *options, "--", *command],
         check=False, capture_stdout=True, capture_stderr=True, env=environment(spool),
     )  # fmt: skip
+    await delivered(at.url, spool)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -117,7 +119,7 @@ async def test_it_is_stopped_by_whoever_cancels_the_job_and_by_signals(tmp_path:
         command = [sys.executable, "-m", "server", "run", "--url", at.url, "--user", "a", "--job", "j1", "--ttl", "1"]
         process = subprocess.Popen([*command, "--", "sleep", "60"], env=environment(tmp_path))  # noqa: ASYNC220
         try:
-            await until(lambda: at.node.jobs.get("j1") is not None, within=30)
+            await until(lambda: at.node.jobs.get("j1") is not None)
             if how == "cancel":
                 assert (await at.ask("POST", "/api/v2/jobs/j1/cancel", {})).status == 202
             else:
@@ -127,6 +129,7 @@ async def test_it_is_stopped_by_whoever_cancels_the_job_and_by_signals(tmp_path:
             process.kill()
             process.wait()
         assert status == 128 + signal.SIGTERM
+        await delivered(at.url, tmp_path)
         ended = await record(at, "j1")
         assert ended["status"] == "cancelled"
 

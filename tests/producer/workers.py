@@ -82,3 +82,14 @@ async def run(script: str, url: str, spool: Path, *, status: int = 0) -> str:
 def journals(spool: Path) -> list[Path]:
     """What is on disk."""
     return sorted(spool.glob("**/*.journal"))
+
+
+async def delivered(url: str, spool: Path, *, trust: Path | None = None) -> None:
+    """What a process that has ended could not send in its last two seconds is sent by the next one.
+
+    Args:
+        trust: the certificate of an authority, if TLS is spoken there.
+    """
+    trusting = "" if trust is None else f"os.environ['SSL_CERT_FILE'] = {str(trust)!r}; "
+    if journals(spool):
+        await run(f"{trusting}assert flush({PATIENCE_S})", url, spool)

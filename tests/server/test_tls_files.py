@@ -17,6 +17,7 @@ from server.config import ConfigError, Server
 from tests import certificates
 from tests.certificates import Certificates
 from tests.integration.running import STATUSWIRE, clean_environment
+from tests.producer.workers import delivered
 from tests.redis_servers import RedisServer
 from tests.server.tls_peers import Peer, in_thread
 from tests.streams import session
@@ -107,7 +108,7 @@ def test_check_config_verifies_that_they_fit(issued: Certificates, tmp_path: Pat
 
 
 @pytest.mark.slow
-async def test_commands_trust_the_authority_they_are_given(issued: Certificates) -> None:
+async def test_commands_trust_the_authority_they_are_given(issued: Certificates, tmp_path: Path) -> None:
     async with server(tls=issued.trust, server=issued.table) as at:
 
         def publish(**environ: str) -> subprocess.CompletedProcess[str]:
@@ -131,10 +132,11 @@ async def test_commands_trust_the_authority_they_are_given(issued: Certificates)
         reported = await trio.to_thread.run_sync(
             lambda: run(
                 issued.cert.parent, "run", "--job", "k", "--user", "u", "--url", at.url, "--", sys.executable, "-V",
-                **trusted,
+                **trusted, STATUSWIRE_SPOOL_DIR=str(tmp_path),
             )
         )  # fmt: skip
         assert reported.returncode == 0, reported.stderr
+        await delivered(at.url, tmp_path, trust=issued.authority)
         assert (await at.get("/api/v2/jobs/k")).json["status"] == "completed"
 
 
