@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 
 import trio
 
+from tests.pacing import for_a_while
 from tests.streams import Closed, Stream, WebSocket, connect, handshake_bytes
 from tests.support import Address, Ended, bearer, request_bytes
 
@@ -73,7 +74,7 @@ class Reader:
             except _UNREACHABLE:
                 pass
             self.at += 1
-            await trio.sleep(wait)
+            await for_a_while(wait)
 
     def _take(self, message: dict[str, Any], cursor: str) -> None:
         self.cursor = cursor
@@ -205,10 +206,10 @@ class Publisher:
             while not await self._sent(lines, headers | {"Idempotency-Key": text}):
                 tries += 1
                 self.at += 1
-                await trio.sleep(0.05)
+                await for_a_while(0.05)
             self.repeated += tries > 0
             self.published += self.batch
-            await trio.sleep(self.pause_s)
+            await for_a_while(self.pause_s)
 
     async def _sent(self, lines: list[dict[str, str]], headers: dict[str, str]) -> bool:
         try:

@@ -460,12 +460,13 @@ async def until_so(ask: Callable[[], Awaitable[object]], *, within: float = PATI
             await trio.sleep(every)
 
 
-def wait_for(condition: Callable[[], object], *, within: float = PATIENCE_S) -> None:
-    """The same outside of Trio: blocks."""
+def wait_for(condition: Callable[[], object], *, within: float = PATIENCE_S, every: float = 0.01) -> None:
+    """``until`` outside of Trio: blocks. Raises TimeoutError."""
     give_up = time.monotonic() + within
     while not condition():
-        assert time.monotonic() < give_up, f"not within {within} s"
-        time.sleep(0.01)
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"not within {within} s")
+        time.sleep(every)
 
 
 async def until_answered(at: Address, target: str, status: int) -> Answer:

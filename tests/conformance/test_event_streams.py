@@ -27,14 +27,14 @@ from server.routes import ROUTES, Route
 from server.transports.sse import HEADERS
 from tests.conformance.results import Results
 from tests.integration.browser import find_chromium, started_chromium, using_browser
+from tests.pacing import for_a_while
 from tests.streams import put
-from tests.support import InProcess, server
+from tests.support import PATIENCE_S, InProcess, server, until
 from tests.web.tools import ROOT, web_tools
 
 pytestmark = pytest.mark.slow
 
 CLIENTS = ROOT / "tests" / "conformance" / "clients"
-PATIENCE_S = 60.0
 NAMES = ["message", "notice", "data", "retry"]
 # What is no line end in an event stream, though it is one elsewhere; and what looks like fields.
 ODD = "a\N{LINE SEPARATOR}b\N{NEXT LINE}c\x0bd\x0ce\x1cf\N{NO-BREAK SPACE}\N{ZERO WIDTH NO-BREAK SPACE}\N{PARTY POPPER}"
@@ -104,9 +104,7 @@ async def in_chromium(new_page: Callable[[], Any], origin: str, url: str) -> Eve
         f"(() => {{ {source}; listen((at) => new EventSource(at), {json.dumps(url)}, {json.dumps(NAMES)})"
         ".then((events) => { window.events = events; }); })()"
     )
-    while (events := await page.run("window.events ?? null")) is None:  # noqa: ASYNC110 - in another process
-        await trio.sleep(0.1)
-    return events  # type: ignore[no-any-return]
+    return await page.wait("window.events")  # type: ignore[no-any-return]
 
 
 async def in_node(url: str) -> Events:
@@ -129,7 +127,7 @@ async def with_httpx_sse(url: str) -> Events:
                 async for event in source.aiter_sse():
                     last, retry_ms = event.id or last, event.retry or retry_ms
                     events.append([event.event, event.data, last])
-            await trio.sleep(retry_ms / 1000)
+            await for_a_while(retry_ms / 1000)
 
 
 async def with_curl(url: str) -> Events:
@@ -154,7 +152,7 @@ async def with_curl(url: str) -> Events:
             last, retry_ms = fields.get("id", last), int(fields.get("retry", retry_ms))
             data = "\n".join(value for name, value in lines if name == "data")
             events.append([fields.get("event", "message"), data, last])
-        await trio.sleep(retry_ms / 1000)
+        await for_a_while(retry_ms / 1000)
 
 
 # --- what they are given
@@ -226,9 +224,7 @@ async def one_job(at: InProcess, clients: int) -> None:
 
 async def readers(at: InProcess, count: int) -> None:
     """Wait until so many are connected."""
-    with trio.fail_after(PATIENCE_S):
-        while len(at.node.streams) != count:  # noqa: ASYNC110 - there are no events for tests
-            await trio.sleep(0.01)
+    await until(lambda: len(at.node.streams) == count)
 
 
 def check_job(events: Iterable[list[str]]) -> None:

@@ -21,7 +21,7 @@ from tests.conformance.results import Results
 from tests.conformance.websocket_clients import with_aiohttp, with_websocket_client, with_websockets
 from tests.integration.browser import find_chromium, started_chromium, using_browser
 from tests.streams import put
-from tests.support import AUTH, InProcess, server
+from tests.support import AUTH, PATIENCE_S, InProcess, server, until
 from tests.web.tools import ROOT, web_tools
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,6 @@ HEARTBEAT_S, STALE_S, BEATS = 0.5, 3, 8
 MESSAGE = "done " * 400  # long enough to be worth compressing
 ORDER = ["connected", "subscribed", "subscribed", "job_completed"]
 DEFLATE = "permessage-deflate"
-PATIENCE_S = 60.0
 
 Said = dict[str, Any]
 Talk = Callable[[dict[str, Any]], Awaitable[Said]]
@@ -108,10 +107,7 @@ async def in_chromium(new_page: Callable[[], Any], url: str, plan: dict[str, Any
         f"(() => {{ {source}; converse((url) => new WebSocket(url), {json.dumps(plan)})"
         ".then((said) => { window.said = said; }, (error) => { window.said = { error: String(error) }; }); })()"
     )
-    with trio.fail_after(PATIENCE_S):
-        while (said := await page.run("window.said ?? null")) is None:  # noqa: ASYNC110 - in another process
-            await trio.sleep(0.1)
-    return said  # type: ignore[no-any-return]
+    return await page.wait("window.said")  # type: ignore[no-any-return]
 
 
 def check(said: Said, agreed: str) -> None:
@@ -162,9 +158,9 @@ async def test_websocket_clients(tmp_path: Path, results: Results) -> None:
                 for name, (talk, _) in clients.items():
                     nursery.start_soon(run, name, partial(talk, plan))
                 expected = len(clients) + 1
-                await until_all(lambda: watched(at, "late") == expected)
+                await until(lambda: watched(at, "late") == expected)
                 put(at, "late", "anonymous", status="completed", message=MESSAGE)
-                await until_all(lambda: watched(at, "over") == expected)
+                await until(lambda: watched(at, "over") == expected)
                 for stream in list(at.node.streams):
                     answer = await at.ask("DELETE", f"/api/sse/clients/{stream.client_id}")
                     assert answer.status == 204
@@ -178,13 +174,6 @@ def watched(at: InProcess, job_id: str) -> int:
     """How many connections watch this job."""
     channel = at.node.hub.channels.get(f"j/{job_id}")
     return 0 if channel is None else len(channel.readers)
-
-
-async def until_all(condition: Callable[[], bool]) -> None:
-    """Wait with the patience that twenty clients at once need on a slow machine."""
-    with trio.fail_after(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - there are no events for tests
-            await trio.sleep(0.02)
 
 
 def record(results: Results, found: dict[str, Said], seconds: float) -> None:

@@ -12,7 +12,6 @@ import logging
 import socket
 import struct
 import threading
-import time
 from contextlib import suppress
 from typing import Final
 
@@ -20,9 +19,8 @@ import trio
 
 from server.app import running
 from server.node import Node
-from tests.support import configure
+from tests.support import PATIENCE_S, configure, wait_for
 
-PATIENCE_S: Final = 20.0
 CONNECTIONS: Final = 3
 STEPS: Final = 40
 _HANDSHAKE: Final = (
@@ -98,13 +96,12 @@ def conversation(data: bytes) -> None:
     finally:
         for sock in sockets.values():
             sock.close()
-    deadline = time.monotonic() + PATIENCE_S
     with server.connect() as sock:
         sock.sendall(WORDS[0])
         answer = sock.recv(65536)
         assert answer.startswith(b"HTTP/1.1 200 "), answer
-    while server.node.connections and time.monotonic() < deadline:
-        time.sleep(0.001)
+    with suppress(TimeoutError):
+        wait_for(lambda: not server.node.connections, every=0.001)
     assert not server.node.connections, "a connection was left behind"
     assert not server.node.streams
     assert not server.node.hub.channels

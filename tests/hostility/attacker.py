@@ -16,6 +16,7 @@ from dataclasses import asdict
 import trio
 
 from tests.hostility.attacks import ATTACKS, TLS_ATTACKS, Client, Prey, Totals
+from tests.pacing import for_a_while
 
 # Who is thrown out comes again, at this pace.
 PAUSE_S = 0.02
@@ -50,7 +51,7 @@ async def live(client: Client, prey: Prey) -> None:
             for stream in mine.streams:
                 stream.socket.close()
         prey.totals.rounds += 1
-        await trio.sleep(PAUSE_S)
+        await for_a_while(PAUSE_S)
 
 
 def say(what: str, totals: Totals) -> None:

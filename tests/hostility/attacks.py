@@ -19,6 +19,8 @@ from typing import Final
 
 import trio
 
+from tests.pacing import for_a_while
+
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 UPGRADE: Final = (
@@ -124,7 +126,7 @@ async def slow_head(prey: Prey) -> None:
     prey.stand()
     for byte in prey.head("GET", "/api/v2/jobs", f"X-Filler: {'x' * 2000}"):
         await stream.send_all(bytes([byte]))
-        await trio.sleep(0.1)
+        await for_a_while(0.1)
 
 
 async def slow_body(prey: Prey) -> None:
@@ -136,7 +138,7 @@ async def slow_body(prey: Prey) -> None:
     prey.stand()
     for _ in range(90000):
         await stream.send_all(b"[")
-        await trio.sleep(0.1)
+        await for_a_while(0.1)
 
 
 async def slow_read(prey: Prey) -> None:
@@ -144,8 +146,8 @@ async def slow_read(prey: Prey) -> None:
     stream = await prey.connect(receive_buffer=1)
     await stream.send_all(prey.head("GET", "/api/v2/jobs?limit=1000") * 20)
     prey.stand()
-    while await stream.receive_some(1):  # noqa: ASYNC110 - it is to be slow
-        await trio.sleep(0.1)
+    while await stream.receive_some(1):
+        await for_a_while(0.1)
 
 
 async def deaf_websocket(prey: Prey) -> None:
@@ -275,7 +277,7 @@ async def many_subscriptions(prey: Prey) -> None:
         prey.stand()
         while True:
             await stream.send_all(message("subscribe", jobIds=["a", "b"]) + message("unsubscribe", jobIds=["a"]))
-            await trio.sleep(0.01)
+            await for_a_while(0.01)
 
 
 # Lies

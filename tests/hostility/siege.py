@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +24,22 @@ import trio
 
 from server.poller import MAX_PARKED
 from tests.hostility.attacks import MIB
+from tests.pacing import for_a_while
 from tests.streams import event_stream, session
-from tests.support import ADMIN, PATIENCE_S, ROOT, WORKER, Spawned, bearer, start, stop, token, write_config
+from tests.support import (
+    ADMIN,
+    PATIENCE_S,
+    ROOT,
+    WORKER,
+    Spawned,
+    bearer,
+    start,
+    stop,
+    token,
+    until,
+    until_so,
+    write_config,
+)
 
 SECONDS = float(os.environ.get("HOSTILITY_SECONDS", "0.5"))
 # An ordinary page hardly notices what takes less.
@@ -135,9 +149,7 @@ class Readers:
     async def given(self) -> None:
         """Wait until all that has been published by now has been read, and what is just being published."""
         version = self.published + int(self.on)
-        with trio.fail_after(RECOVERY_S):
-            while any(versions[-1] < version for versions in self.versions.values()):  # noqa: ASYNC110
-                await trio.sleep(0.01)
+        await until(lambda: all(versions[-1] >= version for versions in self.versions.values()), within=RECOVERY_S)
 
     async def publish(self, at: Spawned) -> None:
         """Publish at a steady rate; each update has the time at which it was sent."""
@@ -147,7 +159,7 @@ class Readers:
                 answer = await http.request("POST", f"/api/v2/jobs/{JOB}/updates", body=body, headers=WORKER)
                 assert answer.status == 200, answer
                 self.published = answer.json["version"]
-                await trio.sleep(EVERY_S)
+                await for_a_while(EVERY_S)
 
     async def websocket(self, at: Spawned, ready: trio.Event) -> None:
         """Read over a WebSocket."""
@@ -247,9 +259,9 @@ async def siege(
         attack: does it, instead of the attacker; returns how many connections it made.
     """
     async with readers(ground.at) as victims:
-        await trio.sleep(SECONDS / 2)
+        await for_a_while(SECONDS / 2)
         victims.p99()
-        await trio.sleep(SECONDS / 2)
+        await for_a_while(SECONDS / 2)
         before, start_memory, start_standing = victims.p99(), ground.memory(), await ground.standing()
         start_waits = ground.waits()
         peak = 0
@@ -258,7 +270,7 @@ async def siege(
             nonlocal peak
             while True:
                 peak = max(peak, ground.memory())
-                await trio.sleep(0.02)
+                await for_a_while(0.02)
 
         async with trio.open_nursery() as watching:
             watching.start_soon(watch)
@@ -267,18 +279,23 @@ async def siege(
             else:
                 async with ground.attacked(name, source) as attacked:
                     assert attacked["standing"], attacked
-                    await trio.sleep(SECONDS)
+                    await for_a_while(SECONDS)
                 connects = attacked["connects"]
             await victims.given()  # with what was held up by the attack and came only now
             under, slowed = victims.p99(), _slowed(start_waits, ground.waits())
             watching.cancel_scope.cancel()
 
         ended = trio.current_time()
-        standing = await ground.standing()
-        while not _back(standing, start_standing):
-            await trio.sleep(0.05)
+        standing = start_standing
+
+        async def recovered() -> bool:
+            nonlocal standing
             standing = await ground.standing()
-            assert trio.current_time() < ended + RECOVERY_S, f"{name}: {standing} is left of {start_standing}"
+            return _back(standing, start_standing)
+
+        with suppress(trio.TooSlowError):
+            await until_so(recovered, within=RECOVERY_S, every=0.05)
+        assert _back(standing, start_standing), f"{name}: {standing} is left of {start_standing}"
         recovery = trio.current_time() - ended
         await newcomers_are_served(ground.at)
     report = Report(name, before, under, peak - start_memory, recovery, connects)

@@ -7,15 +7,16 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
-import trio
 
 from tests import certificates
 from tests.hostility.attacks import MIB, SLACK, TLS_ATTACKS
 from tests.hostility.siege import SECONDS, Ground, ground, newcomers_are_served, readers, siege
-from tests.support import ADMIN, AUTH, PATIENCE_S, WORKER, bearer, in_seconds
+from tests.pacing import for_a_while
+from tests.support import ADMIN, AUTH, WORKER, bearer, in_seconds, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,7 @@ async def test_descriptors_run_out(tmp_path: Path) -> None:
                 async with at.attacked("crowd") as attacked:
                     await at.at.logged("accept_paused")
                     assert at.descriptors() <= limit
-                    await trio.sleep(SECONDS)
+                    await for_a_while(SECONDS)
             connects = attacked["connects"]
             assert isinstance(connects, int)
             return connects
@@ -49,12 +50,12 @@ async def test_memory_is_short(tmp_path: Path) -> None:
             for name, refused in (("unfinished bodies", "errors"), ("unfinished messages", "connectionsClosed")):
 
                 async def until_refused(name: str = name, refused: str = refused) -> int:
+                    async def some_are() -> int:
+                        count: int = (await at.at.get("/api/v2/stats", ADMIN)).json[refused].get("try_later", 0)
+                        return count
+
                     async with at.attacked(name) as attacked:
-                        with trio.fail_after(PATIENCE_S):
-                            count = 0
-                            while not count:
-                                await trio.sleep(0.05)
-                                count = (await at.at.get("/api/v2/stats", ADMIN)).json[refused].get("try_later", 0)
+                        await until_so(some_are, every=0.05)
                     connects = attacked["connects"]
                     assert isinstance(connects, int)
                     return connects
@@ -70,7 +71,7 @@ async def test_without_memory_a_request_fails_and_the_server_does_not(tmp_path: 
             async with at.attacked("unfinished bodies"):
                 await at.at.logged("MemoryError")
         async with readers(at.at) as victims:
-            await trio.sleep(SECONDS)
+            await for_a_while(SECONDS)
         assert victims.published > 5
         await newcomers_are_served(at.at)
 
@@ -128,9 +129,10 @@ async def test_the_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with ground(tmp_path, auth=AUTH, server={"heartbeat": 0.2}, store={"url": "memory:"}) as at:
         monkeypatch.delenv("LD_PRELOAD")
 
-        async def dated() -> float:
+        async def dated(hours: int) -> bool:
+            """Whether the server's clock is so much ahead; it is looked at when it is asked for."""
             answer = await at.at.get("/health")
-            return _seconds(answer.headers["date"]) - in_seconds(0)
+            return abs(_seconds(answer.headers["date"]) - in_seconds(0) - 3600 * hours) <= 60
 
         async with at.at.connect() as http:
             body = {"userId": "alice", "status": "processing", "ttl": 60}
@@ -140,10 +142,8 @@ async def test_the_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         async def jump() -> int:
             for hours in (1, -1, 0):
                 clock.write_text(f"{3600 * hours:+d}")
-                with trio.fail_after(PATIENCE_S):
-                    while abs(await dated() - 3600 * hours) > 60:  # noqa: ASYNC110 - it is looked at when it is asked
-                        await trio.sleep(0.02)
-                await trio.sleep(SECONDS)
+                await until_so(partial(dated, hours))
+                await for_a_while(SECONDS)
                 leased = (await at.at.get("/api/v2/jobs/leased", ADMIN)).json
                 assert leased["status"] == "processing", "a lease does not run out with the clock"
             return 0

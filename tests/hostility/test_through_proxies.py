@@ -18,6 +18,7 @@ from server.routes import ROUTES, Route
 from tests.conformance.http1_corpus import GROUPS, HIDDEN, MAX_BODY, get
 from tests.hostility.attacks import UPGRADE, message
 from tests.integration.test_proxies import KNOWN, PROXIES, calling_from, proxy
+from tests.pacing import for_a_while
 from tests.support import ADMIN, AUTH, PATIENCE_S, Address, InProcess, bearer, server
 
 pytestmark = pytest.mark.slow
@@ -89,7 +90,7 @@ async def innocent(at: Address, over: trio.Event) -> None:
             assert answer.status == 200
             assert json.loads(base64.b64decode(answer.headers["x-heard"])) == ["GET", target]
             number += 1
-            await trio.sleep(0.01)
+            await for_a_while(0.01)
 
 
 @pytest.mark.parametrize("kind", PROXIES)
