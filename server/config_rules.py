@@ -152,16 +152,20 @@ def _queue_url(url: str) -> str:
     return url
 
 
-def _path(text: str) -> str:
-    if text and not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", text):
-        raise ValueError('expected names with dots between, such as "data.userId"')
-    return text
+def _formed(form: str, expected: str) -> Callable[[str], str]:
+    """What checks that a text is empty or of this form."""
+
+    def check(text: str) -> str:
+        if text and not re.fullmatch(form, text):
+            raise ValueError(f"expected {expected}")
+        return text
+
+    return check
 
 
-def _id_prefix(text: str) -> str:
-    if text and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,32}", text):
-        raise ValueError('expected at most 32 of A-Z a-z 0-9 _ . : @ -, such as "staging:"')
-    return text
+_path = _formed(r"[^.\s]+(\.[^.\s]+)*", 'names with dots between, such as "data.userId"')
+_id_prefix = _formed(r"[A-Za-z0-9_.:@-]{1,32}", 'at most 32 of A-Z a-z 0-9 _ . : @ -, such as "staging:"')
+_event = _formed(r"[A-Za-z0-9_.:@-]{1,128}", "a name of at most 128 characters of A-Z a-z 0-9 _ . : @ -")
 
 
 def _http_url(text: str) -> str:
@@ -175,12 +179,6 @@ def _http_url(text: str) -> str:
         good = False
     if not good:
         raise ValueError("expected a URL like http://127.0.0.1:8000/statuswire/auth")
-    return text
-
-
-def _event(text: str) -> str:
-    if text and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,128}", text):
-        raise ValueError("expected a name of at most 128 characters of A-Z a-z 0-9 _ . : @ -")
     return text
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from server.brokers.base import StoreError
-from server.brokers.sqlite_file import chunks
+from server.brokers.sqlite_file import chunks, opening
 
 SCHEMA_VERSION: Final = 1
 # Moved from one file to another at a time.
@@ -69,19 +69,8 @@ class SpoolFile:
         directory = Path(self.path).absolute().parent
         if not directory.is_dir():
             raise StoreError(f"store.spool_path: {self.path}: the directory {directory} does not exist; create it")
-        try:
-            # The server may be restarting: give its predecessor a moment to let go of the file.
-            self._db = sqlite3.connect(self.path, timeout=0.5, isolation_level=None, check_same_thread=False)
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
-        try:
+        with opening(self.path, self._unusable) as self._db:
             return self._prepare()
-        except sqlite3.Error as error:
-            self._db.close()
-            raise self._unusable(error) from error
-        except StoreError:
-            self._db.close()
-            raise
 
     def _prepare(self) -> Held:
         db = self._db

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from heapq import merge
 from operator import attrgetter
@@ -82,6 +82,28 @@ class Standing(NamedTuple):
     first: int
 
 
+@contextmanager
+def opening(path: str, unusable: Callable[[sqlite3.Error], StoreError]) -> Iterator[sqlite3.Connection]:
+    """Open a file for a block that prepares it, and close it again if that fails.
+
+    Raises:
+        StoreError: the block's own, or for what sqlite says, in the words of ``unusable``.
+    """
+    try:
+        # The server may be restarting: give its predecessor a moment to let go of the file.
+        db = sqlite3.connect(path, timeout=0.5, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise unusable(error) from error
+    try:
+        yield db
+    except sqlite3.Error as error:
+        db.close()
+        raise unusable(error) from error
+    except StoreError:
+        db.close()
+        raise
+
+
 class SqliteFile:
     """One database file, ours alone.
 
@@ -116,19 +138,8 @@ class SqliteFile:
             raise StoreError(f"store.url: 'sqlite:{path}' names no file; use sqlite:PATH, or memory: to keep nothing")
         if not directory.is_dir():
             raise StoreError(f"store.url: {path}: the directory {directory} does not exist; create it first")
-        try:
-            # The server may be restarting: give its predecessor a moment to let go of the file.
-            self._db = sqlite3.connect(path, timeout=0.5, isolation_level=None, check_same_thread=False)
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
-        try:
+        with opening(path, self._unusable) as self._db:
             self._prepare(epoch)
-        except sqlite3.Error as error:
-            self._db.close()
-            raise self._unusable(error) from error
-        except StoreError:
-            self._db.close()
-            raise
 
     def _prepare(self, epoch: str) -> None:
         db = self._db

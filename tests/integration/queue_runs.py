@@ -8,17 +8,16 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.fleet import Reader
+from tests.integration.processes import Process, Start
 from tests.redis_servers import RedisServer
 from tests.support import until
 
@@ -28,9 +27,6 @@ SECRETS = ("private.mov", "not for everybody", "Traceback", ".cjs", "celery_task
 LETTERS = {
     "queued": "Q", "processing": "P", "stalled": "S", "completed": "C", "failed": "F", "cancelled": "X",
 }  # fmt: skip
-
-Process = subprocess.Popen[bytes]
-Start = Callable[..., Process]
 
 
 @dataclass
@@ -218,31 +214,6 @@ def _send(call: str, **environment: str) -> dict[str, tuple[str, str]]:
 
 
 # Processes
-
-
-@contextmanager
-def processes(tmp_path: Path) -> Iterator[Start]:
-    """Start processes; they end with the block, and with this one. What they say is in ``workers.log``."""
-    started: list[Process] = []
-
-    def start(*command: str, **environment: str) -> Process:
-        with (tmp_path / "workers.log").open("ab") as log:
-            process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],
-                env=os.environ | {"PYTHONPATH": str(HERE)} | environment,
-                cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        started.append(process)
-        return process
-
-    try:
-        yield start
-    finally:
-        for process in started:
-            # What it had begun may be left although it is gone itself.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 async def keep_up(load: Load) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from tests.integration.processes import Start, processes
 from tests.redis_servers import RedisServer
 from tests.support import ADMIN, AUTH, ROOT, InProcess, bearer, server, token, until_so
 
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent / "hooks"
 LONG_S = 90.0
 ARQ = "arq>=0.26"
-Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture(scope="session")
@@ -43,36 +43,18 @@ def arq() -> Path:
 
 
 @contextmanager
-def processes(tmp_path: Path, redis: RedisServer, url: str, *packages: Path) -> Iterator[Start]:
-    """Start processes that find queue and server; they end with the block. What they say is in ``workers.log``."""
-    started: list[subprocess.Popen[bytes]] = []
-    environment = {
-        "PYTHONPATH": ":".join(map(str, (*packages, HERE, ROOT))),
-        "QUEUE_URL": f"{redis.url}/0",
-        "STATUSWIRE_URL": url,
-        "STATUSWIRE_TOKEN": token("worker", capabilities=["publish"]),
-        "STATUSWIRE_SPOOL_DIR": str(tmp_path / "spool"),
-    }
-
-    def start(*arguments: str, **more: str) -> subprocess.Popen[bytes]:
-        with (tmp_path / "workers.log").open("ab") as log:
-            process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", sys.executable, *arguments],
-                env=os.environ | environment | more, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-        started.append(process)
-        return process
-
-    try:
-        yield start
-    finally:
-        for process in started:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+def workers(tmp_path: Path, redis: RedisServer, url: str, *packages: Path) -> Iterator[Start]:
+    """Start programs of Python that find queue and server."""
+    with processes(
+        tmp_path,
+        piped=True,
+        PYTHONPATH=":".join(map(str, (*packages, HERE, ROOT))),
+        QUEUE_URL=f"{redis.url}/0",
+        STATUSWIRE_URL=url,
+        STATUSWIRE_TOKEN=token("worker", capabilities=["publish"]),
+        STATUSWIRE_SPOOL_DIR=str(tmp_path / "spool"),
+    ) as start:
+        yield partial(start, sys.executable)
 
 
 async def sent(process: subprocess.Popen[bytes]) -> dict[str, str]:
@@ -156,7 +138,7 @@ async def check_common(at: InProcess, ids: dict[str, str], source: str) -> None:
 
 async def test_dramatiq(redis: RedisServer, tmp_path: Path) -> None:
     async with server(auth=AUTH) as at:
-        with processes(tmp_path, redis, at.url) as start:
+        with workers(tmp_path, redis, at.url) as start:
             ids = await sent(start(str(HERE / "dramatiq_jobs.py")))
             assert (await record(at, ids["ok-alice"]))["status"] == "queued"
             work = ("-m", "dramatiq", "dramatiq_jobs", "--processes", "1")
@@ -173,7 +155,7 @@ async def test_dramatiq(redis: RedisServer, tmp_path: Path) -> None:
 
 async def test_huey(redis: RedisServer, tmp_path: Path) -> None:
     async with server(auth=AUTH) as at:
-        with processes(tmp_path, redis, at.url) as start:
+        with workers(tmp_path, redis, at.url) as start:
             ids = await sent(start(str(HERE / "huey_jobs.py")))
             assert (await record(at, ids["ok-alice"]))["status"] == "queued"
             work = ("-m", "huey.bin.huey_consumer")
@@ -190,7 +172,7 @@ async def test_huey(redis: RedisServer, tmp_path: Path) -> None:
 
 async def test_taskiq(redis: RedisServer, tmp_path: Path) -> None:
     async with server(auth=AUTH) as at:
-        with processes(tmp_path, redis, at.url) as start:
+        with workers(tmp_path, redis, at.url) as start:
             ids = await sent(start(str(HERE / "taskiq_jobs.py")))
             assert (await record(at, ids["ok-alice"]))["status"] == "queued"
             work = ("-m", "taskiq", "worker", "taskiq_jobs:broker", "--workers", "1")
@@ -205,7 +187,7 @@ async def test_taskiq(redis: RedisServer, tmp_path: Path) -> None:
 
 async def test_arq(redis: RedisServer, tmp_path: Path, arq: Path) -> None:
     async with server(auth=AUTH) as at:
-        with processes(tmp_path, redis, at.url, arq) as start:
+        with workers(tmp_path, redis, at.url, arq) as start:
             ids = await sent(start(str(HERE / "arq_jobs.py"), "send"))
             assert (await record(at, ids["ok-alice"]))["status"] == "queued"
             start("-m", "arq", "arq_jobs.WorkerSettings")

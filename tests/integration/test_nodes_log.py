@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -12,18 +15,22 @@ import trio.testing
 
 from server.brokers.redis_keys import shard_of
 from tests.redis_nodes import nodes, publish
-from tests.redis_servers import RedisServer, running_proxy, running_server
-from tests.streams import event_stream, session
-from tests.support import ADMIN, AUTH, bearer, server, token, until, until_answered
+from tests.redis_servers import Proxy, RedisServer, running_proxy, running_server
+from tests.streams import WebSocket, event_stream, session
+from tests.support import ADMIN, AUTH, InProcess, bearer, server, token, until, until_answered
 
 pytestmark = pytest.mark.slow
+
+
+def two_hours_ago() -> float:
+    return time.time() - 7200
 
 
 async def test_the_log_in_redis_is_bounded_by_age(redis: RedisServer) -> None:
     async with nodes(redis.url, auth=AUTH, history={"max_age": 60}) as (one, two):
         old = one.node.shared
         assert old is not None
-        old._clock = lambda: time.time() - 7200
+        old._clock = two_hours_ago
         for number in range(300):
             last_old = await publish(one, f"job-{number % 40}", userId=f"user-{number % 40}")
         old._clock = time.time
@@ -54,56 +61,55 @@ async def test_the_log_in_redis_is_bounded_by_age(redis: RedisServer) -> None:
         assert one.node.history.epoch == two.node.history.epoch == epoch
 
 
+@asynccontextmanager
+async def one_is_cut_off(
+    redis: RedisServer, clock: Callable[[], float] = time.time, **tables: Any
+) -> AsyncIterator[tuple[InProcess, InProcess, WebSocket, Proxy]]:
+    """Two nodes, and the second's reader; that one was cut off from Redis after job ``a`` was made, by this clock."""
+    async with (
+        running_proxy(redis.port) as proxy,
+        server(store={"url": redis.url}, **tables) as one,
+        server(store={"url": f"redis://127.0.0.1:{proxy.port}"}, **tables) as two,
+        session(two) as ws,
+    ):
+        assert one.node.shared is not None
+        one.node.shared._clock = clock
+        await ws.subscribe()
+        await publish(one, "a", userId="u")
+        assert (await ws.receive())["version"] == 1
+        proxy.stop_passing()
+        proxy.cut()
+        await until_answered(two, "/ready", 503)
+        yield one, two, ws, proxy
+
+
 async def test_what_grew_old_while_a_node_was_away_is_not_lost(redis: RedisServer) -> None:
-    async with running_proxy(redis.port) as proxy:
-        behind = {"store": {"url": f"redis://127.0.0.1:{proxy.port}"}, "history": {"max_age": 60}}
-        async with (
-            server(store={"url": redis.url}, history={"max_age": 60}) as one,
-            server(**behind) as two,
-            session(two) as ws,
-        ):
-            shared = one.node.shared
-            assert shared is not None
-            shared._clock = lambda: time.time() - 7200
-            await ws.subscribe()
-            await publish(one, "a", userId="u")
-            assert (await ws.receive())["version"] == 1
-            proxy.stop_passing()
-            proxy.cut()
-            await until_answered(two, "/ready", 503)
-            for _ in range(20):
-                await publish(one, "a")
-            shared._clock = time.time
+    async with one_is_cut_off(redis, two_hours_ago, history={"max_age": 60}) as (one, two, ws, proxy):
+        for _ in range(20):
             await publish(one, "a")
-            with redis.oracle() as oracle:
-                log = f"{{statuswire}}:log:{shard_of('u')}"
-                await until(lambda: oracle.xlen(log) == 1)
-            proxy.pass_again()
-            reset = await ws.receive()
-            assert (reset["type"], [job["version"] for job in reset["snapshot"]]) == ("reset", [22])
-            assert one.node.history.epoch == two.node.history.epoch
+        assert one.node.shared is not None
+        one.node.shared._clock = time.time
+        await publish(one, "a")
+        with redis.oracle() as oracle:
+            log = f"{{statuswire}}:log:{shard_of('u')}"
+            await until(lambda: oracle.xlen(log) == 1)
+        proxy.pass_again()
+        reset = await ws.receive()
+        assert (reset["type"], [job["version"] for job in reset["snapshot"]]) == ("reset", [22])
+        assert one.node.history.epoch == two.node.history.epoch
 
 
 async def test_a_node_that_was_away_for_too_long_begins_anew(redis: RedisServer) -> None:
-    short: dict[str, dict[str, object]] = {"store": {"url": redis.url}, "history": {"max_updates": 50}}
-    async with running_proxy(redis.port) as proxy:
-        behind = short | {"store": {"url": f"redis://127.0.0.1:{proxy.port}"}}
-        async with server(**short) as one, server(**behind) as two, session(two) as ws:
-            await ws.subscribe()
-            await publish(one, "a", userId="u")
-            assert (await ws.receive())["version"] == 1
-            proxy.stop_passing()
-            proxy.cut()
-            await until_answered(two, "/ready", 503)
-            # Streams are trimmed by whole nodes of 100 entries.
-            for _ in range(400):
-                await publish(one, "a")
-            proxy.pass_again()
-            reset = await ws.receive()
-            assert (reset["type"], [job["version"] for job in reset["snapshot"]]) == ("reset", [401])
+    async with one_is_cut_off(redis, history={"max_updates": 50}) as (one, two, ws, proxy):
+        # Streams are trimmed by whole nodes of 100 entries.
+        for _ in range(400):
             await publish(one, "a")
-            assert (await ws.receive())["version"] == 402
-            assert one.node.history.epoch == two.node.history.epoch
+        proxy.pass_again()
+        reset = await ws.receive()
+        assert (reset["type"], [job["version"] for job in reset["snapshot"]]) == ("reset", [401])
+        await publish(one, "a")
+        assert (await ws.receive())["version"] == 402
+        assert one.node.history.epoch == two.node.history.epoch
 
 
 async def test_room_is_made_on_all_nodes(redis: RedisServer) -> None:

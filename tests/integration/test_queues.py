@@ -22,16 +22,16 @@ import trio
 
 from server.ingest.queues.source import Source
 from tests.fleet import TRANSPORTS
+from tests.integration.processes import Start, processes
 from tests.integration.queue_runs import (
+    HERE,
     SECRETS,
     Load,
-    Start,
     Watcher,
     bull_load,
     celery_load,
     expected,
     keep_up,
-    processes,
     rq_load,
     steps,
 )
@@ -225,7 +225,7 @@ async def ready(at: Address) -> None:
 
 @pytest.mark.parametrize(("kind", "trouble"), CASES)
 async def test_real_workers(kind: str, trouble: str, redis: RedisServer, tmp_path: Path) -> None:
-    with processes(tmp_path) as start:
+    with processes(tmp_path, PYTHONPATH=str(HERE)) as start:
         load = LOADS[kind](redis, start)
         befalls = Trouble(trouble, redis, tmp_path, load.tables)
         async with befalls.servers() as cause, trio.open_nursery() as nursery:

@@ -23,11 +23,13 @@ from uuid import uuid4
 
 import httpx
 from fastapi import Cookie, Depends, FastAPI, Form, HTTPException
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from statuswire import JobCancelled, aio
 
 PAGES = Path(__file__).parent / "pages"
+# What the page with the jobs does. The Django example has the same one.
+SCRIPT = Path(__file__).parents[1] / "session_page.js"
 # Where workers and we find statuswire, and where browsers do.
 STATUSWIRE = os.environ.get("STATUSWIRE_URL", "http://127.0.0.1:3000")
 PUBLIC_STATUSWIRE = os.environ.get("PUBLIC_STATUSWIRE_URL", STATUSWIRE)
@@ -94,6 +96,12 @@ async def index(session: Session) -> HTMLResponse:
     if session is None:
         return page("login.html", problem="")
     return page("jobs.html", user=session[0], statuswire=PUBLIC_STATUSWIRE)
+
+
+@app.get("/page.js")
+async def script() -> FileResponse:
+    """What the page with the jobs does."""
+    return FileResponse(SCRIPT, media_type="text/javascript")
 
 
 @app.post("/login")

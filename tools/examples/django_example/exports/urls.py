@@ -9,6 +9,7 @@ from . import views
 
 urlpatterns = [
     path("", views.jobs, name="jobs"),
+    path("page.js", views.script, name="page.js"),
     path("exports", views.start, name="start"),
     path("login", LoginView.as_view(template_name="exports/login.html"), name="login"),
     path("logout", views.Logout.as_view(), name="logout"),

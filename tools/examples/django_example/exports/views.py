@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
+from pathlib import Path
 from threading import Thread
 from uuid import uuid4
 
@@ -18,12 +19,14 @@ from django.conf import settings
 from django.contrib.auth.decorators import login_required
 from django.contrib.auth.models import AbstractBaseUser, AnonymousUser
 from django.contrib.auth.views import LogoutView
-from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, JsonResponse
+from django.http import FileResponse, HttpRequest, HttpResponse, HttpResponseBadRequest, JsonResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
 from statuswire import JobCancelled, job
 
+# What the page does. The FastAPI example has the same one; a real project has it among its static files.
+SCRIPT = Path(__file__).parents[2] / "session_page.js"
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +54,12 @@ def who(request: HttpRequest) -> HttpResponse:
 def jobs(request: HttpRequest) -> HttpResponse:
     """The page. It knows no job: its own list comes from statuswire."""
     return render(request, "exports/jobs.html", {"statuswire": settings.PUBLIC_STATUSWIRE_URL})
+
+
+@require_GET
+def script(request: HttpRequest) -> FileResponse:
+    """What the page does."""
+    return FileResponse(SCRIPT.open("rb"), content_type="text/javascript")
 
 
 @require_POST
