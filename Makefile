@@ -147,6 +147,7 @@ peers: system  ## install what others make, to be measured beside this server (i
 	mkdir -p $(VENV)/peers/node && cp perf/peers/package.json perf/peers/package-lock.json $(VENV)/peers/node
 	cd $(VENV)/peers/node && npm ci --silent --no-fund --no-audit
 	@# Nothing of Debian's is installed: it is only unpacked, with whatever this machine lacks for it.
+	apt-cache show pushpin libnginx-mod-nchan >/dev/null 2>&1 || $(APT_GET) update || true
 	test -e $(VENV)/peers/nginx/usr/sbin/nginx || { mkdir -p $(VENV)/peers/nginx && cd $(VENV)/peers/nginx && \
 		apt-get -qq -o APT::Sandbox::User=root download nginx libnginx-mod-nchan && \
 		for package in *.deb; do dpkg -x $$package . || exit; done; } || echo 'without nchan: no package of it here' >&2
@@ -161,7 +162,7 @@ load: setup $(VENV)/load/.done  ## users of every kind by Locust, headless, and 
 locust: $(VENV)/load/.done  ## the same users with Locust's web page, against a server that runs (LOAD_ARGS="--host URL")
 	$(VENV)/load/bin/locust -f perf/locustfile.py --class-picker --host http://127.0.0.1:3000 $(LOAD_ARGS)
 
-bench-peers: setup peers  ## this server beside others, in one run: tables, plots, documents (nine minutes)
+bench-peers: setup peers  ## this server beside others, in one run: tables, plots, documents (ten minutes)
 	$(BIN)/pip install --quiet --editable '.[plots]'
 	$(BIN)/python -m perf.peers $(BENCH_ARGS)
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perf.load import LoadClient
+from perf.measure import PATIENCE, Target
 from perf.peers import measures, plot, table
-from perf.peers.catalog import PEERS, SERVERS, started
+from perf.peers.catalog import PEERS, SERVERS, descendants, started
 from perf.peers.measures import SINGLE, SPREAD
 from perf.peers.rounds import pairs
 from perf.peers.servers.common import Kept, Lines
@@ -62,6 +67,24 @@ def test_the_bare_loops_pass_on_what_they_are_fed(peer: Any, transport: str) -> 
         assert (flying["accepted"], side.client.report()["deliveries"]) == (40, 200)
 
 
+def test_all_processes_of_a_peer_count() -> None:
+    found: tuple[int, ...] = ()
+    with subprocess.Popen(["sh", "-c", "sh -c 'sleep 60 & wait' & echo there; wait"], stdout=subprocess.PIPE) as shell:
+        try:
+            assert shell.stdout is not None
+            assert shell.stdout.readline() == b"there\n"
+            deadline = time.monotonic() + 30
+            while len(found := tuple(descendants(shell.pid))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(found) == 2, "the shell, and what that has started"
+            alone, whole = Target("alone", shell.pid, 0), Target("whole", shell.pid, 0, found)
+            assert whole.resident_bytes() > alone.resident_bytes()
+            assert whole.cpu_seconds() > alone.cpu_seconds()
+        finally:
+            for pid in (*found, shell.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_who_does_not_deliver_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "LATE_S", 0.1)
     with started(LOOPS[0]) as running, LoadClient() as client:
@@ -90,7 +113,8 @@ def test_lines_are_put_together_again() -> None:
     assert lines.feed(b"c\tz\n") == [("bc", b"z")]
 
 
-def test_the_least_disturbed_pairs_count() -> None:
+def test_the_least_disturbed_pairs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PATIENCE, "left", 0.0)  # or it waits until nobody else does anything
     rounds = iter([{"cpu1": 1.0, "load": 5.0, "others": 3.0}, {"cpu1": 4.0, "load": 6.0, "others": 2.0}])
     found = pairs(SINGLE, 1, lambda: next(rounds), lambda: next(rounds))["cpu1"]
     assert (found.ours, found.theirs, found.others) == ([1.0], [4.0], [3.0])
