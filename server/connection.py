@@ -138,14 +138,14 @@ class Deferred:
     Attributes:
         exchange: the request.
         patience_s: for so long it waits.
-        headers: those of its answer, if that is a 200.
+        headers: those of its answer, if that is a 200; None if nothing can be said before the answer is known.
     """
 
     __slots__ = ()
 
     exchange: Exchange
     patience_s: float
-    headers: ClassVar[Sequence[tuple[str, str]]]
+    headers: ClassVar[Sequence[tuple[str, str]] | None]
 
     def answer(self, *, late: bool) -> Response:
         """What there is to say now; ``late`` if the time is over. Must not wait.
@@ -381,6 +381,8 @@ class Connection(Peer):
         # It waits for its answer, or nobody is there any more: that shows only when something is sent. So the answer
         # begins now; who is gone resets the connection.
         self._heed(0)
+        if deferred.headers is None:
+            return _WAIT
         headers = [*deferred.exchange.headers(), *deferred.headers]
         head = self.http.start_stream(200, headers, close=self.node.draining)
         return _WAIT if self.sock.send(head) == len(head) else _CLOSE

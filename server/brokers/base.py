@@ -171,6 +171,16 @@ class Submission:
         """Whether it is settled and nothing was lost."""
         return self._kept and self._error is None
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is kept or lost."""
+        return self._kept
+
+    def check(self) -> None:
+        """Once settled: raise ApiError 503 if it was lost, as ``wait_kept`` does."""
+        if self._error is not None:
+            raise self._error
+
     async def wait_kept(self) -> None:
         """Wait until everything accepted is kept and was delivered.
 
@@ -191,8 +201,7 @@ class Submission:
                 return trio.lowlevel.Abort.SUCCEEDED
 
             await trio.lowlevel.wait_task_rescheduled(abort)
-        if self._error is not None:
-            raise self._error
+        self.check()
 
     def when_kept(self, callback: Callable[[ApiError | None], object]) -> None:
         """Call back on the Trio thread when it is settled, at once if it is: with None, or the 503 above."""

@@ -132,7 +132,8 @@ def late_answer(exchange: Exchange, deferred: Deferred, late: bool) -> Response:
     failure: Exception | None = None
     try:
         response = deferred.answer(late=late)
-        _note_seen(exchange)
+        if exchange.request.method in ("GET", "HEAD"):
+            _note_seen(exchange)
     except ApiError as error:
         code = error.code
         response = error_answer(error, exchange.request_id)

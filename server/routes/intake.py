@@ -3,18 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import trio
 
 from protocol.errors import ApiError
 from protocol.fields import MAX_UPDATE, Fields, decode_fields
 from server.answers import Response, json_answer
-from server.brokers.base import Accepted, Operation
-from server.connection import Exchange
+from server.brokers.base import Accepted, Operation, Submission
+from server.connection import Deferred, Exchange
 
 MAX_KEY: Final = 255
+# A disk that has not taken it by then may never; it is not known then whether it will.
+PATIENCE_S: Final = 60.0
 JSON_TYPES: Final = frozenset({"", "application/json"})
+
+Then: TypeAlias = Callable[[Exchange, Accepted], Response]
+Refused: TypeAlias = Callable[[ApiError], ApiError]
+
+
+class _Unkept(Deferred):
+    """A request whose operation is on its way to the disk. ``then`` makes the answer, ``refused`` words a refusal."""
+
+    __slots__ = ("_refused", "_submission", "_then", "exchange", "patience_s")
+
+    headers = None
+
+    def __init__(self, exchange: Exchange, submission: Submission, then: Then, refused: Refused | None) -> None:
+        self.exchange = exchange
+        self.patience_s = PATIENCE_S
+        self._submission = submission
+        self._then = then
+        self._refused = refused
+        submission.when_kept(self._settled)
+
+    def _settled(self, _: ApiError | None) -> None:
+        self.exchange.connection.wake(self)
+
+    def answer(self, *, late: bool) -> Response:
+        """See ``Deferred``."""
+        if late:
+            message = f"the store has not said within {PATIENCE_S:g} s whether this is kept; send it again with its key"
+            raise ApiError(503, "store_unavailable", message, retry_after=5)
+        return _answer(self.exchange, self._submission, self._then, self._refused)
+
+    def leave(self) -> None:
+        """See ``Deferred``; what is kept, is kept."""
+
+
+async def answered(
+    exchange: Exchange, operation: Operation, then: Then, refused: Refused | None = None
+) -> Response | Deferred:
+    """Submit one operation; the answer that ``then`` makes of what became of it goes out as soon as it is kept.
+
+    No task waits for that: a store with a disk is behind in each of these, so nearly all of them wait.
+
+    Raises:
+        ApiError: see ``decide``; in the words of ``refused``, if it is given.
+    """
+    submission = await _submitted(exchange, operation)
+    if submission.settled:
+        return _answer(exchange, submission, then, refused)
+    return _Unkept(exchange, submission, then, refused)
+
+
+def _answer(exchange: Exchange, submission: Submission, then: Then, refused: Refused | None) -> Response:
+    try:
+        return then(exchange, _accepted(exchange, submission))
+    except ApiError as error:
+        if refused is None:
+            raise
+        raise refused(error) from None
 
 
 async def decide(exchange: Exchange, operation: Operation) -> Accepted:
@@ -23,14 +82,24 @@ async def decide(exchange: Exchange, operation: Operation) -> Accepted:
     Raises:
         ApiError: why it was refused, 429 over the caller's rate, 503 if the store lost it.
     """
+    submission = await _submitted(exchange, operation)
+    if not submission.kept:
+        await submission.wait_kept()
+    return _accepted(exchange, submission)
+
+
+async def _submitted(exchange: Exchange, operation: Operation) -> Submission:
     node = exchange.node
     if node.limits.on_publishes:
         await node.limits.check_publish(exchange.caller.user, trio.current_time())
-    await node.hub.wait_room()
-    submission = node.broker.submit([operation])
-    # First, because a refusal too can rest on something that is not kept yet.
-    if not submission.kept:
-        await submission.wait_kept()
+    if node.hub.full:
+        await node.hub.wait_room()
+    return node.broker.submit([operation])
+
+
+def _accepted(exchange: Exchange, submission: Submission) -> Accepted:
+    node = exchange.node
+    submission.check()  # first, because a refusal too can rest on something that is not kept yet
     result = submission.results[0]
     if isinstance(result, ApiError):
         node.counters.publishes("http", 0, 0, 1)
@@ -54,6 +123,11 @@ def outcome(exchange: Exchange, accepted: Accepted) -> dict[str, Any]:
     if accepted.cancel_requested:
         answer["cancelRequested"] = True
     return answer
+
+
+def updated(exchange: Exchange, accepted: Accepted) -> Response:
+    """The answer to one update."""
+    return spooled(exchange, accepted) if accepted.spooled else json_answer(200, outcome(exchange, accepted))
 
 
 def position(exchange: Exchange, accepted: Accepted) -> str:

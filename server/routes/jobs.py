@@ -14,21 +14,22 @@ from protocol.update import STATUS_UPDATE, STATUSES, TYPE_OF_STATUS, Job
 from protocol.watch import EVERYTHING, parse_fields, parse_filter, user_channel, wants_all
 from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
-from server.brokers.base import Cancel, Claim, Delete, Publish
-from server.connection import Exchange
+from server.brokers.base import Accepted, Cancel, Claim, Delete, Publish
+from server.connection import Deferred, Exchange
 from server.publishing import Batch, submit, summary
 from server.reading import channel_of_job
 from server.routes.intake import (
     JSON_TYPES,
+    answered,
     check_body,
     decide,
     idempotency_key,
-    outcome,
     position,
     read_body,
     read_fields,
     spooled,
     unsupported,
+    updated,
 )
 from server.turns import in_turns
 
@@ -49,11 +50,14 @@ _NDJSON_TYPES: Final = frozenset({"application/x-ndjson", "application/ndjson", 
 # Publishing
 
 
-async def create(exchange: Exchange) -> Response:
+async def create(exchange: Exchange) -> Response | Deferred:
     """``POST /api/v2/jobs``: 201 with the record, 200 with the same job for a repeat, 409 for a taken id."""
     fields = await read_fields(exchange)
     operation = Publish(None, fields, "must", exchange.caller.user, idempotency_key(exchange))
-    accepted = await decide(exchange, operation)
+    return await answered(exchange, operation, _created)
+
+
+def _created(exchange: Exchange, accepted: Accepted) -> Response:
     if accepted.spooled:
         return spooled(exchange, accepted)
     job = accepted.job
@@ -75,14 +79,14 @@ def _readable(exchange: Exchange, job: Job) -> bytes:
     return select_fields(latest.body, frozenset())
 
 
-async def update(exchange: Exchange) -> Response:
+async def update(exchange: Exchange) -> Response | Deferred:
     """``POST /api/v2/jobs/{jobId}/updates``: one update."""
     job_id = _job_id(exchange)
     fields = await read_fields(exchange)
     if fields.job_id is not msgspec.UNSET and fields.job_id != job_id:
         raise invalid_field("jobId", f"{fields.job_id!r} is not the job of the path, {job_id!r}")
-    accepted = await decide(exchange, Publish(job_id, fields, "may", exchange.caller.user, idempotency_key(exchange)))
-    return spooled(exchange, accepted) if accepted.spooled else json_answer(200, outcome(exchange, accepted))
+    operation = Publish(job_id, fields, "may", exchange.caller.user, idempotency_key(exchange))
+    return await answered(exchange, operation, updated)
 
 
 async def publish_batch(exchange: Exchange) -> Response:

@@ -16,14 +16,14 @@ from protocol.view import Call, Target, View, in_words, read_update, target_of
 from protocol.watch import Filter, Watch, check_parameter_id, job_channel
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Accepted, Publish
-from server.connection import Exchange
+from server.connection import Deferred, Exchange
 from server.node import Stream
 from server.reading import channel_of_job
 from server.routes import intake
 from server.stats import stats
 from server.transports.sse import begin_stream
 
-Handler = Callable[[Exchange], Awaitable[Response | Stream | None]]
+Handler = Callable[[Exchange], Awaitable[Response | Stream | Deferred | None]]
 
 # Characters of a text in a header: with all of them escaped still less than proxies take.
 MAX_HEADER: Final = 200
@@ -62,20 +62,18 @@ def _header_value(value: object) -> str:
     return quote(str(value)[:MAX_HEADER], safe=_PRINTABLE)
 
 
-async def create(view: View, call: Call, exchange: Exchange) -> Response:
+async def create(view: View, call: Call, exchange: Exchange) -> Response | Deferred:
     """A job that must be new: 201, or 200 for a repeat."""
     target, operation = await _publish(view, call, exchange, "must")
-    accepted = await _decide(view, target, exchange, operation)
-    return _created(view, exchange, accepted, 200 if accepted.duplicate else 201)
+    refused = partial(in_words, view, job_id=target.job_id)
+    return await intake.answered(exchange, operation, partial(_created, view), refused)
 
 
-async def update(view: View, call: Call, exchange: Exchange) -> Response:
+async def update(view: View, call: Call, exchange: Exchange) -> Response | Deferred:
     """One update of a job; ``publish`` creates it, if ``userId`` is given."""
     target, operation = await _publish(view, call, exchange, "may" if call.does == "publish" else "never")
-    accepted = await _decide(view, target, exchange, operation)
-    if accepted.spooled:
-        return intake.spooled(exchange, accepted)
-    return json_answer(200, intake.outcome(exchange, accepted))
+    refused = partial(in_words, view, job_id=target.job_id)
+    return await intake.answered(exchange, operation, intake.updated, refused)
 
 
 async def register(view: View, call: Call, exchange: Exchange) -> Response:
@@ -98,7 +96,7 @@ async def register(view: View, call: Call, exchange: Exchange) -> Response:
             message = f"{view.noun} {view.id_of(target.job_id)!r} has another owner, and the owner never changes"
             raise ApiError(409, "owner_fixed", message) from None
         accepted = Accepted(job.latest.offset, job.latest.version, True, False, job)
-    return _created(view, exchange, accepted, 200 if accepted.duplicate else 201)
+    return _created(view, exchange, accepted)
 
 
 async def health(view: View, call: Call, exchange: Exchange) -> Response:
@@ -135,7 +133,8 @@ async def _decide(view: View, target: Target, exchange: Exchange, operation: Pub
         raise in_words(view, error, target.job_id) from None
 
 
-def _created(view: View, exchange: Exchange, accepted: Accepted, status: int) -> Response:
+def _created(view: View, exchange: Exchange, accepted: Accepted) -> Response:
+    status = 200 if accepted.duplicate else 201
     if accepted.spooled:
         return intake.spooled(exchange, accepted)
     job = accepted.job
@@ -168,7 +167,7 @@ async def _shown(view: View, target: Target, exchange: Exchange, channel: str) -
 class Handled(NamedTuple):
     """What a call needs: its handler, the capability, and whether anybody may make it."""
 
-    handler: Callable[[View, Call, Exchange], Awaitable[Response | Stream | None]]
+    handler: Callable[[View, Call, Exchange], Awaitable[Response | Stream | Deferred | None]]
     capability: str = ""
     public: bool = False
 

@@ -136,7 +136,7 @@ async def test_every_message_that_the_server_makes_is_described() -> None:
     async with server() as at:
         document = await described(at, "/asyncapi.json")
     transports = ROOT / "server" / "transports"
-    made = set(said(transports / "websocket.py")) | {"error"} | ALL_TYPES
+    made = {*said(transports / "websocket.py"), *said(ROOT / "server" / "publishing.py"), "error"} | ALL_TYPES
     assert len(made) > 10
     assert made <= types_of(document, "websocket", "Says")
     assert JOBS.controls.keys() | {"snapshot"} | UPDATE_TYPES == types_of(document, "stream", "Says")
