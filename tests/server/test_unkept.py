@@ -1,0 +1,170 @@
+"""Requests whose update is on its way to the disk: no task waits for it, and nothing is told before it is there."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from server.brokers.sqlite import SqliteBroker
+from server.routes import intake
+from tests.server.brokers.disks import Held
+from tests.streams import clean_server, connect, reset_connection
+from tests.support import Http, InProcess, request_bytes, until
+
+TARGET = "/api/v2/jobs/{}/updates"
+
+
+class Slow:
+    """A server whose disk takes nothing until ``go`` is set."""
+
+    def __init__(self, at: InProcess) -> None:
+        assert isinstance(at.node.broker, SqliteBroker)
+        self.at = at
+        self.broker = at.node.broker
+        file = self.broker._file
+        file.__class__ = Held
+        assert isinstance(file, Held)
+        self.go = file.go = threading.Event()
+
+    async def begin(self, http: Http, job_id: str, target: str = TARGET, **fields: object) -> None:
+        """Send a publish, and see it waiting for the disk."""
+        busy = self.at.node._busy
+        await http.send(request_bytes("POST", target.format(job_id), body=fields))
+        await until(lambda: self.at.node._busy == busy + 1)
+        await until(lambda: self.broker._waiting_entries)
+
+
+@asynccontextmanager
+async def slow(path: Path) -> AsyncIterator[Slow]:
+    async with clean_server(store={"url": f"sqlite:{path}/jobs.db"}) as at:
+        it = Slow(at)
+        try:
+            yield it
+        finally:
+            it.go.set()
+
+
+def half_close(http: Http) -> None:
+    assert isinstance(http.stream, trio.SocketStream)
+    http.stream.socket.shutdown(socket.SHUT_WR)
+
+
+def close(http: Http) -> None:
+    assert isinstance(http.stream, trio.SocketStream)
+    http.stream.socket.close()
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [(TARGET, 200), ("/api/v2/jobs", 201), ("/api/brand-monitor/progress/{}", 201)],
+    ids=["update", "create", "view"],
+)
+async def test_it_takes_no_task_and_is_answered_when_it_is_kept(tmp_path: Path, target: str, status: int) -> None:
+    async with slow(tmp_path) as it, connect(it.at) as one, connect(it.at) as two:
+        await it.begin(one, "a", target, userId="u")
+        await it.begin(two, "b", target, userId="u")
+        assert not it.at.node.poller._waiting
+        assert not it.at.node.jobs.jobs
+        it.go.set()
+        for http in (one, two):
+            answer = await http.answer()
+            assert (answer.status, "transfer-encoding" in answer.headers) == (status, False)
+            assert await http.alive()
+        assert len(it.at.node.jobs.jobs) == 2
+        assert it.at.node.counters.updates["http", "accepted"] == 2
+
+
+async def test_a_refusal_that_rests_on_what_is_not_kept_yet_waits_with_it(tmp_path: Path) -> None:
+    async with slow(tmp_path) as it, connect(it.at) as one, connect(it.at) as two, connect(it.at) as three:
+        await it.begin(one, "a", userId="u", status="completed")
+        await it.begin(two, "a", progress=5)
+        await it.begin(three, "a", "/api/brand-monitor/progress/{}/complete")
+        it.go.set()
+        assert (await one.answer()).status == 200
+        refused = await two.answer()
+        assert (refused.status, refused.json["error"]["code"]) == (409, "job_ended")
+        in_words = await three.answer()  # the job is none of this view's
+        assert (in_words.status, in_words.json["error"]["code"]) == (404, "task_not_found")
+        assert await two.alive()
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+async def test_who_has_half_closed_gets_the_answer(tmp_path: Path, accepted: bool) -> None:
+    """Whatever it is: nothing of it has been said before."""
+    async with slow(tmp_path) as it, connect(it.at) as one, connect(it.at) as http:
+        await it.begin(one, "a", userId="u", status="completed")
+        await it.begin(http, "a", **({"attempt": 2} if accepted else {"progress": 1}))
+        half_close(http)
+        await until(lambda: [peer for peer in it.at.node.poller.peers.values() if getattr(peer, "_heeds", 1) == 0])
+        it.go.set()
+        assert (await http.answer()).status == (200 if accepted else 409)
+        assert await http.closed()
+
+
+async def test_what_was_pipelined_behind_it_is_answered_after_it(tmp_path: Path) -> None:
+    async with slow(tmp_path) as it, connect(it.at) as http:
+        await it.begin(http, "a", userId="u")
+        await http.send(request_bytes("GET", "/api/v2/jobs/a") + request_bytes("GET", "/health"))
+        await trio.testing.wait_all_tasks_blocked()
+        it.go.set()
+        assert (await http.answer()).json["version"] == 1
+        assert (await http.answer()).json["jobId"] == "a"
+        assert (await http.answer()).json == {"status": "ok"}
+
+
+@pytest.mark.parametrize("go", [close, reset_connection])
+async def test_who_is_gone_leaves_nothing_behind_but_the_update(tmp_path: Path, go: Callable[[Http], object]) -> None:
+    async with slow(tmp_path) as it, connect(it.at) as http:
+        await it.begin(http, "a", userId="u")
+        go(http)
+        it.go.set()
+        await until(lambda: it.at.node.jobs.get("a"))
+        await until(lambda: not it.at.node.connections)
+        assert not it.at.node._busy
+
+
+async def test_a_commit_that_fails_is_a_503_for_each(tmp_path: Path) -> None:
+    async with slow(tmp_path) as it, connect(it.at) as one, connect(it.at) as two:
+        await it.begin(one, "a", userId="u", message="m" * 2000)
+        await it.begin(two, "b", userId="u", message="m" * 2000)
+        database = it.broker._file._db
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        it.go.set()
+        for http in (one, two):
+            answer = await http.answer()
+            assert (answer.status, answer.json["error"]["code"]) == (503, "store_unavailable")
+            assert answer.headers["retry-after"]
+        assert not it.at.node.jobs.jobs
+        database.execute("PRAGMA max_page_count = 1000000")
+        await one.send(request_bytes("POST", TARGET.format("a"), body={"userId": "u"}))
+        assert (await one.answer()).json["version"] == 1
+
+
+async def test_a_disk_that_takes_too_long_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "PATIENCE_S", 0.1)
+    async with slow(tmp_path) as it, connect(it.at) as http:
+        await it.begin(http, "a", userId="u")
+        answer = await http.answer()
+        assert (answer.status, answer.json["error"]["code"]) == (503, "store_unavailable")
+        assert "0.1 s" in answer.json["error"]["message"]
+        it.go.set()
+        await until(lambda: it.at.node.jobs.get("a"))  # which it could not know
+        assert await http.alive()
+
+
+async def test_a_server_that_stops_meanwhile_keeps_it(tmp_path: Path) -> None:
+    async with clean_server(store={"url": f"sqlite:{tmp_path}/jobs.db"}) as at:
+        it = Slow(at)
+        async with connect(at) as http:
+            await it.begin(http, "a", userId="u")
+            it.go.set()
+    async with clean_server(store={"url": f"sqlite:{tmp_path}/jobs.db"}) as at:
+        assert at.node.jobs.get("a") is not None
