@@ -14,7 +14,7 @@ import trio.testing
 
 from server.brokers.sqlite import SqliteBroker
 from server.routes import intake
-from tests.server.brokers.disks import Held
+from tests.server.brokers.disks import BIG, Held
 from tests.streams import clean_server, connect, reset_connection
 from tests.support import Http, InProcess, request_bytes, until
 
@@ -132,8 +132,8 @@ async def test_who_is_gone_leaves_nothing_behind_but_the_update(tmp_path: Path, 
 
 async def test_a_commit_that_fails_is_a_503_for_each(tmp_path: Path) -> None:
     async with slow(tmp_path) as it, connect(it.at) as one, connect(it.at) as two:
-        await it.begin(one, "a", userId="u", message="m" * 2000)
-        await it.begin(two, "b", userId="u", message="m" * 2000)
+        await it.begin(one, "a", userId="u", metadata=BIG)
+        await it.begin(two, "b", userId="u", metadata=BIG)
         database = it.broker._file._db
         (pages,) = database.execute("PRAGMA page_count").fetchone()
         database.execute(f"PRAGMA max_page_count = {pages}")

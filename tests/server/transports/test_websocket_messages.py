@@ -180,10 +180,10 @@ async def test_publishes_that_the_store_loses_together_are_refused_one_by_one(tm
         assert (await ws.ask("publish", updates=[{"jobId": "a", "userId": "u"}]))["accepted"] == 1
         (pages,) = database.execute("PRAGMA page_count").fetchone()
         database.execute(f"PRAGMA max_page_count = {pages}")
-        publish = '{"type":"publish","ref":%d,"updates":[{"jobId":"a","message":"' + "m" * 2000 + '"}]}'
-        await ws.http.send(b"".join(ws.connection.send(TextMessage(publish % n)) for n in range(6)))
-        answers = await ws.messages(6)
-        assert [(answer["code"], answer["ref"]) for answer in answers] == [("store_unavailable", n) for n in range(6)]
+        publish = '{"type":"publish","ref":%d,"updates":[{"jobId":"a","metadata":{"m":"' + "m" * 5000 + '"}}]}'
+        await ws.http.send(b"".join(ws.connection.send(TextMessage(publish % n)) for n in range(3)))
+        answers = await ws.messages(3)
+        assert [(answer["code"], answer["ref"]) for answer in answers] == [("store_unavailable", n) for n in range(3)]
         assert at.node.history.last == 1
         database.execute("PRAGMA max_page_count = 1000000")
         assert (await ws.ask("publish", updates=[{"jobId": "a", "progress": 5}]))["accepted"] == 1
