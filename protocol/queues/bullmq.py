@@ -15,8 +15,8 @@ from protocol.update import CANCELLED, COMPLETED, FAILED, PROCESSING, QUEUED
 
 PREFIX: Final = "bull"
 USER: Final = "data.userId"
-# Fields of a job's hash that say whose it is and what kind it is.
-DESCRIBES: Final = ("name", "data")
+# Fields of a job's hash that say whose it is, what kind it is, and which job of a flow waits for it.
+DESCRIBES: Final = ("name", "data", "parent")
 
 # Fields of it that say how far the job is. What else there is, data, options, traces, may be of any size.
 TELLS: Final = (
@@ -103,10 +103,21 @@ def read_event(queue: str, entry_id: str, fields: Mapping[str, str], *, results:
     return seen
 
 
-def describe(seen: Sighting, job: Mapping[str, str], user: str) -> None:
-    """Add what the job's hash says of owner and kind; ``user`` is a path into ``{"data", "name"}``."""
+def describe(seen: Sighting, job: Mapping[str, str], user: str, prefix: str = PREFIX) -> None:
+    """Add what the job's hash says of owner, kind and parent; ``user`` is a path into ``{"data", "name"}``."""
     seen.owner = owner_at({"data": read_json(job.get("data")), "name": job.get("name")}, user)
     seen.kind = kind_of(job.get("name"), seen.queue)
+    seen.parent = _parent_of(job.get("parent"), prefix)
+
+
+def _parent_of(value: str | None, prefix: str) -> tuple[str, str] | None:
+    parent = read_json(value)
+    if not isinstance(parent, dict):
+        return None
+    key, job = parent.get("queueKey"), parent.get("id")
+    if not isinstance(key, str) or not key.startswith(f"{prefix}:") or not isinstance(job, str) or not job:
+        return None
+    return key[len(prefix) + 1 :], job
 
 
 def read_hash(queue: str, job: str, data: Mapping[str, str], place: str, seq: int, *, results: bool) -> Sighting:

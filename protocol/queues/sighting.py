@@ -51,6 +51,7 @@ class Sighting(msgspec.Struct, kw_only=True, gc=False):
         seq: the number of the event, in a source that numbers them.
         lap: when this attempt was put into the queue, in microseconds, where that is what tells attempts apart.
         removed: it is gone from the queue: an unknown job does not come into being by that.
+        parent: queue and id of the job that waits for this one.
     """
 
     job: str
@@ -72,6 +73,7 @@ class Sighting(msgspec.Struct, kw_only=True, gc=False):
     seq: int | None = None
     lap: int | None = None
     removed: bool = False
+    parent: tuple[str, str] | None = None
 
 
 class Known(msgspec.Struct, kw_only=True, gc=False):
@@ -263,6 +265,8 @@ def _first(seen: Sighting, source: str, prefix: str) -> Fields:
         metadata["queue"] = seen.queue
     if not is_id(_name(seen.queue, seen.job, prefix)):
         metadata["jobId"] = text(seen.job) or ""
+    if seen.parent is not None:
+        metadata["parent"] = job_id(*seen.parent, prefix)
     if seen.run_at_ms is not None:
         metadata["runAt"] = format_time(seen.run_at_ms)
     # Held encoded, as ``decode_fields`` leaves it.

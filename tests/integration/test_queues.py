@@ -272,6 +272,9 @@ def check(
     """Every record ended as the queue says, and its owner alone saw every step of it in order."""
     nameless = {name for name in names if names[name][0] in load.nameless and found[name]["userId"] == "queue:q"}
     names = {name: (does, "queue:q" if name in nameless else user) for name, (does, user) in names.items()}
+    for name in names.keys() - nameless:
+        parent, child, _ = name.partition("-part-")
+        assert found[name]["metadata"].get("parent") == (parent if child else None), name
     paths: dict[str, Counter[str]] = {}
     wrong: dict[str, Any] = {}
     for reader in readers:

@@ -23,7 +23,7 @@ _AT_ONCE: Final = 100
 # Bytes of what jobs carry that are read at a time.
 _HELD: Final = 8 * 1024 * 1024
 _TOLD: Final = (*bullmq.TELLS, "returnvalue")
-_LARGE: Final = frozenset(("data", "returnvalue", "progress", "failedReason"))
+_LARGE: Final = frozenset(("data", "parent", "returnvalue", "progress", "failedReason"))
 _LISTS: Final = frozenset(("active", "wait", "paused"))
 _FROM_THE_END: Final = frozenset(("completed", "failed"))
 
@@ -39,7 +39,7 @@ def user_of(config: Queue) -> str:
 
 
 async def describe(client: Client, taker: Taker, config: Queue, sightings: list[Sighting]) -> None:
-    """Read of jobs that have no record yet whose they are."""
+    """Read of jobs that have no record yet whose they are, and of which they are a child."""
     fresh: dict[tuple[str, str], list[Sighting]] = {}
     for seen in sightings:
         if not taker.is_known(seen.queue, seen.job):
@@ -51,7 +51,7 @@ async def describe(client: Client, taker: Taker, config: Queue, sightings: list[
 
     def take(number: int, data: dict[str, str]) -> None:
         for seen in seen_of[number] if "name" in data else ():
-            bullmq.describe(seen, data, user)
+            bullmq.describe(seen, data, user, prefix)
 
     await _read_hashes(client, [(bullmq.job_key(prefix, queue, job), bullmq.DESCRIBES) for queue, job in fresh], take)
 
@@ -157,7 +157,7 @@ async def _read(
             place = "completed" if "returnvalue" in data else "failed"
         seen = bullmq.read_hash(queue, job, data, place, seq, results=config.results)
         if "name" in data:
-            bullmq.describe(seen, data, user_of(config))
+            bullmq.describe(seen, data, user_of(config), prefix)
         # Bull does not count an attempt whose worker has died.
         known = taker.known(queue, job)
         if known is not None and seen.attempt is not None:

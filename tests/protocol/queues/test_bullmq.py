@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from protocol.queues.bull4 import read_message, split_channel
 from protocol.queues.bullmq import describe, read_event, read_hash, seq_of
+from protocol.queues.sighting import settle
 from tests.protocol.queues.replaying import Replay, at, captured
 
 BULLMQ = captured("bullmq")
 HASHES = BULLMQ["bullmq6"]["job_hashes"]
-OF_JOB = {"1": "transcode:completed", "2": "bad:failed", "job_123": "custom:completed", "8": "transcode:active"}
+CHILD = "3bb9f570-7da8-48c8-a1a9-9d46c867cf96"
+OF_JOB = {
+    "1": "transcode:completed", "2": "bad:failed", "job_123": "custom:completed", "8": "transcode:active",
+    CHILD: "child:active",
+}  # fmt: skip
 
 
 def replay(entries: list[dict[str, Any]], *, hashes: bool = True, results: bool = False) -> Replay:
@@ -53,6 +59,32 @@ def test_events_come_to_the_records_of_the_table() -> None:
     parent = "video:912bb599-e3fb-443a-b43f-f2dddb3fc082"
     assert [row[0] for row in done.of(parent)] == ["queued"] * 3 + ["processing"] * 3 + ["completed"]
     assert {job.latest.status for job in done.jobs.values()} == {"completed", "failed", "cancelled"}
+    (child,) = [name for name in done.jobs if "parent" in done.shown(name)["metadata"]]
+    assert child == f"video:{CHILD}"
+    assert done.shown(child)["metadata"] == {"source": "bull", "queue": "video", "parent": parent}
+    assert "parentId" not in done.shown(child)
+
+
+@pytest.mark.parametrize(
+    ("parent", "name"),
+    [
+        ('{"id":"7","queueKey":"{tag}:books"}', "app-books:7"),
+        ('{"id":"a b","queueKey":"{tag}:books"}', "app-books:a-b.4492eca0ca6f22a5"),
+        ('{"id":"7","queueKey":"bull:books"}', None),
+        ('{"id":7,"queueKey":"{tag}:books"}', None),
+        ('{"id":"","queueKey":"{tag}:books"}', None),
+        ('["7"]', None),
+        ("{", None),
+        ("", None),
+    ],
+)
+def test_a_child_names_its_parent(parent: str, name: str | None) -> None:
+    seen = read_event("pages", "5-0", {"event": "added", "jobId": "1"})
+    assert seen is not None
+    describe(seen, {"name": "page", "data": "{}", "parent": parent}, "data.userId", "{tag}")
+    fields = settle(None, seen, "bull", "app-")
+    assert fields is not None
+    assert msgspec.json.decode(cast("msgspec.Raw", fields.metadata)).get("parent") == name
 
 
 def test_records_have_owner_kind_attempt_and_error_and_nothing_that_jobs_carry() -> None:
