@@ -52,6 +52,7 @@ class Sighting(msgspec.Struct, kw_only=True, gc=False):
         lap: when this attempt was put into the queue, in microseconds, where that is what tells attempts apart.
         removed: it is gone from the queue: an unknown job does not come into being by that.
         parent: queue and id of the job that waits for this one.
+        unsure: it may be older than what was told before it: no reason to take progress back.
     """
 
     job: str
@@ -74,6 +75,7 @@ class Sighting(msgspec.Struct, kw_only=True, gc=False):
     lap: int | None = None
     removed: bool = False
     parent: tuple[str, str] | None = None
+    unsure: bool = False
 
 
 class Known(msgspec.Struct, kw_only=True, gc=False):
@@ -168,7 +170,7 @@ def settle(known: Known | None, seen: Sighting, source: str, prefix: str = "") -
     else:
         before = known.progress
         if seen.progress is not None and seen.progress < before:
-            if known.attempt > 1:
+            if known.attempt > 1 and not seen.unsure:
                 fields.reset = True
             else:
                 fields.progress = UNSET

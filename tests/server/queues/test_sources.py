@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ import pytest
 import redis as redis_py
 import trio
 
-from server.ingest.queues import bullmq, celery
+from server.ingest.queues import bull, bull4, bullmq, celery
 from tests.queueing import LONG_S, captured, put_stream, raw, shown, status, steps, until_status, until_up
 from tests.redis_servers import RedisServer, running_server
 from tests.support import ADMIN, AUTH, bearer, server, until
@@ -165,8 +166,8 @@ async def test_a_job_whose_worker_has_died_is_stalled_and_then_failed(
 
 
 async def test_bull_four_from_its_channels_and_its_hashes(redis: RedisServer, oracle: redis_py.Redis) -> None:
-    bull4 = captured("bullmq")["bull4"]
-    hashes = bull4["job_hashes"]
+    traffic = captured("bullmq")["bull4"]
+    hashes = traffic["job_hashes"]
     oracle.set("bull:report:id", 3)
     oracle.hset("bull:report:9", mapping=hashes["completed"])
     oracle.zadd("bull:report:completed", {"9": 1})
@@ -176,11 +177,53 @@ async def test_bull_four_from_its_channels_and_its_hashes(redis: RedisServer, or
         await until_up(one.node)
         oracle.hset("bull:report:1", mapping=hashes["added"])
         oracle.hset("bull:report:2", mapping=hashes["added"])
-        for message in bull4["messages"]:
+        for message in traffic["messages"]:
             oracle.publish(message["channel"], message["data"])
         assert (await until_status(one.node, "report:1", "completed"))["message"] == "Encoding"
         assert (await until_status(one.node, "report:2", "failed"))["error"] == "boom"
         assert steps(one.node, "report:1") == ["queued", "processing", "completed"]
+
+
+async def test_of_bull_what_was_published_before_its_hashes_were_read_is_older(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a second attempt, where progress may go back: not because a message comes behind what it has led to."""
+
+    def publish(event: str, text: str) -> None:
+        oracle.publish(f"bull:video:{event}", text)
+
+    def report(percent: int) -> None:
+        oracle.hset("bull:video:1", mapping={"progress": percent, "attemptsMade": 1})
+        publish("progress", json.dumps({"jobId": "1", "progress": percent}))
+
+    async def late(client: Any, taker: Any, config: Any, queue: str, seq: int) -> Any:
+        if reports:
+            for percent in reports:
+                report(percent)
+            reports.clear()
+        return await look(client, taker, config, queue, seq)
+
+    look, reports = bull.look, list[int]()
+    monkeypatch.setattr(bull4, "look", late)
+    oracle.hset("bull:video:1", mapping={"name": "__default__", "data": "{}", "timestamp": 5, "attemptsMade": 0})
+    async with server(store={"url": "memory:"}, **table(redis, "bull4", queues=["video"])) as at:
+        await until_up(at.node)
+        oracle.lpush("bull:video:active", "1")
+        publish("active", "1")
+        publish("progress", '{"jobId":"1","progress":50}')
+        await until(lambda: shown(at.node, "video:1").get("progress") == 50)
+        oracle.hset("bull:video:1", "attemptsMade", 1)
+        publish("waiting", "1")
+        publish("active", "1")
+        await until(lambda: shown(at.node, "video:1").get("attempt") == 2)
+        reports += [25, 30, 60]
+        publish("delayed", "1795295739086")  # some job: so the hashes are read
+        await until(lambda: shown(at.node, "video:1")["progress"] == 60)
+        publish("progress", '{"jobId":"1","progress":70}')
+        await until(lambda: shown(at.node, "video:1")["progress"] == 70)
+        updates = [json.loads(update.body) for update in at.node.history.of_job("video:1", 0)]
+        seen = [update["progress"] for update in updates if update["attempt"] == 2]
+        assert [number for number, _ in itertools.groupby(seen)] == [50, 25, 30, 60, 70]
 
 
 async def test_celery_from_results_and_events(redis: RedisServer, oracle: redis_py.Redis) -> None:
