@@ -78,6 +78,21 @@ async def saw_all(page: Page, last: int) -> None:
     assert await page.run("missed") == []
 
 
+async def watch_to_the_end(page: Page, at: Address, url: str, transport: str) -> None:
+    """A job by this transport, from its beginning to its end: every version once, but that polls may miss some."""
+    await publish(at, status="processing")
+    await start(page, url, transports=[transport])
+    await until_live(page, transport)
+    for number in range(1, 20):
+        await publish(at, progress=number * 5)
+    last = await publish(at, status="completed")
+    if transport != "poll":
+        await saw_all(page, last["version"])
+    else:
+        await page.wait("seen.at(-1)?.status === 'completed'")
+        assert await page.run("missed") == []
+
+
 async def start_all(page: Page, url: str, what: object = "job-1", **options: object) -> None:
     """The same with a client of each transport: ``clients``, each with ``{client, seen, states, missed, watched}``."""
     await page.open(f"{url}/client.d.ts")

@@ -26,6 +26,7 @@ from tests.web.pages import (
     unexpected,
     until_live,
     versions,
+    watch_to_the_end,
 )
 
 pytestmark = pytest.mark.slow
@@ -34,17 +35,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_every_version_once_and_the_end(new_page: NewPage, transport: str) -> None:
     async with server() as at:
-        await publish(at, status="processing")
         page = await new_page()
-        await start(page, at.url, transports=[transport])
-        await until_live(page, transport)
-        for number in range(1, 20):
-            await publish(at, progress=number * 5)
-        await publish(at, status="completed")
-        await page.wait("seen.at(-1)?.status === 'completed'")
-        assert await page.run("missed") == []
-        if transport != "poll":
-            assert await versions(page) == list(range(1, 22))
+        await watch_to_the_end(page, at, at.url, transport)
         assert await page.run("client.state") == ("open" if transport in ("websocket", "sse") else "polling")
         assert await page.run("errors") == []
         assert unexpected(page) == []

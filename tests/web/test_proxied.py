@@ -26,6 +26,7 @@ from tests.web.pages import (
     until_all,
     until_live,
     versions,
+    watch_to_the_end,
 )
 
 pytestmark = pytest.mark.slow
@@ -93,17 +94,7 @@ async def nginx(
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_every_transport_through_nginx(new_page: NewPage, tmp_path: Path, transport: str) -> None:
     async with server() as at, nginx(tmp_path, at) as proxy:
-        await publish(at, status="processing")
-        page = await new_page()
-        await start(page, proxy.url, transports=[transport])
-        await until_live(page, transport)
-        for number in range(1, 10):
-            await publish(at, progress=number * 10)
-        await publish(at, status="completed")
-        await page.wait("seen.at(-1)?.status === 'completed'")
-        assert await page.run("missed") == []
-        if transport != "poll":
-            assert await versions(page) == list(range(1, 12))
+        await watch_to_the_end(await new_page(), at, proxy.url, transport)
 
 
 @pytest.mark.parametrize("how", [REFUSED, CUT_OFF], ids=["refused", "cut-off"])

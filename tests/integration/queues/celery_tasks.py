@@ -25,7 +25,7 @@ def _work(task: Any) -> None:
     for current in (25, 60):
         meta = {"current": current, "total": 100, "message": "half of it", "stage": "encode"}
         task.update_state(state="PROGRESS", meta=meta)
-        time.sleep(0.08)
+        time.sleep(0.08)  # as work takes time
 
 
 @app.task(bind=True)
@@ -54,18 +54,20 @@ def flaky(self: Any, file: str, user_id: str = "") -> None:
 
 @app.task
 def slow(file: str, user_id: str = "") -> None:
+    """Goes on until it is revoked."""
     time.sleep(60)
 
 
 @app.task
 def die(file: str, user_id: str = "") -> None:
+    """The process that works on it is killed, in the middle of it."""
     time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @app.task
 def orphan(file: str, user_id: str = "") -> None:
-    """Its worker is killed, the whole of it."""
+    """Its worker is killed, the whole of it, in the middle of it."""
     time.sleep(0.1)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 

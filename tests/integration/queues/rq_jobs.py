@@ -19,7 +19,7 @@ def ok(file: str) -> dict[str, str]:
     for progress in (25, 60):
         job.meta.update(progress=progress, message="half of it", stage="encode")
         job.save_meta()
-        time.sleep(0.04)
+        time.sleep(0.04)  # as work takes time
     return {"secret": "not for everybody"}
 
 
@@ -37,6 +37,10 @@ def flaky(file: str) -> None:
 
 
 def slow(file: str) -> None:
+    """Goes on until it is stopped."""
+    job = _job()
+    job.meta["begun"] = True
+    job.save_meta()
     time.sleep(60)
 
 
@@ -80,8 +84,8 @@ def send(url: str, counts: dict[str, int]) -> dict[str, tuple[str, str]]:
                 elif does == "slow":
                     running.append(job)
         for job in running:
-            while job.get_status() != "started":
+            # The job itself says so: its worker calls it started before there is a process to be stopped.
+            while not job.get_meta(refresh=True).get("begun"):
                 time.sleep(0.05)
-            time.sleep(0.2)  # the worker says so before it has a process for the job
             send_stop_job_command(connection, job.id)
     return sent
