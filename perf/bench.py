@@ -21,7 +21,7 @@ from typing import Any
 
 from perf import connect, crowd, fanout, features, ingest, nodes, plot, publish, publish_ways, sweep
 from perf.load import LoadError, build
-from perf.measure import LOAD_CORE, PATIENCE, ROOT, Row, Start, bare, server
+from perf.measure import ROOT, Row, Start, bare, server, take_core
 from perf.peers.table import fill
 
 TRANSPORTS = ("ws", "sse")
@@ -154,11 +154,7 @@ def main() -> int:
     options = parser.parse_args()
     start: Start = (lambda _store: bare()) if options.null else partial(server, program=options.program)
     wanted = [name for name in options.only.split(",") if name]
-    if (os.cpu_count() or 1) < 2:
-        print("perf.bench: needs two cores, one for the server and one for the load", file=sys.stderr)
-        return 2
-    os.sched_setaffinity(0, {LOAD_CORE})
-    PATIENCE.left = 0 if options.quick else options.patience
+    take_core("perf.bench", 0 if options.quick else options.patience)
     build()
     began = time.monotonic()
     rows: list[Row] = []

@@ -63,9 +63,10 @@ def arrivals(target: Target, client: LoadClient, transport: str, number: int) ->
     }
 
 
-def idle(target: Target, client: LoadClient, transport: str, number: int, settle: float) -> dict[str, float]:
-    """Resident memory of so many subscribed connections, each."""
+def grown(target: Target, client: LoadClient, transport: str, number: int, settle: float) -> dict[str, float]:
+    """Resident memory that so many subscribed connections take, all of it after them, and what making them took."""
     options = reader_options(transport)
+    client.ask("publish", "published", port=target.port, requests=1)
     # What is loaded or grown once only is not a connection's.
     client.start(port=target.port, connections=100, sources=SOURCES, **options)
     client.ask("close", "closed")
@@ -76,20 +77,19 @@ def idle(target: Target, client: LoadClient, transport: str, number: int, settle
     result = watch.stop()
     time.sleep(settle)
     report = client.report()
-    if report["connections"] != number:
+    if report["connections"] != number or report["errors"]:
         raise LoadError(f"not all stayed: {report}")
     after = target.resident_bytes()
-    client.ask("close", "closed")
-    return result | {"bytes": (after - before) / number}
+    return result | {"grown": after - before, "after": after}
 
 
-def idle_fresh(
+def idle(
     begin: Callable[[], AbstractContextManager[Target]], transport: str, number: int, settle: float
 ) -> dict[str, float]:
-    """`idle` of a process of its own: memory that one has kept from earlier would hide what connections take."""
+    """Bytes of each connection, in a process of its own: memory kept from earlier would hide what they take."""
     with begin() as target, LoadClient(LOAD_CORE) as client:
-        client.ask("publish", "published", port=target.port, requests=1)
-        return idle(target, client, transport, number, settle)
+        result = grown(target, client, transport, number, settle)
+        return result | {"bytes": result["grown"] / number}
 
 
 def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
@@ -121,7 +121,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
         f"{name}, {number:,} idle",
         (bytes_each,),
         1,
-        partial(idle_fresh, partial(start, "memory:"), transport, number, settle),
-        partial(idle_fresh, bare, transport, number, settle),
+        partial(idle, partial(start, "memory:"), transport, number, settle),
+        partial(idle, bare, transport, number, settle),
     )
     return rows

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import resource
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from perf.connect import SOURCES
-from perf.fanout import NAMES, reader_options
-from perf.load import LoadClient, LoadError
-from perf.measure import LOAD_CORE, Measure, Row, Target, Watch, alone
+from perf.connect import grown
+from perf.fanout import NAMES
+from perf.load import LoadClient
+from perf.measure import LOAD_CORE, Measure, Row, Target, alone
 
 CROWD, SPARE = 100_000, 2000  # connections; descriptors besides
 FEWER = 10_000
@@ -64,28 +63,11 @@ def crowd(start: Start, transport: str, number: int) -> dict[str, float]:
             left -= here
             target = stack.enter_context(start("memory:", flags=("--config", str(config))))
             client = stack.enter_context(LoadClient(LOAD_CORE))
-            for key, value in _crowd_of(target, client, transport, here).items():
-                total[key] = max(total[key], value) if key in ("load", "others") else total[key] + value
+            result = grown(target, client, transport, here, SETTLE_S)
+            result |= {"megabytes": result["after"] / 1e6, "processes": 1.0}
+            for key in total:
+                total[key] = max(total[key], result[key]) if key in ("load", "others") else total[key] + result[key]
     return total | {"cpu_each": total["cpu"] / number * 1e6, "bytes": total["grown"] / number}
-
-
-def _crowd_of(target: Target, client: LoadClient, transport: str, number: int) -> dict[str, float]:
-    options = reader_options(transport)
-    client.ask("publish", "published", port=target.port, requests=1)
-    client.start(port=target.port, connections=100, sources=SOURCES, **options)
-    client.ask("close", "closed")
-    time.sleep(SETTLE_S)
-    before = target.resident_bytes()
-    watch = Watch(target, client.pid)
-    client.start(port=target.port, connections=number, sources=SOURCES, **options)
-    result = watch.stop()
-    time.sleep(SETTLE_S)
-    after = target.resident_bytes()
-    report = client.report()
-    if report["connections"] != number or report["errors"]:
-        raise LoadError(f"not all stayed: {report}")
-    numbers = {key: result[key] for key in ("seconds", "cpu", "load", "others")}
-    return numbers | {"grown": after - before, "megabytes": after / 1e6, "processes": 1.0}
 
 
 def run(start: Start, *, quick: bool) -> list[Row]:

@@ -203,6 +203,19 @@ class Patience:
 PATIENCE = Patience(60.0)
 
 
+def take_core(program: str, patience: float) -> None:
+    """Keep this process off the server's core, and set how much of a disturbed machine's time may be lost.
+
+    Raises:
+        SystemExit: with 2, where there is one core only.
+    """
+    if (os.cpu_count() or 1) < 2:
+        print(f"{program}: needs two cores, one for servers and one for the load", file=sys.stderr)
+        raise SystemExit(2)
+    os.sched_setaffinity(0, {LOAD_CORE})
+    PATIENCE.left = patience
+
+
 def in_pairs(
     scenario: str,
     measures: Sequence[Measure],

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from perf.bench import machine
 from perf.load import LoadError, build
-from perf.measure import LOAD_CORE, PATIENCE, ROOT, Measure, Target, server
+from perf.measure import ROOT, Measure, Target, server, take_core
 from perf.peers import measures, plot, table
 from perf.peers.catalog import PEERS, Peer, Unavailable, started, version_of
 from perf.peers.measures import CHANNELS, IDLE, PACED, READERS, SATURATED, SETUP, SINGLE, SPREAD, Failed, Round, Side
@@ -144,11 +143,7 @@ def main() -> int:
     wanted = [name for name in options.only.split(",") if name]
     if unknown := set(wanted) - {peer.name for peer in PEERS}:
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
-    if (os.cpu_count() or 1) < 2:
-        print("perf.peers: needs two cores, one for the servers and one for the load", file=sys.stderr)
-        return 2
-    os.sched_setaffinity(0, {LOAD_CORE})
-    PATIENCE.left = 0 if options.quick else options.patience
+    take_core("perf.peers", 0 if options.quick else options.patience)
     build()
     began = time.monotonic()
     with server("memory:") as ours:
