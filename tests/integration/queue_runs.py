@@ -276,7 +276,9 @@ def expected(load: Load, does: str, *, calm: bool, stores_lost: bool) -> str:
     if load.exact:
         return path
     if does == "removed":
-        return "Q?X(P?C)?"  # a worker that has just taken a job may not see that it is removed, and finishes it
+        # A worker that has just taken a job may not see that it is removed, and finishes it: where only what is can be
+        # read, its removal may be missed then.
+        return "Q?X(P?C)?|Q?PC" if load.sampled else "Q?X(P?C)?"
     surely = calm and not load.sampled
     # What tells of a job that waits may be told later than that it is worked on.
     return "Q?" + "".join(letter if surely else f"{letter}?" for letter in path[1:-1]) + path[-1]
