@@ -25,6 +25,7 @@ import asyncio, os, signal, sys, threading, time
 from datetime import UTC, datetime, timedelta
 from statuswire import flush
 from statuswire.hooks import progress
+from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_EXECUTED, EVENT_JOB_MISSED, EVENT_JOB_SUBMITTED
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from statuswire.hooks.apscheduler import AsyncIOExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -54,6 +55,7 @@ async def bad_async(user_id, secret):
 # A machine that is too slow for the time of a run shall run it all the same.
 settings = {"timezone": "UTC", "job_defaults": {"misfire_grace_time": None}}
 NEVER = datetime(2020, 1, 1, tzinfo=UTC)
+OVER = EVENT_JOB_ERROR | EVENT_JOB_EXECUTED | EVENT_JOB_MISSED
 
 def add(scheduler, *functions, **more):
     for function in functions:
@@ -61,15 +63,17 @@ def add(scheduler, *functions, **more):
             kwargs = {"user_id": user, "secret": "not for everybody"}
             scheduler.add_job(function, "date", id=f"{function.__name__}-{user}", kwargs=kwargs, **more)
 
-def wait_for(scheduler, count):
-    from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_EXECUTED, EVENT_JOB_MISSED
-    over = threading.Semaphore(0)
-    scheduler.add_listener(lambda event: over.release(), EVENT_JOB_ERROR | EVENT_JOB_EXECUTED | EVENT_JOB_MISSED)
-    return lambda: [over.acquire(timeout=30) for _ in range(count)]
+def wait_for(scheduler, count, events):
+    seen = threading.Semaphore(0)
+    scheduler.add_listener(lambda event: seen.release(), events)
+    def wait():
+        for _ in range(count):
+            assert seen.acquire(timeout=60)
+    return wait
 
 def main(executor, *functions):
     scheduler = BackgroundScheduler(executors={"default": executor}, **settings)
-    wait = wait_for(scheduler, 2 * len(functions) + 2)
+    wait = wait_for(scheduler, 2 * len(functions) + 2, OVER)
     scheduler.start()
     add(scheduler, *functions)
     scheduler.add_job(ok, "date", id="late", run_date=NEVER, misfire_grace_time=1, args=["alice", "x"])
@@ -83,7 +87,8 @@ def threads():
 def processes():
     main(ProcessPoolExecutor(1, results=True), ok, bad)
     scheduler = BackgroundScheduler(executors={"default": ProcessPoolExecutor(1)}, **settings)
-    wait = wait_for(scheduler, 1)
+    # There is no event of a pool that broke; the shutdown waits for what was submitted.
+    wait = wait_for(scheduler, 1, EVENT_JOB_SUBMITTED)
     scheduler.start()
     scheduler.add_job(die, "date", id="die", kwargs={"user_id": "alice", "secret": "x"})
     wait()
@@ -92,7 +97,7 @@ def processes():
 def loop():
     async def run():
         scheduler = AsyncIOScheduler(executors={"default": AsyncIOExecutor(results=True)}, **settings)
-        wait = wait_for(scheduler, 6)
+        wait = wait_for(scheduler, 6, OVER)
         scheduler.start()
         add(scheduler, ok, ok_async, bad_async)
         await asyncio.to_thread(wait)
