@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from perf.counts import FEW, MANY
+from perf.counts import FEW, MANY, WATCHED
 
 HERE: Final = Path(__file__).parent
 BUDGET: Final = HERE / "budget.json"
@@ -76,14 +76,17 @@ def _run(command: list[str]) -> str:
 
 
 def per_thing(sums: dict[str, int], times: dict[str, int]) -> dict[str, float]:
-    """One of each: a delivery is the difference between many readers and few, which leaves the publish out."""
+    """One of each: a delivery is the difference between many readers and few, which leaves the publish out; a channel,
+    with its one delivery, that between many watched jobs and few."""
     if missing := times.keys() - sums.keys():
         raise BudgetError(f"no counts of {', '.join(sorted(missing))}")
     each = {name: sums[name] / number for name, number in times.items()}
-    result = {name: value for name, value in each.items() if not name.endswith((f" {FEW}", f" {MANY}"))}
+    parts = (f" {FEW}", f" {MANY}", f" {WATCHED}")
+    result = {name: value for name, value in each.items() if not name.endswith(parts)}
     for transport in ("ws", "sse"):
         more = each[f"{transport} {MANY}"] - each[f"{transport} {FEW}"]
         result[f"delivery, {transport}"] = more / (MANY - FEW)
+    result["channel"] = (each[f"channels {WATCHED}"] - each[f"channels {FEW}"]) / (WATCHED - FEW)
     return {name: round(value, 1) for name, value in result.items()}
 
 

@@ -21,6 +21,7 @@ import jwt
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+import server.beat
 import server.hub
 from server.app import running
 from server.config_load import load_config
@@ -32,6 +33,7 @@ JOB: Final = "bench"
 PUBLISHES, BATCH, UPDATES, CONNECTIONS = 60, 100, 10, 20
 # Two sizes: their difference is what the readers cost, without the publish that both have.
 FEW, MANY = 20, 320
+WATCHED = 80  # jobs with a reader each
 YARDSTICK = 60
 PATIENCE = 1000  # looks, of 2 ms each
 
@@ -157,11 +159,11 @@ UPGRADE: Final = (
 )
 
 
-async def websocket(port: int, marks: Marks) -> Client:
-    """A reader of the job with its snapshot."""
+async def websocket(port: int, marks: Marks, job: str = JOB) -> Client:
+    """A reader of a job with its snapshot."""
     client = Client(port, marks)
     await client.give(head("GET", "/ws/jobs", "bench", *UPGRADE).encode(), b"HTTP/1.1 101")
-    await client.give(masked({"type": "subscribe", "jobIds": [JOB]}), b'"snapshot":[{')
+    await client.give(masked({"type": "subscribe", "jobIds": [job]}), b'"snapshot":[{')
     return client
 
 
@@ -233,6 +235,33 @@ async def deliveries(node: Node, port: int, marks: Marks, transport: str, reader
     marks.begin()
 
 
+async def channels(node: Node, port: int, marks: Marks, updates: int) -> None:
+    """Batches with an update for each of many jobs: first a few of them have a reader, then all."""
+    jobs = [f"{JOB}-{n}" for n in range(WATCHED)]
+    data = post("/api/v2/updates", [{"jobId": job, **FIELDS} for job in jobs])
+    marks.rest()
+    clients: list[Client] = []
+    publisher = Client(port, marks)
+    await publisher.give(data, b'"accepted":%d' % WATCHED)
+    for readers in (FEW, WATCHED):
+        clients += [await websocket(port, marks, job) for job in jobs[len(clients) : readers]]
+        marks.begin()
+        await publisher.give(data, b'"accepted":%d' % WATCHED)
+        for client in clients:
+            client.look(b"status_update")
+        marks.clear()
+        for _ in range(updates):
+            await publisher.give(data, b'"accepted":%d' % WATCHED)
+            for client in clients:
+                client.look(b"status_update")
+        marks.keep(f"channels {readers}", updates)
+        marks.rest()
+    for client in (*clients, publisher):
+        client.socket.close()
+    await all_gone(node, marks)
+    marks.begin()
+
+
 def yardstick(marks: Marks, times: int) -> None:
     """What the interpreter itself costs here: requests read by h11, which is plain Python and rarely changes."""
     marks.clear()
@@ -258,13 +287,15 @@ async def everything(node: Node, port: int, marks: Marks, share: float) -> None:
         await connections(node, port, marks, transport, number(CONNECTIONS))
         for readers in (FEW, MANY):
             await deliveries(node, port, marks, transport, readers, number(UPDATES))
+    await channels(node, port, marks, number(UPDATES))
 
 
 async def main(library: str, print_line: Callable[[str], object] = print) -> None:
     """Everything twice: what the first time costs more (imports, caches, specialised bytecode) does not count."""
     marks = Marks(library)
-    # The flusher looks at a clock of its own to see whether others should run.
+    # The flusher looks at a clock of its own to see whether others should run, or more may come.
     server.hub.YIELD_AFTER_S = 3600.0  # type: ignore[misc]
+    server.beat.BEAT_S = 0.0  # type: ignore[misc]
     flags: dict[str, object] = {"server.port": 0, "store.url": "memory:", "auth.jwt_key": SECRET}
     async with running(load_config(flags, {}, None)) as (node, addresses):
         port = int(addresses[0].rpartition(":")[2])

@@ -66,22 +66,21 @@ class WireForm:
         kind: jobs of other kinds do not exist in it: their updates come to nothing. "" for none such.
     """
 
-    __slots__ = ("_bare", "_deflate_bits", "_lines", "fields", "framing", "kind", "view")
+    __slots__ = ("_deflate_bits", "_lines", "fields", "framing", "kind", "view")
 
     def __init__(self, framing: Framing, fields: frozenset[str] | None, view: View = JOBS, kind: str = "") -> None:
         self.framing = framing
         self.fields = fields
         self.view = view
         self.kind = kind
-        self._bare = framing is Framing.WEBSOCKET and view.render is None
         self._lines = framing in _LINES
         self._deflate_bits = _DEFLATE_BITS.get(framing, 0)
 
     def updates(self, updates: Sequence[Update], epoch: str) -> bytes:
         """Frame several updates, each with its own position, to be sent in one go."""
-        if self._bare and len(updates) == 1:  # what most flushes are to most channels
+        if len(updates) == 1:  # what most flushes are to most channels
             (update,) = updates
-            return text_frame(update_message(update, f"{epoch}:{update.offset}", self.fields))
+            return self.update(update, f"{epoch}:{update.offset}")
         cursors = [f"{epoch}:{update.offset}" for update in updates]
         framing = self.framing
         if self.view.render is not None:
@@ -95,24 +94,29 @@ class WireForm:
         messages = [update_message(update, at, fields) for update, at in zip(updates, cursors, strict=True)]
         if framing is Framing.WEBSOCKET:
             return b"".join([text_frame(message) for message in messages])
-        if self._lines and len(messages) > 1:
+        if self._lines:
             return text_frame(b"\n".join(messages))
         if self._deflate_bits:
             return b"".join([_deflated(message, self._deflate_bits) for message in messages])
-        if self._lines:
-            return text_frame(messages[0])
         if framing is Framing.JSON:
             return b",".join(messages)
         events = b"".join(map(_event, updates, cursors, messages))
         return encode_chunk(events) if framing is Framing.SSE_CHUNKED else events
 
     def update(self, update: Update, cursor: str) -> bytes:
-        """Frame one update under a cursor that is not its own position (held-back delivery)."""
+        """Frame one update under any cursor: with held-back delivery it is not the update's own position."""
         if self.view.render is not None:
             return self._joined(self._rendered(update, cursor))
-        if update.targets is not None and self.framing in (Framing.SSE, Framing.SSE_CHUNKED):
-            return self.message(event_data(update), cursor, event=update.kind)
-        return self.message(update_message(update, cursor, self.fields), cursor)
+        framing = self.framing
+        message = update_message(update, cursor, self.fields)
+        if framing is Framing.WEBSOCKET or framing is Framing.WEBSOCKET_LINES:
+            return text_frame(message)
+        if self._deflate_bits:
+            return _deflated(message, self._deflate_bits)
+        if framing is Framing.JSON:
+            return message
+        event = _event(update, cursor, message)
+        return encode_chunk(event) if framing is Framing.SSE_CHUNKED else event
 
     def message(
         self, message: bytes, cursor: str | None = None, retry_ms: int | None = None, event: str | None = None

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from perf.budget import BUDGET, BudgetError, compare, per_thing, python
-from perf.counts import FEW, MANY
+from perf.counts import FEW, MANY, WATCHED
 
 ROOT = Path(__file__).parents[2]
 SUMS = {"yardstick": 1000, f"ws {FEW}": 400, f"ws {MANY}": 400 + 20 * (MANY - FEW)}
 SUMS |= {f"sse {FEW}": 10, f"sse {MANY}": 10 + 30 * (MANY - FEW)}
-TIMES = {"yardstick": 10, f"ws {FEW}": 2, f"ws {MANY}": 2, f"sse {FEW}": 1, f"sse {MANY}": 1}
+SUMS |= {f"channels {FEW}": 5, f"channels {WATCHED}": 5 + 40 * (WATCHED - FEW)}
+TIMES = dict.fromkeys(SUMS, 1) | {"yardstick": 10, f"ws {FEW}": 2, f"ws {MANY}": 2, f"sse {FEW}": 1, f"sse {MANY}": 1}
 
 
 @pytest.mark.slow
@@ -26,8 +27,9 @@ def test_the_server_keeps_to_its_budget() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_delivery_is_what_more_readers_cost() -> None:
-    assert per_thing(SUMS, TIMES) == {"yardstick": 100, "delivery, ws": 10, "delivery, sse": 30}
+def test_a_delivery_is_what_more_readers_cost_and_a_channel_what_its_first_does() -> None:
+    deliveries = {"delivery, ws": 10, "delivery, sse": 30}
+    assert per_thing(SUMS, TIMES) == {"yardstick": 100, "channel": 40, **deliveries}
 
 
 def test_a_count_that_is_missing_is_an_error() -> None:
@@ -59,6 +61,11 @@ def test_a_budget_of_other_things_is_refused() -> None:
 def test_the_committed_budget_names_its_python_and_all_counts() -> None:
     budget = json.loads(BUDGET.read_text())
     assert budget["python"].split()[0] == python().split()[0]
-    assert {"delivery, ws", "delivery, sse", "publish", "connection, ws", "connection, sse"} <= budget[
-        "instructions"
-    ].keys()
+    assert {
+        "delivery, ws",
+        "delivery, sse",
+        "channel",
+        "publish",
+        "connection, ws",
+        "connection, sse",
+    } <= budget["instructions"].keys()
