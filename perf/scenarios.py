@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import math
 import os
@@ -35,6 +36,7 @@ RECONNECT_SHARE: Final = 0.95
 DELIVERY_SHARE: Final = 0.999
 # Locust, or the machine, is what is measured when it wakes up so late.
 LATE_MS: Final = 10.0
+MOST_REASONS: Final = 10
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def checks(statistics: list[dict[str, Any]]) -> list[Check]:
 
 def run(
     scenario: Scenario, url: str, seconds: float, processes: int, token: str, cut: bool
-) -> tuple[list[dict[str, Any]], str]:
-    """One scenario; Locust's statistics, and its table of what failed and why. Raises LoadFailed.
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One scenario; Locust's statistics, and what failed and why. Raises LoadFailed.
 
     `cut` has the server end all connections three times.
     """
@@ -175,7 +177,8 @@ def run(
         command = [str(LOCUST), "-f", str(ROOT / "perf/locustfile.py"), "--headless", "--only-summary", "--host", url]
         command += ["--users", str(number), "--spawn-rate", str(math.ceil(3 * number / seconds))]
         command += ["--run-time", f"{seconds:.0f}s", "--stop-timeout", "0", "--exit-code-on-error", "0"]
-        command += ["--json-file", str(Path(directory) / "stats"), "--loglevel", "WARNING"]
+        command += ["--json-file", str(Path(directory) / "stats"), "--csv", str(Path(directory) / "csv")]
+        command += ["--loglevel", "WARNING"]
         command += ["--jobs", str(scenario.jobs), "--updates", str(scenario.updates), "--batch", str(scenario.batch)]
         # Everybody comes again once or twice, however long it lasts, and all are cut three times.
         command += ["--stay", f"{min(60.0, seconds / 3):.1f}", "--cut", f"{seconds / 3.5:.1f}"]
@@ -193,7 +196,14 @@ def run(
                 f"locust ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
             )
         found: list[dict[str, Any]] = json.loads(files[0].read_text())
-        return found, "".join((result.stdout + result.stderr).partition("Error report")[1:])
+        return found, failures(Path(directory) / "csv_failures.csv")
+
+
+def failures(path: Path) -> list[str]:
+    """What failed, how often and why, the most frequent first; of Locust's table."""
+    with path.open(newline="") as file:
+        lines = sorted(csv.DictReader(file), key=lambda line: -int(line["Occurrences"]))
+    return [f"{int(line['Occurrences']):,} x {line['Method']} {line['Name']}: {line['Error']}" for line in lines]
 
 
 @contextlib.contextmanager
@@ -331,7 +341,8 @@ def main() -> int:
             print(f"  {verdict}  {check.what:<42} {check.value:>10}  {check.limit}".rstrip(), flush=True)
         if not all(check.passed in (True, None) for check in found):
             passed = False
-            print(trouble, end="", flush=True)
+            for why in trouble[:MOST_REASONS]:
+                print(f"        {why[:200]}", flush=True)
     return 0 if passed else 1
 
 
