@@ -73,6 +73,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests come first, so that no process has one left when the others are done."""
+    """Long files come first, then those with the most slow tests: no process has one left when the others are done."""
+    long = {item.path for item in items if item.get_closest_marker("long")}
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (item.path not in long, -slow[item.path]))

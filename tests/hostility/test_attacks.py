@@ -12,7 +12,7 @@ from tests.hostility.attacks import ATTACKS, KIB, MIB
 from tests.hostility.siege import Ground, Report, ground, siege
 from tests.support import AUTH, WORKER
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # Less patience than the defaults have, so that its end is seen; bounds that are soon reached.
 TABLES: dict[str, dict[str, object]] = {

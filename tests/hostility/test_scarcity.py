@@ -18,7 +18,7 @@ from tests.hostility.siege import SECONDS, Ground, ground, newcomers_are_served,
 from tests.pacing import for_a_while
 from tests.support import ADMIN, AUTH, WORKER, bearer, in_seconds, until_so
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LIMITS: dict[str, object] = {"head_timeout": 1, "body_timeout": 1, "auth_timeout": 1}
 

@@ -47,7 +47,7 @@ from tests.integration.pictures import WIDE, shoot, unexpected
 from tests.integration.running import Running, running
 from tests.pacing import Paced, for_a_while
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 JOBS = 2000
 

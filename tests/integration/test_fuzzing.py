@@ -17,7 +17,7 @@ import trio
 
 from tests.support import ADMIN, AUTH, ROOT, bearer, spawned
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # Endless answers, which the tests of event streams read.
 STREAMS = "(?i)stream$"

@@ -37,7 +37,7 @@ from tests.integration.pages import (
 )
 from tests.integration.running import STATUSWIRE, Running, clean_environment, running
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.parametrize("transport", ["websocket", "sse", "longpoll"])

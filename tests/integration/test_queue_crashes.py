@@ -18,7 +18,7 @@ from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer
 from tests.support import Address, server, spawned, until, until_so
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LONG_S = 90.0  # reached only by what would never end
 JOBS = 150

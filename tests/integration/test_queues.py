@@ -39,7 +39,7 @@ from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, running_server
 from tests.support import ADMIN, AUTH, Address, server, spawned, until, until_so
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LONG_S = 60.0  # reached only by what would never end
 HANDOVER_S = 5.0

@@ -16,7 +16,7 @@ from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, free_ports, running_server
 from tests.support import AUTH, Spawned, start, stop, until, until_answered, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LONG_S = 180.0  # reached only by what would never end
 

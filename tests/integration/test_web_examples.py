@@ -31,7 +31,7 @@ from tests.support import until
 from tests.web.pages import TRANSPORTS
 from tools.examples.nginx_example import configure
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 START_S = 120
 OPEN = re.compile(r"^Open (http\S+) in a browser", re.MULTILINE)

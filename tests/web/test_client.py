@@ -29,7 +29,7 @@ from tests.web.pages import (
     watch_to_the_end,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -31,7 +31,7 @@ from tests.web.pages import (
     versions,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # How long the network is away. `make test-offline` for the whole minute, in which waits grow as long as they get.
 OFFLINE_S = float(os.environ.get("OFFLINE_S", "2"))
