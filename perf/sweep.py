@@ -46,11 +46,22 @@ def one_by_one(watched: Watched, seconds: float) -> dict[str, float]:
 
 
 def spread(
-    target: Target, readers: LoadClient, publisher: LoadClient, channels: int, rate: int, batch: int, seconds: float
+    target: Target,
+    readers: LoadClient,
+    publisher: LoadClient,
+    channels: int,
+    rate: int,
+    batch: int,
+    seconds: float,
+    spin: bool = False,
 ) -> dict[str, float]:
-    """Updates on a schedule, by turns to all channels."""
+    """Updates on a schedule, by turns to all channels.
+
+    With `spin` the readers, who must be the publisher then, look for bytes all the time: a reader that sleeps is woken
+    by the server's `send`, at the server's cost.
+    """
     readers.mark()
-    watch = Watch(target, readers.pid, publisher.pid)
+    watch = Watch(target, *{readers.pid, publisher.pid})
     published = publisher.ask(
         "publish",
         "published",
@@ -61,6 +72,7 @@ def spread(
         depth=128,
         jobs=channels,
         seconds=seconds,
+        spin=spin,
     )
     each = readers.report()["connections"] / channels
     deadline = time.monotonic() + 10
@@ -69,6 +81,7 @@ def spread(
     result = watch.stop()
     check(published, report)
     complete(report)
+    result["load"] = max(0.0, result["load"] - 100 * published["idle_seconds"] / result["seconds"])
     return result | {
         "rate": report["deliveries"] / report["delivered_seconds"],
         "process": 100 * result["cpu"] / result["seconds"],
