@@ -11,17 +11,17 @@ and a block without ``await`` is atomic.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Final
 
 import trio
 
 from protocol.update import Update
-from protocol.watch import Filter, channels_of
+from protocol.watch import channels_of
 from protocol.wire import WireForm
 from server.beat import Beat
+from server.channel import Channel, Reader, Want, write
 from server.counters import Counters
 from server.history import History
 from server.logs import log_event
@@ -48,73 +48,6 @@ JOIN_BYTES: Final = 1024 * 1024
 SHARED_BYTES: Final = 4 * 1024 * 1024
 # Publishers wait while more than this is pending: what the node cannot send, it must not take in.
 PENDING_BYTES: Final = 8 * 1024 * 1024
-
-
-class Want(NamedTuple):
-    """What a reader wants of one channel."""
-
-    filter: Filter
-    form: WireForm
-
-
-class Reader(ABC):
-    """What the hub asks of a connection that watches something.
-
-    A class of its own for the sake of memory: CPython lays out a base class's slots first, so all that the
-    flusher reads of a reader is next to its head, in one or two cache lines instead of five.
-
-    Attributes:
-        direct: nothing is held back and nothing is filtered: the flusher may write to the socket itself.
-        form: the wire form, when ``direct``.
-        multi: it is on several channels; kept by the hub.
-        offset: everything up to here has been given, held or filtered.
-        open_jobs: named jobs that have not ended yet, for readers that stop with the last; else None.
-        sock_send: the socket's non-blocking ``send``.
-        wanted: what is wanted of all its channels, None while it is on none; if that is not the same of all, of how
-            many channels each is wanted. Kept by the hub.
-        wants: channel name to what is wanted of it; kept by the hub.
-    """
-
-    __slots__ = ("direct", "form", "multi", "offset", "open_jobs", "sock_send", "wanted", "wants")
-
-    def __init__(self, form: WireForm, offset: int, sock_send: Callable[[bytes | memoryview], int]) -> None:
-        self.direct = False
-        self.form = form
-        self.multi = False
-        self.offset = offset
-        self.open_jobs: set[str] | None = None
-        self.sock_send = sock_send
-        self.wanted: Want | dict[Want, int] | None = None
-        self.wants: dict[str, Want] = {}
-
-    @abstractmethod
-    def take(self, batch: Sequence[Update]) -> None:
-        """Accept a batch on the slow path; never waits."""
-
-    @abstractmethod
-    def stalled(self, wire: bytes, sent: int) -> None:
-        """The socket took only ``sent`` bytes of ``wire``; the rest is the reader's to send."""
-
-    @abstractmethod
-    def broken(self) -> None:
-        """The socket failed; end this connection."""
-
-    @abstractmethod
-    def log_lost(self) -> None:
-        """The log began a new epoch: what was held is void."""
-
-
-class Channel:
-    """The readers of one name and what is to be sent to them."""
-
-    __slots__ = ("name", "order", "pending", "readers")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.readers: dict[Reader, None] = {}
-        # The flusher yields in the middle of a channel, so it walks a tuple, made anew only after a change.
-        self.order: tuple[Reader, ...] | None = None
-        self.pending: list[Update] = []
 
 
 def _always() -> bool:
@@ -481,7 +414,7 @@ class Hub:
                     if not reader.direct or reader.offset >= batch[0].offset or ends:
                         reader.take(batch)
                         continue
-                    _write(reader, self.encoded(reader.form, batch, epoch), last)
+                    write(reader, self.encoded(reader.form, batch, epoch), last)
                     self.counters.delivered += len(batch)
             except Exception as error:
                 _end(reader, error)
@@ -545,17 +478,6 @@ def _end(reader: Reader, error: Exception) -> None:
         client_id = getattr(reader, "client_id", None)
         log_event(LOG, logging.ERROR, "delivery_failed", clientId=client_id, exc_info=error)
     reader.broken()
-
-
-def _write(reader: Reader, wire: bytes, offset: int) -> None:
-    """Write to a ``direct`` reader what takes it to ``offset``. The loop in ``Hub._send`` has this inline."""
-    try:
-        sent = reader.sock_send(wire)
-    except BlockingIOError:
-        sent = 0
-    reader.offset = offset
-    if sent != len(wire):
-        reader.stalled(wire, sent)
 
 
 def _split(batch: list[Update]) -> Iterable[list[Update]]:

@@ -21,11 +21,12 @@ from server.auth import Authenticator
 from server.brokers.base import Broker, Notify, Submission
 from server.brokers.memory import MemoryBroker
 from server.brokers.sqlite import SqliteBroker
+from server.channel import Reader
 from server.config import Config
 from server.counters import Counters
 from server.cursors import KEPT_S, Client, Cursors
 from server.history import History
-from server.hub import Hub, Reader
+from server.hub import Hub
 from server.jobs import Jobs
 from server.limits import Limits, parse_proxies
 from server.logs import log_event

@@ -22,7 +22,8 @@ import trio
 from protocol.update import Update
 from protocol.watch import channels_of
 from protocol.wire import WireForm
-from server.hub import LOG, Hub, Reader
+from server.channel import Reader
+from server.hub import LOG, Hub
 from server.logs import log_event
 from server.socketio import Socket
 from server.wheel import Timer, Wheel

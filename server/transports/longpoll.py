@@ -17,10 +17,10 @@ from protocol.watch import ALL_TYPES, NOTICES, Filter, Watch, parse_watch, wants
 from protocol.wire import Framing, update_message, wire_form
 from server.answers import JSON, NO_STORE, Response
 from server.auth import Identity, bad_token
+from server.channel import Reader, Want
 from server.config import Config
 from server.connection import Deferred, Exchange
 from server.cursors import Client
-from server.hub import Reader, Want
 from server.node import Node
 from server.notices import check_join, owed
 from server.reading import Start, channels_for, missed_updates, over, snapshot, start_from

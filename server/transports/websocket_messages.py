@@ -34,7 +34,7 @@ from protocol.notice import check_key, check_notice, heard
 from protocol.update import Update, format_time
 from protocol.watch import ANY, Watch, job_channel, user_channel
 from protocol.wire import wire_form
-from server.hub import Want
+from server.channel import Want
 from server.notices import acknowledge, may_join, offset_of, send, split_channels
 from server.publishing import Batch, published, submit
 from server.reading import (

@@ -9,8 +9,9 @@ import trio
 from protocol.update import Update
 from protocol.watch import ANY, Filter
 from protocol.wire import Framing, WireForm
+from server.channel import Want
 from server.history import History
-from server.hub import Hub, Want
+from server.hub import Hub
 
 
 def update(offset: int, job_id: str = "a", user: str = "u", *, ended: bool = False, body: bytes = b'{"x":1}') -> Update:

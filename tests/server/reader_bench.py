@@ -11,8 +11,9 @@ from trio.testing import wait_all_tasks_blocked
 from protocol.update import Update
 from protocol.watch import ANY, Filter
 from protocol.wire import Framing, wire_form
+from server.channel import Want
 from server.history import History
-from server.hub import Hub, Want
+from server.hub import Hub
 from server.reader import PushReader
 from server.wheel import Wheel
 from tests.support import PATIENCE_S

@@ -13,7 +13,7 @@ from protocol.update import Update
 from protocol.watch import ANY, EVERYTHING, job_channel, user_channel
 from server import beat as beat_module
 from server import hub as hub_module
-from server.hub import Want
+from server.channel import Want
 from tests.server.hub_bench import Bench, CountingForm
 from tests.support import PATIENCE_S, until
 

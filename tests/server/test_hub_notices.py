@@ -10,7 +10,7 @@ from protocol.notice import notice_entry, users_of
 from protocol.update import Update
 from protocol.watch import ANY, job_channel
 from server import hub as hub_module
-from server.hub import Want
+from server.channel import Want
 from tests.server.hub_bench import Bench, Recorder, update
 
 

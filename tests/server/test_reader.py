@@ -16,8 +16,9 @@ from trio.testing import assert_no_checkpoints, wait_all_tasks_blocked
 
 from protocol.watch import ANY, Filter
 from protocol.wire import Framing, wire_form
+from server.channel import Want
 from server.history import History
-from server.hub import Hub, Want
+from server.hub import Hub
 from server.wheel import Wheel
 from tests.server.reader_bench import FORM, Bench, Probe, ids
 from tests.support import PATIENCE_S
