@@ -30,7 +30,8 @@ def run(arguments: Namespace) -> int:
     Raises:
         CommandError: with the server's message, or why there was no answer.
     """
-    body = msgspec.json.encode(_update(arguments))
+    update = _update(arguments)
+    body = msgspec.json.encode(update)
     # The same key with every try: the server counts them as one, also if it was the answer that got lost.
     headers = {"Idempotency-Key": uuid4().hex, "Content-Type": "application/json"}
     path = f"api/v2/jobs/{quote(arguments.job, safe='')}/updates"
@@ -48,6 +49,8 @@ def run(arguments: Namespace) -> int:
                     print(response.text.strip())
                     return EXIT_OK
                 problem = message_of(response)
+                if b'"job_not_found"' in response.content and "userId" not in update:
+                    problem += "; with --user, its owner, it is made"
                 if response.status_code not in PASSING:
                     break
                 delay += min(retry_after(response) or 0.0, MAX_ASKED_DELAY)

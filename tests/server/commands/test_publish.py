@@ -83,7 +83,10 @@ def test_every_publish_has_its_own_key(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (error(404, "job_not_found", "there is no job 'j' that you may see"), "there is no job 'j'"),
+        (
+            error(404, "job_not_found", "there is no job 'j' that you may see"),
+            "(request r1); with --user, its owner, it is made\n",
+        ),
         (error(409, "job_ended", "j has\n\x1b[31mended"), "statuswire: j has ?[31mended (request r1)\n"),
         (error(401, "unauthorized", "a token is needed"), "a token is needed"),
         (Answer(404, body=b"<html>"), "answered 404 Not Found"),
