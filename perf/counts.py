@@ -30,7 +30,7 @@ from server.node import Node
 SECRET: Final = "a secret for a benchmark, 32 bytes or more"
 FIELDS: Final = {"userId": "bench", "status": "processing", "progress": 45, "message": "step 12 of 30"}
 JOB: Final = "bench"
-PUBLISHES, BATCH, UPDATES, CONNECTIONS = 60, 100, 10, 20
+PUBLISHES, BATCH, TOGETHER, UPDATES, CONNECTIONS = 60, 100, 32, 10, 20
 # Two sizes: their difference is what the readers cost, without the publish that both have.
 FEW, MANY = 20, 320
 WATCHED = 80  # jobs with a reader each
@@ -203,6 +203,22 @@ async def batches(node: Node, port: int, marks: Marks, times: int) -> None:
     await all_gone(node, marks)
 
 
+async def over_websocket(node: Node, port: int, marks: Marks, times: int) -> None:
+    """One a message, as many together as a busy worker has on their way."""
+    client = Client(port, marks)
+    await client.give(head("GET", "/ws/jobs", "worker", *UPGRADE, capabilities=["publish"]).encode(), b'"connected"')
+    data = b"".join(
+        masked({"type": "publish", "ref": n, "updates": [{"jobId": f"{JOB}-{n % 10}", **FIELDS}]})
+        for n in range(TOGETHER)
+    )
+    marks.clear()
+    for _ in range(times):
+        await client.give(data, b'"ref":%d' % (TOGETHER - 1))
+    marks.keep("publish, ws", times * TOGETHER)
+    client.socket.close()
+    await all_gone(node, marks)
+
+
 async def connections(node: Node, port: int, marks: Marks, transport: str, times: int) -> None:
     """Handshake, authentication, subscription with its snapshot, and the client's end."""
     marks.clear()
@@ -283,6 +299,7 @@ async def everything(node: Node, port: int, marks: Marks, share: float) -> None:
     yardstick(marks, number(YARDSTICK))
     await publishes(node, port, marks, number(PUBLISHES))
     await batches(node, port, marks, number(5))
+    await over_websocket(node, port, marks, number(10))
     for transport in TRANSPORTS:
         await connections(node, port, marks, transport, number(CONNECTIONS))
         for readers in (FEW, MANY):

@@ -84,6 +84,29 @@ class Record(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True, g
 _decode = msgspec.json.Decoder(Record).decode
 _encode = msgspec.json.Encoder().encode
 
+# Records as they were last encoded, by job, with their text: who has just reported reports again, and reading the text
+# is a sixth of an update. A text that is another object is another state (a store lost one, another node made one).
+_recent: dict[str, tuple[bytes, Record]] = {}
+_MOST_RECENT: Final = 1024
+_RECENT_BYTES: Final = 2048  # larger ones are read again: all of these are some 3 MB
+
+
+def _take(job: Job) -> Record:
+    """The job's record, the caller's to change."""
+    latest = job.latest
+    known = _recent.pop(latest.job_id, None)
+    if known is not None and known[0] is latest.body:
+        return known[1]
+    return _decode(latest.body)
+
+
+def _remember(job_id: str, body: bytes, record: Record) -> None:
+    """A record that nobody will change any more."""
+    if len(body) <= _RECENT_BYTES:
+        _recent[job_id] = body, record
+        if len(_recent) > _MOST_RECENT:
+            del _recent[next(iter(_recent))]
+
 
 def record_of(job: Job) -> Record:
     """The job's record, typed."""
@@ -144,7 +167,7 @@ def apply(job: Job, fields: Fields, *, offset: int, now_ms: int) -> Job:
     Raises:
         ApiError: 409 ``owner_fixed``, ``parent_fixed``, ``stale_attempt``, ``job_ended`` or ``bad_transition``.
     """
-    record = _decode(job.latest.body)
+    record = _take(job)
     if fields.user_id is not UNSET and fields.user_id != record.user_id:
         raise _conflict("owner_fixed", f"job {record.job_id!r} has another owner, and a job's owner never changes")
     if fields.parent_id is not UNSET and fields.parent_id != record.parent_id:
@@ -390,6 +413,9 @@ def _entry(before: Job | None, record: Record, private: Private, offset: int, no
         job_id, user_id, created = latest.job_id, latest.user_id, before.created
         kind = latest.kind if latest.kind == record.kind else record.kind
         urgent = ended or status != latest.status
+    body = _encode(record)
+    if not ended:
+        _remember(job_id, body, record)
     update = Update(
         offset,
         now_ms,
@@ -399,7 +425,7 @@ def _entry(before: Job | None, record: Record, private: Private, offset: int, no
         kind,
         _INTERNED[status],
         record.version,
-        _encode(record),
+        body,
         ended,
         urgent,
     )

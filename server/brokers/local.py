@@ -176,7 +176,10 @@ class LocalBroker(ABC):
         self._on_unkept = False
         before = self._group
         entries = len(before.entries)
-        results = [self._decide(operation) for operation in operations]
+        # All that comes together is accepted at one time: the log's never goes back, whatever the wall clock does.
+        now_ms = max(int(self._clock() * 1000), self._at_ms)
+        decide = self._decide
+        results = [decide(operation, now_ms) for operation in operations]
         submission = Submission(results)
         if self._on_unkept or len(before.entries) > entries or before.silent or before.gone:
             before.submissions.append(submission)
@@ -203,18 +206,16 @@ class LocalBroker(ABC):
 
     # Deciding
 
-    def _decide(self, operation: Operation) -> Result:
+    def _decide(self, operation: Operation, now_ms: int) -> Result:
         try:
             if self._closing:
                 raise ApiError(503, "shutting_down", "the server is shutting down", retry_after=5)
-            if self._waiting_entries >= self.max_waiting_entries or self._waiting_bytes >= self.max_waiting_bytes:
+            waiting = self._offset - self._kept_offset
+            if waiting >= self.max_waiting_entries or self._waiting_bytes >= self.max_waiting_bytes:
                 raise ApiError(503, "overloaded", "the store cannot keep up, try again in a moment", retry_after=1)
-            now_ms = int(self._clock() * 1000)
-            if now_ms < self._at_ms:
-                now_ms = self._at_ms
+            if isinstance(operation, Publish):  # nearly always
+                return self._publish(operation, now_ms)
             match operation:
-                case Publish():
-                    return self._publish(operation, now_ms)
                 case Cancel():
                     return self._cancel(operation, now_ms)
                 case Delete():
@@ -314,7 +315,10 @@ class LocalBroker(ABC):
             self._keys.make_room(now_ms)
         entry = notice.entry(self._offset + 1, now_ms)
         self._at_ms = now_ms
-        self._add_to_log(entry, None)
+        self._offset = entry.offset
+        self._group.entries.append((entry, None))
+        self._group.bytes += len(entry.body)
+        self._waiting_bytes += len(entry.body)
         if notice.store:
             self._group.stored.append(entry)
         if key is not None:
@@ -373,18 +377,14 @@ class LocalBroker(ABC):
                 self._add_silent(job.latest.job_id, job)
 
     def _add_entry(self, update: Update, job: Job | None) -> None:
-        self._add_to_log(update, job)
-        group, job_id = self._group, update.job_id
-        group.newest[job_id] = self._working[job_id] = job
-        if group.silent:
-            group.silent.discard(job_id)
-
-    def _add_to_log(self, update: Update, job: Job | None) -> None:
+        group, job_id, size = self._group, update.job_id, len(update.body)
         self._offset = update.offset
-        group, size = self._group, len(update.body)
         group.entries.append((update, job))
         group.bytes += size
         self._waiting_bytes += size
+        group.newest[job_id] = self._working[job_id] = job
+        if group.silent:
+            group.silent.discard(job_id)
 
     def _add_silent(self, job_id: str, job: Job | None) -> None:
         self._group.newest[job_id] = self._working[job_id] = job

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 
+from protocol import job as job_rules
 from protocol.errors import ApiError
 from protocol.fields import Fields, decode_fields
 from protocol.job import MAX_ANCESTORS, TRANSITIONS, apply, create, delete, expire, is_repeat, record_of, request_cancel
-from protocol.update import ENDED, STATUSES, Job, format_time
+from protocol.update import ENDED, STATUSES, Job, Private, format_time
 
 START_MS = 1_700_000_000_000
 START = "2023-11-14T22:13:20.000Z"
@@ -43,6 +44,63 @@ def refused(job: Job, **given: Any) -> str:
         then(job, **given)
     assert caught.value.status == 409
     return caught.value.code
+
+
+UPDATES = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "status": st.sampled_from(("processing", "completed", "failed")),
+            "progress": st.sampled_from((0, 12.5, 45.0, 99)),
+            "message": st.sampled_from(("said", "", "ä" * 20, None)),
+            "attempt": st.integers(1, 3),
+            "reset": st.booleans(),
+            "steps": st.sampled_from(({"done": 1, "total": 2}, None)),
+            "result": st.sampled_from(({"rows": [1, 2.0]}, None)),
+            "metadata": st.sampled_from(({"k": "v" * 3000}, {})),
+            "estimatedTimeRemaining": st.sampled_from((30, 7.5, None)),
+            "kind": st.sampled_from(("export", None)),
+            "ttl": st.just(5),
+        },
+    ),
+    max_size=12,
+)
+
+
+def followed(updates: list[dict[str, Any]], *, forget: bool) -> list[tuple[bytes, Private] | str]:
+    """What becomes of a job, one update after the other."""
+    job = new()
+    outcomes: list[tuple[bytes, Private] | str] = []
+    for given in updates:
+        if forget:
+            job_rules._recent.clear()
+        try:
+            job = then(job, **given)
+            outcomes.append((job.latest.body, job.private))
+        except ApiError as error:
+            outcomes.append(error.code)
+    return outcomes
+
+
+@given_any(UPDATES)
+def test_a_record_that_is_remembered_is_the_one_that_would_be_read(updates: list[dict[str, Any]]) -> None:
+    assert followed(updates, forget=False) == followed(updates, forget=True)
+
+
+def test_what_is_remembered_is_not_taken_for_another_state_of_the_job() -> None:
+    first = new(message="first")
+    second = then(first, message="second", stage="s")
+    assert "stage" not in shown(then(first, progress=1))  # the store has lost the second one
+    assert shown(then(second, progress=1))["stage"] == "s"
+
+
+def test_few_records_are_remembered_and_no_large_ones() -> None:
+    for number in range(job_rules._MOST_RECENT + 50):
+        create(fields(), job_id=f"many{number}", user_id="u", offset=number + 1, now_ms=START_MS)
+    assert len(job_rules._recent) == job_rules._MOST_RECENT
+    new(metadata={"k": "v" * job_rules._RECENT_BYTES})
+    assert "job_1" not in job_rules._recent
+    assert then(new(), status="completed").latest.job_id not in job_rules._recent
 
 
 def test_first_update_is_queued_with_everything_that_is_always_shown() -> None:
