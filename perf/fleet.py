@@ -61,7 +61,7 @@ def fleet(crowd: Crowd, costs: Costs = MEASURED, node_gigabytes: float = 4.0) ->
     cells = max(1, math.ceil(of_receiving / RECEIVING), math.ceil(updates * costs.redis_itself / 1e6 / ROOM / SHARDS))
     shared = {
         # Each reader of an update may be at another node.
-        "sending": deliveries * (costs.channel + costs.delivery(1, crowd.size)) / 1e6,
+        "sending": deliveries * (costs.lone + costs.delivery(1, crowd.size)) / 1e6,
         "publishing": updates * costs.redis_publish / 1e6,
         "heartbeats": crowd.readers / HEARTBEAT_S * (costs.send_cold + costs.pong) / 1e6,
         "coming back": crowd.readers / crowd.return_s * costs.connect / 1e6,

@@ -10,6 +10,9 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Final
 
+from server.beat import Beat
+from server.hub import GRACE_S
+
 BIN_US: Final = 50.0
 
 
@@ -22,7 +25,8 @@ class Costs:
     cold_after: float = 20_000.0
     joined_update: float = 0.0224  # every further update in the same send
     joined_byte: float = 0.000032  # and every byte of it
-    channel: float = 42.0  # a channel that has something, in each flush
+    flush: float = 118.0  # begun, with the passes through the loop; its first sends wake readers
+    channel: float = 18.4  # a channel that has something, in each flush
     publish: float = 115.0  # by an HTTP request of its own, while there is other work; 142 if each wakes the node up
     publish_further: float = 7.9  # every further update in the same request: 9.0 each, in batches of a hundred
     turn: float = 1_000.0  # the flusher lets others run after this long
@@ -34,6 +38,11 @@ class Costs:
     pong: float = 28.6  # a ping is answered: at most what an update over WebSocket takes
     connection_bytes: float = 1_893.0  # resident, idle and subscribed
     kernel_bytes: float = 3_800.0  # its socket
+
+    @property
+    def lone(self) -> float:
+        """An update beside its deliveries, if it is the only one on its channel; five in a flush, as was measured."""
+        return self.channel + self.flush / 5
 
     def delivery(self, updates: int, size: int, cold: bool = False) -> float:
         """One `send` of so many updates of `size` bytes to one reader."""
@@ -76,6 +85,7 @@ def simulate(load: Load, costs: Costs = MEASURED, seconds: float = 5.0) -> Outco
     now = busy = 0.0
     sends = deliveries = 0
     turn = 0
+    beat = Beat()
 
     def take_in() -> None:
         """All requests that have come: their updates wait for the next flush, their work delays this one."""
@@ -88,13 +98,28 @@ def simulate(load: Load, costs: Costs = MEASURED, seconds: float = 5.0) -> Outco
                 pending.setdefault(turn % load.channels, []).append(came)
                 turn += 1
 
+    def gather(left: float) -> None:
+        """The flush is put off for so long: what comes then ends that, or a little later the clock."""
+        nonlocal now
+        before = sum(map(len, pending.values()))
+        due = now + left
+        while now < due:
+            now = min(requests[0], due + GRACE_S * 1e6) if requests else due + GRACE_S * 1e6
+            take_in()
+        beat.put_off(before, sum(map(len, pending.values())))
+
     while requests or pending:
         cold = False
         if not pending:
             cold = requests[0] - now > costs.cold_after
             now = max(now, requests[0])
             take_in()
+        if len(pending) > 1 and (left_s := beat.left(now / 1e6)):
+            gather(left_s * 1e6)
         batch, pending = pending, {}
+        began = now
+        now += costs.flush
+        busy += costs.flush
         since = now
         for stamps in batch.values():
             each = costs.delivery(len(stamps), load.size, cold)
@@ -116,6 +141,7 @@ def simulate(load: Load, costs: Costs = MEASURED, seconds: float = 5.0) -> Outco
                     busy += costs.turn_over
                     take_in()
                     since = now
+        beat.flushed(began / 1e6, now / 1e6)
     return Outcome(
         busy / now, _quantile(delays, 0.5), _quantile(delays, 0.99), deliveries / sends, deliveries / (now / 1e6)
     )
@@ -143,11 +169,12 @@ class Point:
     updates_per_send: float
 
 
-# perf/results/2026-11-22-turns.txt; over WebSocket. Core: the server's process, where it was measured.
+# perf/results/2026-11-22-turns.txt, and 2026-11-22-channels.txt for many channels; over WebSocket. Core: the server's
+# process, where it was measured.
 POINTS: Final = (
     Point("1,000 readers, 10/s", Load(10, 1_000), None, 3.57, 8.36, 1.0),
     Point("1,000 readers, 10,000/s", Load(10_000, 1_000, batch=100), 0.76, 4.6, 16.3, 100.7),
     Point("the same, short messages", Load(10_000, 1_000, batch=100, size=138), 0.71, 4.4, 11.5, 100.0),
-    Point("100 channels of 10 readers, 10,000/s", Load(10_000, 10, channels=100, batch=10), 0.97, 0.82, 14.42, 1.0),
-    Point("1,000 channels of one reader, 5,000/s", Load(5_000, 1, channels=1_000, batch=5), 0.40, 0.41, 0.79, 1.0),
+    Point("100 channels of 10 readers, 10,000/s", Load(10_000, 10, channels=100, batch=10), 0.76, 2.79, 5.05, 1.0),
+    Point("1,000 channels of one reader, 5,000/s", Load(5_000, 1, channels=1_000, batch=5), 0.36, 0.38, 1.15, 1.0),
 )

@@ -33,7 +33,7 @@ def test_a_document_without_a_place_is_refused() -> None:
 
 
 def test_a_delivery_costs_the_same_however_many_readers_and_channels_there_are() -> None:
-    warm = replace(MEASURED, publish=0.0, channel=0.0, turn_over=0.0)
+    warm = replace(MEASURED, publish=0.0, flush=0.0, channel=0.0, turn_over=0.0)
     few, many = (simulate(Load(5, readers), warm) for readers in (10, 10_000))
     assert few.core / few.deliveries_per_s == pytest.approx(many.core / many.deliveries_per_s, rel=0.02)
     ones = simulate(Load(1_000, 1, channels=1_000, batch=10))
