@@ -11,17 +11,16 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable
-from operator import attrgetter
+from collections.abc import Callable, Collection, Iterable
 from time import perf_counter
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import trio
 
 from protocol.errors import ApiError
 from protocol.position import Position, parse_cursor
 from protocol.resp import RedisError
-from protocol.update import Job, Update
+from protocol.update import Update
 from protocol.watch import NOTICES
 from server.brokers.base import Deliver
 from server.brokers.local import new_epoch
@@ -43,14 +42,14 @@ from server.brokers.redis_keys import (
     Stored,
     decode_message,
     shard_of,
-    update_of,
 )
-from server.brokers.redis_notices import load_stored, places_of
-from server.brokers.redis_reading import cut_of, decode_jobs, entries_of, read_log
+from server.brokers.redis_notices import load_stored
+from server.brokers.redis_reading import cut_of, decode_jobs, read_log
+from server.brokers.redis_shown import Loaded, LogLostError, OutOfStepError, Shown
 from server.history import History
 from server.inbox import Inboxes, Place
 from server.jobs import Jobs
-from server.turns import PORTION, in_turns, portions, sort
+from server.turns import in_turns
 
 log = logging.getLogger("statuswire.broker")
 
@@ -65,20 +64,8 @@ _RETRY_S: Final = 0.2
 IDLE_S: Final = 300.0
 # Epochs remembered that are over.
 _MAX_OVER: Final = 1000
-# Records forgotten before others have a turn: about a millisecond.
-_TURN: Final = 1000
 # Seconds for which messages are shown before others have a turn.
 _TURN_S: Final = 0.002
-
-_created = attrgetter("created")
-
-
-class _LogLostError(Exception):
-    """What was shown is not in Redis any more: the log has to begin anew."""
-
-
-class _OutOfStepError(Exception):
-    """The log is another one by now, or has moved on too far: it has to be loaded again."""
 
 
 class Follower:
@@ -117,20 +104,16 @@ class Follower:
         inboxes: Inboxes,
         on_evicted: Callable[[list[Place]], object],
     ) -> None:
-        self._jobs = jobs
         self._history = history
-        self._deliver = deliver
+        self._shown = Shown(jobs, history, deliver, inboxes, on_evicted)
         self._on_new_epoch = on_new_epoch
         self._on_shown = on_shown
         self._watched = watched
         self._on_other = on_other
-        self._inboxes = inboxes
-        self._on_evicted = on_evicted
         self.followed: frozenset[int] = frozenset()
-        self.seen = [0] * (SHARDS + 1)
-        self.revs: dict[str, str] = {}
+        self.seen = self._shown.seen
+        self.revs = self._shown.revs
         self.arrived = False
-        self._seen_data: list[bytes | None] = [None] * (SHARDS + 1)  # the newest message shown, as it is in the stream
         self._behind = [0] * (SHARDS + 1)  # what ``check`` found in Redis a second ago
         self._wanted: set[int] = {NOTICES_SHARD}
         self._loaded: set[int] = set()  # of the followed ones: their records are ahead of what is shown
@@ -244,7 +227,7 @@ class Follower:
             if message.prev != self.seen[shard] or message.first <= self._history.last:
                 self._hold()
             else:
-                self._show(shard, message, data)
+                self._shown.show(shard, message, data)
                 self._on_shown(shard)
 
     def resubscribed(self, channels: Collection[bytes]) -> None:
@@ -259,54 +242,6 @@ class Follower:
             self._buffer = deque()
         self.wake()
 
-    def _show(self, shard: int, message: Message, data: bytes) -> None:
-        """Show one message. It is the shard's next, and nothing after it has been shown."""
-        jobs, revs = self._jobs, self.revs
-        self.seen[shard] = message.stamp
-        self._seen_data[shard] = data
-        if shard == NOTICES_SHARD:
-            self._show_notices(message)
-            return
-        kept: list[tuple[Update, Job | None]] = []
-        quiet: list[Job] = []
-        offset = message.first
-        for write, created in zip(message.writes, message.created, strict=True):
-            job_id = write.job_id
-            if not write.entry:
-                shown = jobs.get(job_id)
-                if shown is not None and write.private is not None:
-                    revs[job_id] = write.rev
-                    quiet.append(Job(shown.latest, created, write.private))
-                continue
-            update = update_of(write, offset, message.at_ms)
-            offset += 1
-            if write.private is None:
-                revs.pop(job_id, None)
-                kept.append((update, None))
-            else:
-                revs[job_id] = write.rev
-                kept.append((update, Job(update, created, write.private)))
-        if kept:
-            self._history.skip(message.first - 1)
-            self._deliver(kept)
-        for job in quiet:
-            jobs.put(job)
-        for job_id in message.gone:
-            revs.pop(job_id, None)
-            jobs.forget(job_id)
-        self._history.skip(message.stamp)
-
-    def _show_notices(self, message: Message) -> None:
-        entries = entries_of(message)
-        if entries:
-            self._history.skip(message.first - 1)
-            for entry, write in zip(entries, message.writes, strict=True):
-                if write.store:
-                    self._on_evicted(self._inboxes.add(entry))
-            self._deliver([(entry, None) for entry in entries])
-        self._inboxes.remove(places_of(message.gone))
-        self._history.skip(message.stamp)
-
     # Reading from Redis
 
     async def run(self) -> None:
@@ -317,11 +252,11 @@ class Follower:
             waiters, self._waiters = self._waiters, []
             try:
                 await self._read()
-            except _LogLostError as error:
+            except LogLostError as error:
                 log.warning("what was shown is not in Redis any more: %s", error)
                 self._reload = "renew"
                 self._again(waiters)
-            except _OutOfStepError as error:
+            except OutOfStepError as error:
                 log.warning("the log has to be loaded again: %s", error)
                 self._reload = self._reload or "load"
                 self._again(waiters)
@@ -374,17 +309,11 @@ class Follower:
         self._wanted -= idle
         self.client.unsubscribe([CHANNELS[shard] for shard in idle])
         for shard in idle:
-            self.seen[shard], self._seen_data[shard], self._behind[shard] = 0, None, 0
+            self._behind[shard] = 0
+        letting_go = self._shown.let_go(idle)
+        for shard in idle:
             self._on_shown(shard)
-        jobs = self._jobs
-        gone = [job_id for user_id, owned in jobs.by_user.items() if shard_of(user_id) in idle for job_id in owned]
-        for count, job_id in enumerate(gone):
-            job = jobs.get(job_id)
-            if job is not None and shard_of(job.latest.user_id) in idle:  # else it is another owner's by now
-                self.revs.pop(job_id, None)
-                jobs.forget(job_id)
-            if count % _TURN == _TURN - 1:
-                await trio.lowlevel.checkpoint()
+        await in_turns(letting_go)
 
     def _idle(self, now: float) -> set[int]:
         """Followed shards that nobody has asked for lately, nor watches."""
@@ -425,26 +354,14 @@ class Follower:
         for shard in shards:
             read, newest[shard] = await read_log(self.client, shard, self._history.first, limit)
             entries += read
-        inboxes = await load_stored(self.client) if NOTICES_SHARD in shards else []
+        inboxes = await load_stored(self.client) if NOTICES_SHARD in shards else None
         cut = await cut_of(self.client, shards)
         # Nothing of these shards was shown before and nobody may read it yet: the rest is shown by _catch_up, among it
         # what is in these records already.
-        await in_turns(self._history.fill(entries))
-        if NOTICES_SHARD in shards:
-            self._load_inboxes(inboxes, limit)
-        self._history.forget(cut)
-        jobs, revs = await in_turns(_jobs_of(loaded, limit))
-        jobs = await in_turns(sort(portions([*self._jobs.jobs.values(), *jobs]), _created))
-        await in_turns(self._jobs.load(jobs))
-        self.revs |= revs
-        for shard, (stamp, data) in newest.items():
-            self.seen[shard], self._seen_data[shard] = stamp, data
+        await self._shown.add(Loaded(limit, loaded, entries, newest, cut, inboxes))
         self._loaded |= shards
         self.followed |= shards
         self._gap = True  # others' messages that wait here may be later than what these have not shown yet
-
-    def _load_inboxes(self, stored: list[tuple[Update, list[str]]], limit: int) -> None:
-        self._inboxes.load((notice, users) for notice, users in stored if notice.offset <= limit)
 
     async def _catch_up(self) -> None:
         """Show what came after the newest that was shown, over all followed shards, in log order."""
@@ -465,7 +382,7 @@ class Follower:
             epoch, offset, *found = await self.client.call_script(AFTER, keys, [_PAGE, *stamps], patience=FOLLOW_S)
             self._check_epoch(epoch)
             if offset < self._history.last:
-                raise _LogLostError(f"offset {self._history.last} was shown, Redis is at {offset}")
+                raise LogLostError(f"offset {self._history.last} was shown, Redis is at {offset}")
             bound = offset
             fresh: list[tuple[int, Message, bytes]] = []
             until = perf_counter() + _TURN_S
@@ -473,7 +390,7 @@ class Follower:
                 if perf_counter() > until:
                     await trio.lowlevel.checkpoint()
                     until = perf_counter() + _TURN_S
-                messages = self._check_page(shard, page, offset, cut)
+                messages = self._shown.following(shard, page, offset, cut)
                 fresh += [(shard, message, data) for message, data in messages]
                 if len(page) == _PAGE:
                     bound = min(bound, decode_message(page[-1][1][1]).stamp)
@@ -481,8 +398,8 @@ class Follower:
             for shard, message, data in fresh:
                 if message.stamp <= bound:
                     if message.first <= self._history.last:
-                        raise _LogLostError(f"offset {message.first} is another one's now")
-                    self._show(shard, message, data)
+                        raise LogLostError(f"offset {message.first} is another one's now")
+                    self._shown.show(shard, message, data)
                 if perf_counter() > until:
                     await trio.lowlevel.checkpoint()
                     until = perf_counter() + _TURN_S
@@ -491,22 +408,6 @@ class Follower:
                 self._on_shown(shard)
             if bound == offset:
                 return
-
-    def _check_page(self, shard: int, page: list[Any], offset: int, cut: int) -> list[tuple[Message, bytes]]:
-        """The messages of one log after the newest that was shown, which must come first."""
-        seen = self.seen[shard]
-        datas: list[bytes] = [fields[1] for _, fields in page]
-        if seen:
-            if not datas:  # a log keeps its newest entry, however old
-                raise _LogLostError(f"there is nothing from entry {seen} of shard {shard} on")
-            if datas[0] == self._seen_data[shard]:
-                del datas[0]
-            elif seen > max(offset - self._history.max_updates - 1, cut) or decode_message(datas[0]).stamp == seen:
-                raise _LogLostError(f"the entry at {seen} of shard {shard} is not what it was")
-        messages = [(decode_message(data), data) for data in datas]
-        if messages and messages[0][0].prev != seen:
-            raise _OutOfStepError(f"what came after entry {seen} of shard {shard} is not kept any more")
-        return messages
 
     async def _drain(self) -> None:
         """Go on with the messages that came while the streams were read, and come while they are shown."""
@@ -529,7 +430,7 @@ class Follower:
 
     def _check_epoch(self, epoch: bytes | None) -> None:
         if epoch is None or epoch.decode() != self._history.epoch:
-            raise _OutOfStepError(f"epoch {self._history.epoch} is over")
+            raise OutOfStepError(f"epoch {self._history.epoch} is over")
 
     async def _begin_anew(self) -> None:
         """Load everything again; before that, if our epoch lost a part of its log, replace it by another one."""
@@ -553,38 +454,22 @@ class Follower:
             entries += read
         cut = await cut_of(self.client, shards)
         inboxes = await load_stored(self.client)
-        # All of it is made beside what is shown, and takes its place in one step.
-        history, jobs = self._fresh(epoch.decode(), offset), Jobs(max_jobs=self._jobs.max_jobs)
         # Entries of the old epoch count in the new one: nobody resumes behind them with an old cursor.
-        await in_turns(history.fill(entries))
-        history.forget(cut)
-        known, revs = await in_turns(_jobs_of(loaded, offset))
-        await in_turns(jobs.load(await in_turns(sort(portions(known), _created))))
+        fresh = await self._shown.beside(epoch.decode(), Loaded(offset, loaded, entries, newest, cut, inboxes))
         self._reload = ""
         if epoch.decode() != self._history.epoch:
             self._over[self._history.epoch] = None
             if len(self._over) > _MAX_OVER:
                 del self._over[next(iter(self._over))]
         self._gap = True  # what was published while it was loaded
-        self._history.become(history)
-        self._load_inboxes(inboxes, offset)
-        self._jobs.become(jobs)
-        self.revs = revs
-        self.seen = [newest.get(shard, (0, None))[0] for shard in range(SHARDS + 1)]
-        self._seen_data = [newest.get(shard, (0, None))[1] for shard in range(SHARDS + 1)]
+        self._shown.become(fresh)
         self._behind = [0] * (SHARDS + 1)
         log.warning("the log starts anew as epoch %s", epoch.decode())
         self._on_new_epoch(epoch.decode())
 
     def begin(self, epoch: str, offset: int) -> None:
         """Nothing is shown, nothing is followed, and the log stands at ``offset``."""
-        self._history.become(self._fresh(epoch, offset))
-
-    def _fresh(self, epoch: str, offset: int) -> History:
-        """A log that stands at ``offset`` and has nothing."""
-        fresh = self._history.beside(epoch, max(0, offset - self._history.max_updates + 1))
-        fresh.skip(offset)
-        return fresh
+        self._shown.begin(epoch, offset)
 
     # Once a second
 
@@ -606,21 +491,6 @@ class Follower:
             self.wake()
         elif level and self._buffer is None:
             self._history.skip(offset)  # a quiet reader's cursor moves with the log
-
-
-def _jobs_of(loaded: list[Stored], limit: int) -> Generator[None, None, tuple[list[Job], dict[str, str]]]:
-    """Those that there were at this offset, and the tokens of their states. The list is used up."""
-    jobs: list[Job] = []
-    revs: dict[str, str] = {}
-    while loaded:
-        portion = loaded[-PORTION:]
-        del loaded[-PORTION:]
-        for stored in portion:
-            if stored.job is not None and stored.job.created <= limit:
-                jobs.append(stored.job)
-                revs[stored.job.latest.job_id] = stored.rev
-        yield
-    return jobs, revs
 
 
 def unavailable(reason: str) -> ApiError:

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from server import history, jobs, turns
-from server.brokers import redis_follower, redis_reading
+from server.brokers import redis_follower, redis_reading, redis_shown
 from server.brokers.redis_client import RedisClientError, Script
 from server.brokers.redis_keys import AFTER, CHANNELS, LOAD, NOTICES_SHARD, SHARDS, shard_of
 from tests.redis_nodes import nodes, publish
@@ -258,7 +258,7 @@ async def test_many_jobs_are_followed_in_turns(redis: RedisServer, monkeypatch: 
         await ws.subscribe(userId="v")
         for number in range(200):
             await publish(two, f"job-{number}", userId="u")
-        for module in (turns, history, jobs, redis_follower):
+        for module in (turns, history, jobs, redis_shown):
             monkeypatch.setattr(module, "PORTION", 4)
         monkeypatch.setattr(redis_follower, "_TURN_S", -1.0)
         monkeypatch.setattr(redis_reading, "_TURN", 4)
