@@ -153,7 +153,7 @@ def run(start: Start, transport: str, *, quick: bool) -> list[Row]:
     ):
         publisher.ask("publish", "published", port=target.port, requests=1)
         readers.start(port=target.port, connections=READING, **reader_options(transport))
-        stuck.start(port=target.port, connections=STUCK, rcvbuf=4096, check=False, **reader_options(transport))
+        stuck.start(port=target.port, connections=STUCK, rcvbuf=4096, **reader_options(transport))
         run_ = partial(beside_slow, target, readers, stuck, publisher, seconds=4 * seconds)
         rows += in_pairs(
             f"{name}, a tenth of 1,000 readers does not read (second column: all read)",
