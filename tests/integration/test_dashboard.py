@@ -96,12 +96,11 @@ async def test_every_status_and_then_offline(new_page: NewPage, tmp_path: Path, 
     async with running(tmp_path, "--store", "memory:") as server:
         await furnish(server)
         await open_live(page, server)
-        await page.wait(f"{job('index-7', '.badge')} === 'stalled'")
-        await shoot(page, pictures / "every-status", schemes=("light",))
         colours = (
             "new Set([...document.querySelectorAll('.job .badge')].map((one) => getComputedStyle(one).color)).size"
         )
-        assert await page.run(colours) >= 5
+        await page.wait(f"{job('index-7', '.badge')} === 'stalled' && {colours} >= 5")
+        await shoot(page, pictures / "every-status", schemes=("light",))
         await page.wait(f"{job('index-7', '.badge')} === 'failed' && {job('index-7', '.what')} === 'lost'")
         await shoot(page, pictures / "ended", schemes=("dark",))
         await open_timeline(page, "export-1")
