@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
-from perf.measure import ROOT, SERVER_CORE, Target
+from perf.measure import ROOT, SERVER_CORE, START_S, Target
 
 SERVERS: Final = Path(__file__).parent / "servers"
 INSTALLED: Final = ROOT / ".venv" / "peers"
-START_S: Final = 15.0
 
 
 @dataclass(frozen=True)
