@@ -68,7 +68,7 @@ async def new_page(chromium: str) -> AsyncIterator[NewPage]:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Of ``-n auto``: more than there are cores, as most tests wait most of the time."""
-    return 2 * (os.cpu_count() or 1)
+    return 2 * len(os.sched_getaffinity(0))
 
 
 @pytest.hookimpl(trylast=True)
