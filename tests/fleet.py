@@ -203,7 +203,7 @@ class Publisher:
                 {"jobId": self.job_id, "userId": self.user, "message": f"{text}.{index}"} for index in range(self.batch)
             ]
             tries = 0
-            while not await self._sent(lines, headers | {"Idempotency-Key": text}):
+            while not await taken(self.nodes[self.at % len(self.nodes)], lines, headers | {"Idempotency-Key": text}):
                 tries += 1
                 self.at += 1
                 await for_a_while(0.05)
@@ -211,12 +211,14 @@ class Publisher:
             self.published += self.batch
             await for_a_while(self.pause_s)
 
-    async def _sent(self, lines: list[dict[str, str]], headers: dict[str, str]) -> bool:
-        try:
-            answer = await self.nodes[self.at % len(self.nodes)].post("/api/v2/updates", lines, headers)
-        except _UNREACHABLE:
-            return False
-        if answer.status in (502, 503, 504):  # a proxy, too, may find nobody
-            return False
-        assert answer.status == 200, answer
-        return bool(answer.json["accepted"] + answer.json["duplicates"] == len(lines))
+
+async def taken(where: Address, lines: list[dict[str, str]], headers: dict[str, str]) -> bool:
+    """Publish a batch; whether all of it was taken. Nobody may be there to do it."""
+    try:
+        answer = await where.post("/api/v2/updates", lines, headers)
+    except _UNREACHABLE:
+        return False
+    if answer.status in (502, 503, 504):  # a proxy, too, may find nobody
+        return False
+    assert answer.status == 200, answer
+    return bool(answer.json["accepted"] + answer.json["duplicates"] == len(lines))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from typing import Any
 
 from server.ingest.redis_channels import RedisChannels
 from server.ingest.redis_stream import RedisStream
 from tests.support import InProcess, server, until
-
-LONG_S: Final = 60.0  # reached only by what would never end
 
 
 @asynccontextmanager
@@ -22,9 +20,9 @@ async def nodes(url: str, count: int = 2, **tables: Any) -> AsyncIterator[list[I
         for _ in range(count):
             running.append(await stack.enter_async_context(server(store={"url": url}, **tables)))
             await running[-1].node.broker.follow(["*"])
-        await until(lambda: all(channels_of(each).listening for each in running), within=LONG_S)
-        await until(lambda: any(channels_of(each).takes for each in running), within=LONG_S)
-        await until(lambda: any(stream_of(each).takes for each in running), within=LONG_S)
+        await until(lambda: all(channels_of(each).listening for each in running))
+        await until(lambda: any(channels_of(each).takes for each in running))
+        await until(lambda: any(stream_of(each).takes for each in running))
         yield running
 
 
@@ -68,5 +66,5 @@ async def node_beside(url: str) -> AsyncIterator[InProcess]:
     """One more node, that hears everything but may have to wait for its turn."""
     async with server(store={"url": url}) as one:
         await one.node.broker.follow(["*"])
-        await until(lambda: channels_of(one).listening, within=LONG_S)
+        await until(lambda: channels_of(one).listening)
         yield one

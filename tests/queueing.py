@@ -14,7 +14,6 @@ from server.node import Node
 from tests.support import until
 
 FIXTURES = Path(__file__).parent / "fixtures" / "queues"
-LONG_S = 60.0  # reached only by what would never end
 
 
 def captured(name: str) -> Any:
@@ -53,12 +52,12 @@ async def until_up(node: Node) -> None:
     """Wait until every source is taken in by this node."""
     assert node.queues is not None
     queues = node.queues
-    await until(lambda: all(state["state"] == "up" for state in queues.states().values()), within=LONG_S)
+    await until(lambda: all(state["state"] == "up" for state in queues.states().values()))
 
 
 async def until_status(node: Node, job_id: str, *statuses: str) -> dict[str, Any]:
     """Wait until a job has one of these statuses; its record then."""
-    await until(lambda: status(node, job_id) in statuses, within=LONG_S)
+    await until(lambda: status(node, job_id) in statuses)
     return shown(node, job_id)
 
 

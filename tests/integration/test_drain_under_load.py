@@ -14,12 +14,12 @@ from typing import Final
 import pytest
 import trio
 
-from tests.fleet import Reader
+from tests.fleet import Reader, taken
 from tests.integration.test_redis_fleet import fleet
 from tests.nginx import running_nginx
 from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, free_ports
-from tests.support import Address, Ended, bearer, until
+from tests.support import Address, bearer, until
 from tools.examples.nginx_example import configure
 
 pytestmark = pytest.mark.slow
@@ -53,24 +53,12 @@ class Rounds:
             if self.stopping.is_set():
                 return
             lines = [{"jobId": f"job-{user}", "userId": user, "message": f"{user} {number}"} for user in self.users]
-            for _ in itertools.count():
-                if await self._sent(lines, headers | {"Idempotency-Key": f"round {number}"}):
-                    break
+            while not await taken(self.where, lines, headers | {"Idempotency-Key": f"round {number}"}):
                 await for_a_while(0.05)
             self.published += 1
             # A machine that is too slow for the rate is not asked for more to make up for it.
             due = max(due + 1 / ROUNDS_PER_S, trio.current_time())
             await trio.sleep_until(due)
-
-    async def _sent(self, lines: list[dict[str, str]], headers: dict[str, str]) -> bool:
-        try:
-            answer = await self.where.post("/api/v2/updates", lines, headers)
-        except (OSError, Ended, trio.BrokenResourceError):
-            return False
-        if answer.status in (502, 503):
-            return False
-        assert answer.status == 200, answer
-        return bool(answer.json["accepted"] + answer.json["duplicates"] == len(lines))
 
 
 async def test_a_server_is_stopped_while_everybody_reads(redis: RedisServer, tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ from tests.support import ADMIN, AUTH, Address, server, spawned, until, until_so
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
-LONG_S = 60.0  # reached only by what would never end
 HANDOVER_S = 5.0
 LOADS: dict[str, Callable[[RedisServer, Start], Load]] = {
     "bullmq": partial(bull_load, library="bullmq"),
@@ -170,7 +169,7 @@ class Trouble:
                 await first.exit_status()
                 await for_a_while(0.5)  # jobs go on meanwhile
                 nursery.start_soon(again)
-                await until(lambda: self.nodes[0] is not first, within=LONG_S)
+                await until(lambda: self.nodes[0] is not first)
                 await ready(self.nodes[0])
 
             yield restart
@@ -184,14 +183,14 @@ class Trouble:
             async with server(**self._tables, store=store) as other:
                 assert other.node.queues is not None
                 source: Source = other.node.queues.sources["q"]
-                await until(lambda: source.standby, within=LONG_S)
+                await until(lambda: source.standby)
                 self.nodes += [other, victim]
 
                 async def kill() -> None:
                     assert source.taker.counters.accepted == 0
                     victim.signal(signal.SIGKILL)
                     killed = time.monotonic()
-                    await until(lambda: source.taker.counters.accepted, within=LONG_S)
+                    await until(lambda: source.taker.counters.accepted)
                     self.handover_s = time.monotonic() - killed
                     await victim.exit_status()
                     self.nodes[:] = [other]
@@ -252,7 +251,7 @@ async def test_real_workers(kind: str, trouble: str, redis: RedisServer, tmp_pat
             newest = {name: job["version"] for name, job in found.items()}
             for reader in readers:
                 mine = {name: version for name, version in newest.items() if found[name]["userId"] == reader.user}
-                await until(partial(reader.has, mine), within=LONG_S)
+                await until(partial(reader.has, mine))
             nursery.cancel_scope.cancel()
     shown = json.dumps([found, [reader.seen for reader in readers]]) + logs(tmp_path)
     assert not [secret for secret in SECRETS if secret in shown]

@@ -13,7 +13,7 @@ import redis as redis_py
 from server.ingest import redis_channels, redis_stream
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, GROUP, MAX_DELIVERIES, STREAM
-from tests.ingesting import LONG_S, channels_of, nodes, record, steps, stream_of, text, version
+from tests.ingesting import channels_of, nodes, record, steps, stream_of, text, version
 from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer
 from tests.support import server, spawned, until
@@ -38,7 +38,7 @@ async def test_each_message_is_accepted_once(redis: RedisServer, oracle: redis_p
             update = text(jobId="a", userId="u", progress=number, message=f"step {number}", **more)
             oracle.publish(CHANNELS[number % 2], update)
         oracle.publish("job_completion_updates", text(jobId="a", result={"rows": 3}))
-        await until(lambda: all(version(each, "a") == 61 for each in running), within=LONG_S)
+        await until(lambda: all(version(each, "a") == 61 for each in running))
         ended = record(running[0], "a")
         assert (ended["status"], ended["progress"], ended["result"]) == ("completed", 100, {"rows": 3})
         # A later one comes behind everything: nothing was accepted a second time.
@@ -137,11 +137,11 @@ async def test_equal_messages_within_the_window_count_as_one(redis: RedisServer,
 async def test_stream(redis: RedisServer, oracle: redis_py.Redis) -> None:
     oracle.xadd(STREAM, {"data": text(jobId="early", userId="u")})  # waits for the first node
     async with nodes(redis.url) as running:
-        await until(lambda: version(running[0], "early") == 1, within=LONG_S)
+        await until(lambda: version(running[0], "early") == 1)
         for number in range(1, 51):
             oracle.xadd(STREAM, {"data": text(jobId="a", userId="u", message=f"step {number}")})
         oracle.xadd(STREAM, {"data": f"[{text(jobId='a', message='last')}, {text(jobId='b', userId='u')}]"})
-        await until(lambda: all(version(each, "a") == 51 for each in running), within=LONG_S)
+        await until(lambda: all(version(each, "a") == 51 for each in running))
         assert steps(running[0], "a") == [*(f"step {number}" for number in range(1, 51)), "last"]
         await until(lambda: version(running[1], "b") == 1)
         await until(lambda: oracle.xlen(STREAM) == 0)
@@ -192,7 +192,7 @@ async def test_what_dead_consumers_left_is_taken_over(redis: RedisServer, oracle
     oracle.xclaim(STREAM, GROUP, "dead", 0, ids[1:2], retrycount=MAX_DELIVERIES - 2)
     oracle.xdel(STREAM, ids[2])
     async with nodes(redis.url, 1) as (one,):
-        await until(lambda: version(one, "a") == 4, within=LONG_S)
+        await until(lambda: version(one, "a") == 4)
         assert steps(one, "a") == ["step 1", "step 3", "step 4", "step 5"]
         ((_, dead),) = oracle.xrange(DEAD)
         assert (dead[b"entry"], dead[b"code"]) == (ids[0], b"redelivered")
@@ -215,9 +215,7 @@ async def test_an_entry_that_was_accepted_but_not_acknowledged_counts_once(
         for _ in range(2):
             oracle.xadd(STREAM, {"data": text(jobId="b", userId="u", eventId="e")})
         oracle.publish(CHANNELS[0], text(jobId="b", userId="u", eventId="e"))
-        await until(
-            lambda: stream_of(one).counters.duplicates + channels_of(one).counters.duplicates == 3, within=LONG_S
-        )
+        await until(lambda: stream_of(one).counters.duplicates + channels_of(one).counters.duplicates == 3)
         assert version(one, "b") == 1
 
 
@@ -232,7 +230,7 @@ async def test_what_will_pass_is_waited_for(redis: RedisServer, oracle: redis_py
         # The first entry is shown a moment before it is acknowledged and deleted.
         await until(lambda: oracle.xlen(STREAM) == oracle.xpending(STREAM, GROUP)["pending"] == 3)
         oracle.xadd(STREAM, {"data": text(jobId="a", status="completed")})  # makes room
-        await until(lambda: version(one, "b") == 3, within=LONG_S)
+        await until(lambda: version(one, "b") == 3)
         assert steps(one, "b") == ["first", "second", "third"]
         await until(lambda: oracle.xlen(STREAM) == 0)
         assert oracle.xlen(DEAD) == 0
@@ -267,11 +265,11 @@ async def test_a_stream_that_is_lost_or_something_else(redis: RedisServer, oracl
         await until(lambda: version(one, "a") == 1)  # the channels do not mind
         oracle.delete(STREAM)
         oracle.xadd(STREAM, {"data": text(jobId="b", userId="u")})
-        await until(lambda: version(one, "b") == 1, within=LONG_S)
+        await until(lambda: version(one, "b") == 1)
         oracle.flushall()
         oracle.xadd(STREAM, {"data": text(jobId="c", userId="u")})
-        await until(lambda: version(one, "c") == 1, within=LONG_S)
-        await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+        await until(lambda: version(one, "c") == 1)
+        await until(lambda: oracle.xlen(STREAM) == 0)
 
 
 async def test_sources_can_be_off(redis: RedisServer, oracle: redis_py.Redis) -> None:
@@ -279,14 +277,14 @@ async def test_sources_can_be_off(redis: RedisServer, oracle: redis_py.Redis) ->
         await one.node.broker.follow(["*"])
         oracle.publish(CHANNELS[0], text(jobId="a", userId="u"))
         oracle.xadd(STREAM, {"data": text(jobId="b", userId="u")})
-        await until(lambda: version(one, "b") == 1, within=LONG_S)
+        await until(lambda: version(one, "b") == 1)
         assert version(one, "a") == 0
         assert oracle.pubsub_numsub(*CHANNELS) == [(channel, 0) for channel in CHANNELS]
 
 
 async def test_a_drain_finishes_what_was_taken(redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path) -> None:
     async with spawned(tmp_path, store={"url": redis.url}) as going:
-        await until(lambda: oracle.get("{statuswire}:ingest:stream"), within=LONG_S)
+        await until(lambda: oracle.get("{statuswire}:ingest:stream"))
         total = 2000
         for number in range(total):
             oracle.xadd(STREAM, {"data": text(jobId=f"j{number % 7}", userId="u", message=f"step {number}")})
@@ -298,6 +296,6 @@ async def test_a_drain_finishes_what_was_taken(redis: RedisServer, oracle: redis
         assert oracle.get("{statuswire}:ingest:stream") is None
         assert oracle.get("{statuswire}:ingest:channels") is None
         async with nodes(redis.url, 1) as (one,):
-            await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+            await until(lambda: oracle.xlen(STREAM) == 0)
             told = Counter(step for job in range(7) for step in steps(one, f"j{job}"))
             assert told == Counter(f"step {number}" for number in range(total))

@@ -21,7 +21,7 @@ from server.brokers.redis_link import Connect
 from server.ingest import redis_channels
 from server.ingest.redis_channels import CHANNELS
 from server.ingest.redis_stream import DEAD, STREAM
-from tests.ingesting import LONG_S, channels_of, node_beside, nodes, record, steps, stream_of, text, version
+from tests.ingesting import channels_of, node_beside, nodes, record, steps, stream_of, text, version
 from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, running_cluster, running_sentinels, running_server
 from tests.support import InProcess, spawned, until, until_so
@@ -52,13 +52,13 @@ async def test_who_takes_up_may_lose_its_ears(redis: RedisServer, oracle: redis_
                 link._connect = late
                 link.drop("for a test")
             await for_a_while(0.002)  # or all would be sent before the first cut
-        await until(lambda: version(running[0], "a") >= 300, within=LONG_S)
+        await until(lambda: version(running[0], "a") >= 300)
         assert Counter(steps(running[0], "a")) == Counter(f"step {number}" for number in range(1, 301))
 
 
 async def test_a_killed_node_takes_nothing_with_it(redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path) -> None:
     async with spawned(tmp_path, store={"url": redis.url}) as victim:
-        await until(lambda: oracle.get("{statuswire}:ingest:channels"), within=LONG_S)
+        await until(lambda: oracle.get("{statuswire}:ingest:channels"))
         async with node_beside(redis.url) as two, node_beside(redis.url):
             assert not channels_of(two).takes
             total = 6000
@@ -75,9 +75,9 @@ async def test_a_killed_node_takes_nothing_with_it(redis: RedisServer, oracle: r
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, publish)
-                await until(lambda: shown() > 500, within=LONG_S)
+                await until(lambda: shown() > 500)
                 victim.process.kill()
-            await until(lambda: shown() >= total, within=LONG_S)
+            await until(lambda: shown() >= total)
             for job in range(5):
                 assert steps(two, f"j{job}") == [f"step {n}" for n in range(job, total, 5)]
 
@@ -87,18 +87,18 @@ async def test_a_node_that_was_frozen_accepts_nothing_twice(
 ) -> None:
     """It reads messages long after the window, and nobody is there to tell it that they are settled."""
     async with spawned(tmp_path, store={"url": redis.url}) as frozen:
-        await until(lambda: oracle.get("{statuswire}:ingest:channels"), within=LONG_S)
+        await until(lambda: oracle.get("{statuswire}:ingest:channels"))
         async with node_beside(redis.url) as two:
             frozen.signal(signal.SIGSTOP)
             for number in range(100):
                 oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message=f"step {number}"))
-            await until(lambda: version(two, "a") == 100, within=LONG_S)
+            await until(lambda: version(two, "a") == 100)
         await for_a_while(6)  # longer than the window
         frozen.signal(signal.SIGCONT)
-        await until(lambda: oracle.get("{statuswire}:ingest:channels"), within=LONG_S)
+        await until(lambda: oracle.get("{statuswire}:ingest:channels"))
         async with node_beside(redis.url) as three:
             oracle.publish(CHANNELS[0], text(jobId="a", message="last"))
-            await until(lambda: version(three, "a") > 100, within=LONG_S)
+            await until(lambda: version(three, "a") > 100)
             assert version(three, "a") == 101
             assert record(three, "a")["message"] == "last"
 
@@ -138,7 +138,7 @@ class Feed:
     async def more(self, count: int = 200) -> None:
         """Wait until more was sent."""
         goal = len(self.sent) + count
-        await until(lambda: len(self.sent) >= goal, within=LONG_S)
+        await until(lambda: len(self.sent) >= goal)
 
 
 async def check_fed(feed: Feed, at: InProcess) -> None:
@@ -147,7 +147,7 @@ async def check_fed(feed: Feed, at: InProcess) -> None:
     def told() -> list[list[str]]:
         return [steps(at, f"j{job}") for job in range(5)]
 
-    await until(lambda: feed.sent <= {step for job in told() for step in job}, within=LONG_S)
+    await until(lambda: feed.sent <= {step for job in told() for step in job})
     for job in told():
         numbers = [int(step.split()[1]) for step in job]
         assert numbers == sorted(set(numbers))
@@ -156,7 +156,7 @@ async def check_fed(feed: Feed, at: InProcess) -> None:
 async def test_a_killed_reader_of_the_stream_is_followed_by_another(redis: RedisServer, tmp_path: Path) -> None:
     async with spawned(tmp_path, store={"url": redis.url}) as victim:
         with redis.oracle() as oracle:
-            await until(lambda: oracle.get("{statuswire}:ingest:stream"), within=LONG_S)
+            await until(lambda: oracle.get("{statuswire}:ingest:stream"))
             async with node_beside(redis.url) as two, trio.open_nursery() as nursery:
                 feed = Feed(redis.oracle)
                 nursery.start_soon(feed.run)
@@ -167,7 +167,7 @@ async def test_a_killed_reader_of_the_stream_is_followed_by_another(redis: Redis
                 await feed.more(1000)
                 feed.stopping = True
                 await check_fed(feed, two)
-                await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+                await until(lambda: oracle.xlen(STREAM) == 0)
                 assert oracle.xlen(DEAD) == 0
                 assert stream_of(two).takes
 
@@ -175,15 +175,15 @@ async def test_a_killed_reader_of_the_stream_is_followed_by_another(redis: Redis
 async def test_a_frozen_reader_of_the_stream_accepts_nothing_twice(redis: RedisServer, tmp_path: Path) -> None:
     async with spawned(tmp_path, store={"url": redis.url}) as frozen:
         with redis.oracle() as oracle:
-            await until(lambda: oracle.get("{statuswire}:ingest:stream"), within=LONG_S)
+            await until(lambda: oracle.get("{statuswire}:ingest:stream"))
             async with node_beside(redis.url) as two:
                 with oracle.pipeline(transaction=False) as pipeline:
                     for n in range(3000):
                         pipeline.xadd(STREAM, {"data": text(jobId=f"j{n % 5}", userId="u", message=f"step {n}")})
                     pipeline.execute()
-                await until(lambda: version(two, "j1") > 20, within=LONG_S)
+                await until(lambda: version(two, "j1") > 20)
                 frozen.signal(signal.SIGSTOP)
-                await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+                await until(lambda: oracle.xlen(STREAM) == 0)
                 assert stream_of(two).takes
                 frozen.signal(signal.SIGCONT)
                 await for_a_while(2)  # nothing tells when it has given up what it had in hand
@@ -205,11 +205,11 @@ async def test_redis_restarts_under_load(tmp_path: Path) -> None:
             feed.stopping = True
             await check_fed(feed, running[0])
             with redis.oracle() as oracle:
-                await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+                await until(lambda: oracle.xlen(STREAM) == 0)
                 assert oracle.xlen(DEAD) == 0
                 # The channels are heard again, too.
-                await until(lambda: oracle.publish(CHANNELS[0], text(jobId="a", userId="u")) == 2, within=LONG_S)
-                await until(lambda: all(version(each, "a") == 1 for each in running), within=LONG_S)
+                await until(lambda: oracle.publish(CHANNELS[0], text(jobId="a", userId="u")) == 2)
+                await until(lambda: all(version(each, "a") == 1 for each in running))
 
 
 async def test_a_full_redis_takes_up_what_was_heard_when_it_has_room(
@@ -224,7 +224,7 @@ async def test_a_full_redis_takes_up_what_was_heard_when_it_has_room(
         await until(lambda: all(len(channels_of(each)._held) == 20 for each in running))
         assert version(running[0], "a") == 1
         oracle.config_set("maxmemory", "0")
-        await until(lambda: version(running[0], "a") == 21, within=LONG_S)
+        await until(lambda: version(running[0], "a") == 21)
         assert steps(running[0], "a") == ["before", *(f"step {number}" for number in range(20))]
 
 
@@ -241,7 +241,7 @@ async def test_what_cannot_be_held_is_counted(
         await until(lambda: channels_of(one).counters.dropped > 0)
         oracle.config_set("maxmemory", "0")
         oracle.publish(CHANNELS[0], text(jobId="a", message="last"))
-        await until(lambda: record(one, "a")["message"] == "last", within=LONG_S)
+        await until(lambda: record(one, "a")["message"] == "last")
         counters = channels_of(one).counters
         assert version(one, "a") + counters.dropped == 32
 
@@ -252,8 +252,8 @@ async def test_a_user_of_redis_may_do_what_the_documentation_says(redis: RedisSe
         oracle.publish(CHANNELS[0], text(jobId="a", userId="u"))
         oracle.xadd(STREAM, {"data": text(jobId="a", userId="u")})
         oracle.xadd(STREAM, {"data": "nonsense"})
-        await until(lambda: version(one, "a") == 2, within=LONG_S)
-        await until(lambda: (oracle.xlen(STREAM), oracle.xlen(DEAD)) == (0, 1), within=LONG_S)
+        await until(lambda: version(one, "a") == 2)
+        await until(lambda: (oracle.xlen(STREAM), oracle.xlen(DEAD)) == (0, 1))
 
 
 async def test_sentinels_replace_a_master(tmp_path: Path) -> None:
@@ -263,13 +263,11 @@ async def test_sentinels_replace_a_master(tmp_path: Path) -> None:
             await trio.to_thread.run_sync(old.kill)
             other = next(each for each in sentinels.servers if each is not old)
             with other.oracle() as oracle:
-                await until(lambda: oracle.pubsub_numsub(CHANNELS[0]) == [(CHANNELS[0], 2)], within=LONG_S)
-                await until(lambda: oracle.info("replication")["role"] == "master", within=LONG_S)
+                await until(lambda: oracle.pubsub_numsub(CHANNELS[0]) == [(CHANNELS[0], 2)])
+                await until(lambda: oracle.info("replication")["role"] == "master")
                 oracle.publish(CHANNELS[0], text(jobId="a", userId="u"))
                 oracle.xadd(STREAM, {"data": text(jobId="b", userId="u")})
-                await until(
-                    lambda: all(version(each, job) == 1 for each in running for job in ("a", "b")), within=LONG_S
-                )
+                await until(lambda: all(version(each, job) == 1 for each in running for job in ("a", "b")))
 
 
 async def test_cluster(tmp_path: Path) -> None:
@@ -280,20 +278,20 @@ async def test_cluster(tmp_path: Path) -> None:
         async with nodes(cluster.url, 3) as running:
             for number in range(60):  # whichever node a worker is connected to
                 clients[number % 3].publish(CHANNELS[0], text(jobId="a", userId="u", message=f"step {number}"))
-            await until(lambda: version(running[0], "a") == 60, within=LONG_S)
+            await until(lambda: version(running[0], "a") == 60)
             with owner.oracle() as oracle:
                 for number in range(60):
                     oracle.xadd(STREAM, {"data": text(jobId="b", userId="u", message=f"step {number}")})
                 oracle.xadd(STREAM, {"data": "nonsense"})
-                await until(lambda: version(running[0], "b") == 60, within=LONG_S)
-                await until(lambda: oracle.xlen(STREAM) == 0, within=LONG_S)
+                await until(lambda: version(running[0], "b") == 60)
+                await until(lambda: oracle.xlen(STREAM) == 0)
             # One dies that somebody listens to.
             victim = next(master for master, client in zip(cluster.masters, clients, strict=True) if _heard(client))
             await trio.to_thread.run_sync(victim.kill)
             alive = next(
                 client for master, client in zip(cluster.masters, clients, strict=True) if master is not victim
             )
-            await until(lambda: all(channels_of(each).listening for each in running), within=LONG_S)
+            await until(lambda: all(channels_of(each).listening for each in running))
             number = 0
 
             async def arrives() -> bool:

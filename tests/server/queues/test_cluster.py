@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.brokers.redis_topology import hash_slot
-from tests.queueing import LONG_S, captured, put_stream, status, steps, until_status, until_up
+from tests.queueing import captured, put_stream, status, steps, until_status, until_up
 from tests.redis_servers import Cluster, running_cluster
 from tests.support import server, until
 
@@ -48,7 +48,7 @@ async def test_bullmq_goes_on_when_its_slot_moves(cluster: Cluster) -> None:
         cluster.move_slot(SLOT, second)
         with second.oracle() as oracle:
             put_stream(oracle, f"{PREFIX}:video:events", STREAM[12:])
-        await until(lambda: all(status(one.node, name) == end for name, end in ends.items()), within=LONG_S)
+        await until(lambda: all(status(one.node, name) == end for name, end in ends.items()))
         assert steps(one.node, "video:2") == ["queued", "processing", "queued", "processing", "failed"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from tests.queueing import LONG_S, until_up
+from tests.queueing import until_up
 from tests.redis_servers import RedisServer, running_server
 from tests.streams import event_stream
 from tests.support import ADMIN, AUTH, server, until
@@ -126,7 +126,7 @@ async def test_nothing_of_what_jobs_carry_is_shown(
             with redis.oracle() as oracle:
                 fill(oracle)
             jobs = one.node.jobs
-            await until(lambda: len(jobs) == 3 and all(job.latest.ended for job in jobs.jobs.values()), within=LONG_S)
+            await until(lambda: len(jobs) == 3 and all(job.latest.ended for job in jobs.jobs.values()))
             seen = []
             while len({event["jobId"] for event in seen if event.get("endedAt")}) < 3:
                 seen.append((await stream.event()).data)

@@ -11,7 +11,7 @@ import redis as redis_py
 
 from protocol.queues.sighting import Sighting
 from server.ingest.queues.taker import TurnLostError
-from tests.queueing import LONG_S, shown, until_status, until_up
+from tests.queueing import shown, until_status, until_up
 from tests.redis_servers import RedisServer
 from tests.support import InProcess, server, until
 
@@ -53,7 +53,7 @@ async def test_a_job_of_another_source_with_the_same_id_is_left_alone(
             add(two, "video", "1", owner)
             tell(two, "video", "1", event="progress", data='{"percent": 50, "message": "not for alice"}')
             tell(two, "video", "1", event="completed")
-            await until(lambda: rejected(at, "two") == 3, within=LONG_S)
+            await until(lambda: rejected(at, "two") == 3)
             assert shown(at.node, "video:1") == before
             assert "queue_refused" in caplog.messages
 
@@ -91,7 +91,7 @@ async def test_a_prefix_keeps_them_apart(redis: RedisServer) -> None:
             assert at.node.queues is not None
             add(two, "video", "x" * 120, "bob")
             taker = at.node.queues.sources["two"].taker
-            await until(lambda: taker.is_known("video", "x" * 120), within=LONG_S)
+            await until(lambda: taker.is_known("video", "x" * 120))
             await taker.begin()
             assert {(one.queue, one.job) for one in taker.open.values()} == {("video", "x" * 120)}
 
@@ -117,7 +117,7 @@ async def test_queues_whose_names_and_ids_read_alike(redis: RedisServer) -> None
             before = await until_status(at.node, "a:b:c", "processing")
             add(oracle, "a", "b:c", "bob")
             tell(oracle, "a", "b:c", event="progress", data='{"percent": 50, "message": "not for alice"}')
-            await until(lambda: rejected(at, "one") == 2, within=LONG_S)
+            await until(lambda: rejected(at, "one") == 2)
             assert shown(at.node, "a:b:c") == before
 
 

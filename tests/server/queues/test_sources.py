@@ -14,9 +14,9 @@ import redis as redis_py
 import trio
 
 from server.ingest.queues import bull, bull4, bullmq, celery
-from tests.queueing import LONG_S, captured, put_stream, raw, shown, status, steps, until_status, until_up
+from tests.queueing import captured, put_stream, raw, shown, status, steps, until_status, until_up
 from tests.redis_servers import RedisServer, running_server
-from tests.support import ADMIN, AUTH, bearer, server, until
+from tests.support import ADMIN, AUTH, PATIENCE_S, bearer, server, until
 
 BULLMQ = captured("bullmq")["bullmq6"]
 STREAM = BULLMQ["stream"]
@@ -55,7 +55,7 @@ async def test_bullmq_from_the_beginning_of_its_stream(redis: RedisServer, oracl
     put_stream(oracle, "bull:video:events", STREAM)
     async with server(auth=AUTH, store={"url": "memory:"}, **table(redis, "bullmq")) as one:
         await until_up(one.node)
-        await until(lambda: all(status(one.node, name) == end for name, end in ENDS.items()), within=LONG_S)
+        await until(lambda: all(status(one.node, name) == end for name, end in ENDS.items()))
         assert shown(one.node, "video:2")["error"] == "ffmpeg exited with code 1"
         assert steps(one.node, "video:2") == ["queued", "processing", "queued", "processing", "failed"]
         # Its owner sees it, nobody else does; what has no owner is the admins'.
@@ -85,12 +85,12 @@ async def test_it_goes_on_where_it_was_and_finds_what_happened_meanwhile(
         await until_up(one.node)
     put_stream(oracle, "bull:video:events", STREAM[12:])
     async with server(store=store, **queues) as one:
-        await until(lambda: all(status(one.node, name) == end for name, end in ENDS.items()), within=LONG_S)
+        await until(lambda: all(status(one.node, name) == end for name, end in ENDS.items()))
         assert one.node.queues is not None
         source = one.node.queues.sources["src"]
-        await until(lambda: shown(one.node, "video:1").get("version") == 6, within=LONG_S)
+        await until(lambda: shown(one.node, "video:1").get("version") == 6)
         mark = await one.node.broker.load_mark("queue:src")
-        await until(lambda: source.trouble is None, within=LONG_S)
+        await until(lambda: source.trouble is None)
         assert mark is None or "video" in json.loads(mark)
         versions = {name: shown(one.node, name)["version"] for name in ENDS}
         # All of it once more, as after a crash before the mark was kept.
@@ -99,7 +99,7 @@ async def test_it_goes_on_where_it_was_and_finds_what_happened_meanwhile(
         await until_up(one.node)
         assert one.node.queues is not None
         counters = one.node.queues.sources["src"].taker.counters
-        await until(lambda: counters.received >= 40, within=LONG_S)
+        await until(lambda: counters.received >= 40)
         assert counters.accepted == 0
         assert {name: shown(one.node, name)["version"] for name in ENDS} == versions
 
@@ -135,7 +135,7 @@ async def test_what_jobs_carry_is_not_read_if_it_is_too_large(redis: RedisServer
     before = oracle.info("stats")["total_net_output_bytes"]
     async with server(store={"url": "memory:"}, **table(redis, "bullmq", results=True)) as one:
         ends = {"video:1": "completed", "video:2": "failed", "video:3": "completed"}
-        await until(lambda: all(status(one.node, name) == end for name, end in ends.items()), within=LONG_S)
+        await until(lambda: all(status(one.node, name) == end for name, end in ends.items()))
         assert {shown(one.node, name)["userId"] for name in ends} == {"queue:src"}
     assert oracle.info("stats")["total_net_output_bytes"] - before < 200_000
 
@@ -234,7 +234,7 @@ async def test_celery_from_results_and_events(redis: RedisServer, oracle: redis_
         await until_up(one.node)
         for message in messages:
             oracle.publish(message["channel"], message["data"])
-        await until(lambda: all(status(one.node, t) in ENDS.values() for t in tasks), within=LONG_S)
+        await until(lambda: all(status(one.node, t) in ENDS.values() for t in tasks))
         found = [shown(one.node, task) for task in tasks]
         assert sorted(record["status"] for record in found) == [
             "cancelled", "completed", "completed", "failed", "failed",
@@ -260,7 +260,7 @@ async def test_celery_results_that_came_while_nobody_listened(
             oracle.set(message["channel"], message["data"])
     async with server(store=store, **table(redis, "celery")) as one:
         await until_status(one.node, task, "completed")
-        await until(lambda: len(one.node.jobs) == 5, within=LONG_S)
+        await until(lambda: len(one.node.jobs) == 5)
         assert {job.latest.ended for job in one.node.jobs.jobs.values()} == {True}
 
 
@@ -280,7 +280,7 @@ async def test_rq_told_by_notices_and_polled(redis: RedisServer, oracle: redis_p
                     pipeline.execute()
                     wanted = command["args"][1]
                     if previous and isinstance(wanted, str):
-                        await until(lambda: len(one.node.jobs) > 0, within=LONG_S)
+                        await until(lambda: len(one.node.jobs) > 0)
                 previous = command["t"]
                 pipeline.execute_command(*(raw(argument) for argument in command["args"]))
             pipeline.execute()
@@ -369,7 +369,7 @@ async def test_a_source_that_is_away_is_told_and_comes_back(tmp_path: Path) -> N
             redis.kill()
             assert one.node.queues is not None
             queues = one.node.queues
-            await until(lambda: queues.states()["src"]["state"] == "away", within=LONG_S)
+            await until(lambda: queues.states()["src"]["state"] == "away")
             ready = await one.ask("GET", "/ready")
             assert ready.status == 200
             assert ready.json["queues"]["src"]["reason"]
@@ -390,7 +390,7 @@ async def test_of_several_nodes_one_takes_in_and_another_goes_on(redis: RedisSer
         async with server(**tables) as second:
             assert second.node.queues is not None
             theirs = second.node.queues
-            await until(lambda: theirs.states()["src"]["state"] == "standby", within=LONG_S)
+            await until(lambda: theirs.states()["src"]["state"] == "standby")
             first.node.start_drain()
             await until_up(second.node)
             put_stream(oracle, "bull:video:events", STREAM[3:6])
@@ -448,7 +448,7 @@ async def test_events_are_read_while_queues_are_looked_for(
         await until_up(one.node)
         # From here on it never comes to an end of that, as among a billion of other keys.
         monkeypatch.setattr(bullmq.Search, "look", look)
-        await until(lambda: looks > 2, within=LONG_S)
+        await until(lambda: looks > 2)
         put_stream(oracle, "bull:video:events", STREAM[:6])
         await until_status(one.node, "video:1", "completed")
 
@@ -461,7 +461,7 @@ async def test_a_job_is_not_taken_for_a_queue(redis: RedisServer, oracle: redis_
         await until_status(one.node, "video:1", "completed")
         await until_up(one.node)
         mark: dict[str, str] = {}
-        with trio.fail_after(LONG_S):
+        with trio.fail_after(PATIENCE_S):
             while len(mark) < 2:
                 mark = json.loads(await one.node.broker.load_mark("queue:src") or "{}")
         assert mark.keys() == {"video", "later"}
@@ -476,7 +476,7 @@ async def test_large_events_are_read_a_few_at_a_time(
         oracle.xadd("bull:video:events", {"event": "completed", "jobId": job, "returnvalue": json.dumps("x" * 2000)})
     oracle.config_resetstat()
     async with server(store={"url": "memory:"}, **table(redis, "bullmq")) as one:
-        await until(lambda: len(one.node.jobs) == 100, within=LONG_S)
+        await until(lambda: len(one.node.jobs) == 100)
         # The first fifty are read together, before anybody knows; of the others two at most.
         assert oracle.info("commandstats")["cmdstat_xread"]["calls"] > 50 / 2
 
@@ -496,7 +496,7 @@ async def test_an_rq_worker_whose_clock_is_wrong(hours: int, redis: RedisServer,
         assert one.node.queues is not None
         counters = one.node.queues.sources["src"].taker.counters
         for looks in range(1, 10):
-            await until(lambda looks=looks: counters.received > looks, within=LONG_S)
+            await until(lambda looks=looks: counters.received > looks)
             beat()
         assert steps(one.node, "a") == ["processing"]
     async with server(store={"url": "memory:"}, **table(redis, "rq", poll=0.02, stalled_after=1.0)) as one:
