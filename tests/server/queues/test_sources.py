@@ -254,6 +254,7 @@ async def test_celery_results_that_came_while_nobody_listened(
         await until_up(one.node)
         oracle.publish(started["channel"], started["data"])
         await until_status(one.node, task, "processing")
+    async with server(store=store) as one:  # one that takes nothing in, and so moves no mark
         await one.node.broker.save_mark("queue:src", '{"at_ms":1000000000000}')
     for message in messages:
         if message["channel"].startswith("celery-task-meta-"):
