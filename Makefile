@@ -160,7 +160,7 @@ load: setup $(VENV)/load/.done  ## users of every kind by Locust, headless, and 
 	$(BIN)/python -m perf.scenarios $(LOAD_ARGS)
 
 locust: $(VENV)/load/.done  ## the same users with Locust's web page, against a server that runs (LOAD_ARGS="--host URL")
-	$(VENV)/load/bin/locust -f perf/locustfile.py --class-picker --host http://127.0.0.1:3000 $(LOAD_ARGS)
+	PYTHONPATH=. $(VENV)/load/bin/locust -f perf/locustfile.py --class-picker --host http://127.0.0.1:3000 $(LOAD_ARGS)
 
 bench-peers: setup peers  ## this server beside others, in one run: tables, plots, documents (ten minutes)
 	$(BIN)/pip install --quiet --editable '.[plots]'
