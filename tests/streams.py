@@ -183,8 +183,10 @@ class WebSocket:
         return await self.receive()
 
     async def subscribe(self, **fields: object) -> dict[str, Any]:
-        """Subscribe; the answer, its parts joined. It must be what comes next."""
+        """Subscribe; the answer, its parts joined. It must be what comes next, but for heartbeats."""
         answer = await self.ask("subscribe", **fields)
+        while answer["type"] == "heartbeat":
+            answer = await self.receive()
         assert answer["type"] == "subscribed", answer
         while answer.pop("more", False):
             part = await self.receive()

@@ -12,7 +12,7 @@ import trio
 
 from statuswire import job
 from statuswire.spool import Entry, Spool
-from tests.producer.workers import history, journals, record, run, settled, start, worker
+from tests.producer.workers import delivered, history, journals, record, run, settled, start, worker
 from tests.support import PATIENCE_S, server, spawned, until
 
 pytestmark = pytest.mark.slow
@@ -231,6 +231,7 @@ if __name__ == "__main__":
             at.url,
             tmp_path / "spool",
         )
+        await delivered(at.url, tmp_path / "spool")
         for number in range(3):
             assert (await record(at, f"job-{number}"))["status"] == "completed"
         assert (await record(at, "job-3"))["progress"] == 70

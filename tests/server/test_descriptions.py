@@ -136,7 +136,8 @@ async def test_every_message_that_the_server_makes_is_described() -> None:
     async with server() as at:
         document = await described(at, "/asyncapi.json")
     transports = ROOT / "server" / "transports"
-    made = {*said(transports / "websocket.py"), *said(ROOT / "server" / "publishing.py"), "error"} | ALL_TYPES
+    sources = [transports / "websocket.py", transports / "websocket_messages.py", ROOT / "server" / "publishing.py"]
+    made = {"error", *ALL_TYPES}.union(*(said(source) for source in sources))
     assert len(made) > 10
     assert made <= types_of(document, "websocket", "Says")
     assert JOBS.controls.keys() | {"snapshot"} | UPDATE_TYPES == types_of(document, "stream", "Says")

@@ -119,7 +119,8 @@ class Model:
 @pytest.mark.parametrize("seed", range(8))
 async def test_any_interleaving_gives_each_connection_each_notification_once(seed: int) -> None:
     random = Random(seed)
-    async with clean_server(auth=AUTH) as at, AsyncExitStack() as stack:
+    # No heartbeat comes in between, however long it takes.
+    async with clean_server(auth=AUTH, server={"heartbeat": 3600}) as at, AsyncExitStack() as stack:
         log: dict[int, set[str]] = {}
         stored: dict[int, None] = {}  # and not acknowledged
         open_: list[Model] = []
