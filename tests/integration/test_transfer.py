@@ -20,7 +20,7 @@ from server.app import StartError
 from server.cli import main
 from tests.redis_servers import RedisServer
 from tests.streams import event_stream, session, stream_at
-from tests.support import InProcess, server, until
+from tests.support import InProcess, server, until, until_answered
 
 pytestmark = pytest.mark.slow
 
@@ -397,7 +397,7 @@ async def test_many(store_of: Callable[[str, str], str], tmp_path: Path, source:
                 for n in range(start, start + 500)
             ]
             assert (await at.post("/api/v2/updates", updates)).json["accepted"] == 500
-        await at.get("/api/v2/jobs")
+        await until_answered(at, "/api/v2/jobs", 200)
         before = [msgspec.structs.asdict(update) for update in at.node.history.everything(0)]
         assert len(before) == 20_000
     for arguments in (("export", "--store", old, lines), ("import", "--store", new, lines)):
@@ -413,6 +413,6 @@ async def test_many(store_of: Callable[[str, str], str], tmp_path: Path, source:
         )
         assert int(done.stdout) < 80_000, arguments  # KiB, half of which is Python
     async with server(store={"url": new}) as at:
-        await at.get("/api/v2/jobs")
+        await until_answered(at, "/api/v2/jobs", 200)
         assert [msgspec.structs.asdict(update) for update in at.node.history.everything(0)] == before
         assert len(at.node.jobs) == 20_000
