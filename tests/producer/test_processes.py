@@ -105,9 +105,10 @@ async def test_a_server_that_is_restarted(tmp_path: Path) -> None:
 
 async def test_an_ending_process_sends_what_it_has(tmp_path: Path) -> None:
     async with server() as at:
-        await run("update_task('a', 40, user='u')", at.url, tmp_path)
-        await run("job('b', user='u').complete()", at.url, tmp_path)
-        await run("job('c', user='u').progress(30); sys.exit(3)", at.url, tmp_path, status=3)
+        patient = f"configure(exit_timeout={PATIENCE_S}); "
+        await run(f"{patient}update_task('a', 40, user='u')", at.url, tmp_path)
+        await run(f"{patient}job('b', user='u').complete()", at.url, tmp_path)
+        await run(f"{patient}job('c', user='u').progress(30); sys.exit(3)", at.url, tmp_path, status=3)
         assert (await record(at, "a"))["progress"] == 40
         assert (await record(at, "b"))["status"] == "completed"
         assert (await record(at, "c"))["progress"] == 30
