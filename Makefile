@@ -124,7 +124,8 @@ hostility: setup-dev system  ## every attack for ten seconds (HOSTILITY_SECONDS=
 test-offline: setup-dev system  ## pages without a network for a whole minute, of all kinds (three minutes)
 	OFFLINE_S=60 $(BIN)/pytest -q tests/web/test_failures.py -k 'offline or without_a_word'
 
-bench: bench-self bench-peers  ## measure speed: by itself, then beside others (twenty minutes of a quiet machine; see perf/README.md)
+bench:  ## measure speed: by itself, then beside others (twenty minutes of a quiet machine; see perf/README.md)
+	@$(MAKE) --no-print-directory --keep-going bench-self bench-peers
 
 bench-self: setup system  ## beside this machine's bare limit: a table, a plot (nine minutes)
 	$(BIN)/pip install --quiet --editable '.[plots]'

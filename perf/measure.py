@@ -227,7 +227,7 @@ def in_pairs(
     """Runs both by turns, who is first changing, and collects the numbers. Results hold those of `Watch`, too.
 
     When other processes took more than `UNDISTURBED` of a core, rounds are run again as long as there is patience
-    left, and those least disturbed count.
+    left, and those least disturbed count; so are rounds that failed.
     """
     pairs = _patiently(rounds, lambda index: _pair(index, ours, theirs))
     return [
@@ -271,7 +271,13 @@ def _patiently(rounds: int, run: Callable[[int], Pair]) -> list[Pair]:
     while len(pairs) < rounds or (sum(disturbed(pair) < UNDISTURBED for pair in pairs) < rounds and PATIENCE.left > 0):
         PATIENCE.wait_quiet()
         began = time.monotonic()
-        pairs.append(run(len(pairs)))
+        try:
+            pairs.append(run(len(pairs)))
+        except OSError:  # nobody was answered in time, or not everything came: that, too, may be the machine's
+            if PATIENCE.left <= 0:
+                raise
+            PATIENCE.left -= 1.0 + time.monotonic() - began
+            continue
         if len(pairs) > rounds:
             PATIENCE.left -= time.monotonic() - began
     return sorted(pairs, key=disturbed)[:rounds]
