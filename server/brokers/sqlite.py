@@ -1,4 +1,4 @@
-"""The embedded default: one file, group commit in a worker thread, shown and answered only after the commit.
+"""The embedded default: one file, group commit in a thread of its own, shown and answered only after the commit.
 
 Natural batching: while one group is being committed, the next one gathers; no timer. An idle server commits a lone
 update at once, a busy one as many together as arrived during the last commit.
@@ -159,7 +159,7 @@ class SqliteBroker(LocalBroker):
                     self._recovered()
 
     def _write(self, group: Group | None) -> None:
-        """In a worker thread: commit a group, or try whether that would work."""
+        """In the thread: commit a group, or try whether that would work."""
         if self._in_doubt:
             if self._file.last_offset() != self._kept_offset:
                 raise _DivergedError(f"{self._file.path} has another end than expected")
