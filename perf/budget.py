@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from perf.counts import FEW, MANY, WATCHED
+from perf.counts import FEW, MANY, MANY_POLLS, WATCHED
 
 HERE: Final = Path(__file__).parent
 BUDGET: Final = HERE / "budget.json"
@@ -81,12 +81,14 @@ def per_thing(sums: dict[str, int], times: dict[str, int]) -> dict[str, float]:
     if missing := times.keys() - sums.keys():
         raise BudgetError(f"no counts of {', '.join(sorted(missing))}")
     each = {name: sums[name] / number for name, number in times.items()}
-    parts = (f" {FEW}", f" {MANY}", f" {WATCHED}")
-    result = {name: value for name, value in each.items() if not name.endswith(parts)}
-    for transport in ("ws", "sse"):
-        more = each[f"{transport} {MANY}"] - each[f"{transport} {FEW}"]
-        result[f"delivery, {transport}"] = more / (MANY - FEW)
-    result["channel"] = (each[f"channels {WATCHED}"] - each[f"channels {FEW}"]) / (WATCHED - FEW)
+    result = {name: value for name, value in each.items() if not name[-1].isdigit()}
+    for name, reading, many in (
+        ("delivery, ws", "ws", MANY),
+        ("delivery, sse", "sse", MANY),
+        ("channel", "channels", WATCHED),
+        ("long-poll answer", "poll", MANY_POLLS),
+    ):
+        result[name] = (each[f"{reading} {many}"] - each[f"{reading} {FEW}"]) / (many - FEW)
     return {name: round(value, 1) for name, value in result.items()}
 
 

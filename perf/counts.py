@@ -30,10 +30,11 @@ from server.node import Node
 SECRET: Final = "a secret for a benchmark, 32 bytes or more"
 FIELDS: Final = {"userId": "bench", "status": "processing", "progress": 45, "message": "step 12 of 30"}
 JOB: Final = "bench"
-PUBLISHES, BATCH, TOGETHER, UPDATES, CONNECTIONS = 60, 100, 32, 10, 20
+PUBLISHES, BATCH, TOGETHER, UPDATES, CONNECTIONS, POLLS = 60, 100, 32, 10, 20, 2
 # Two sizes: their difference is what the readers cost, without the publish that both have.
 FEW, MANY = 20, 320
 WATCHED = 80  # jobs with a reader each
+MANY_POLLS = 120
 YARDSTICK = 60
 PATIENCE = 1000  # looks, of 2 ms each
 
@@ -104,11 +105,12 @@ class Client:
                     break
         raise RuntimeError(f"expected {expected!r} from the server, got {received[:500]!r}")
 
-    def look(self, expected: bytes) -> None:
-        """The same of what has been sent already."""
+    def look(self, expected: bytes) -> bytes:
+        """The same of what has been sent already. Gives what came."""
         received = self.socket.recv(65536)
         if expected not in received:
             raise RuntimeError(f"expected {expected!r} from the server, got {received[:500]!r}")
+        return received
 
 
 async def settle(marks: Marks) -> None:
@@ -278,6 +280,42 @@ async def channels(node: Node, port: int, marks: Marks, updates: int) -> None:
     marks.begin()
 
 
+def next_poll(client: Client, received: bytes) -> None:
+    """Ask what came behind the answer that was received."""
+    cursor = received.partition(b'"last_seen":"')[2].partition(b'"')[0].decode()
+    client.socket.send(head("GET", f"/api/v2/jobs/poll?jobIds={JOB}&last_seen={cursor}", "bench").encode())
+
+
+async def polls(node: Node, port: int, marks: Marks, readers: int, updates: int) -> None:
+    """The same to so many that poll: each answer, and the next question over the same connection."""
+    marks.rest()
+    clients = [Client(port, marks) for _ in range(readers)]
+    for client in clients:
+        next_poll(client, b"")
+        await client.take(b'"last_seen"')
+        next_poll(client, b'"last_seen":"%b:%d"' % (node.history.epoch.encode(), node.history.last))
+    publisher = Client(port, marks)
+    marks.begin()
+    for counting in (False, True):
+        if counting:
+            marks.clear()
+        for _ in range(updates if counting else 1):
+            for _ in range(PATIENCE):
+                if len(node.polls) == readers:
+                    break
+                await settle(marks)
+            await publisher.give(ONE, b"HTTP/1.1 200")
+            for client in clients:
+                next_poll(client, client.look(b"status_update"))
+            await settle(marks)
+    marks.keep(f"poll {readers}", updates)
+    marks.rest()
+    for client in (*clients, publisher):
+        client.socket.close()
+    await all_gone(node, marks)
+    marks.begin()
+
+
 def yardstick(marks: Marks, times: int) -> None:
     """What the interpreter itself costs here: requests read by h11, which is plain Python and rarely changes."""
     marks.clear()
@@ -305,6 +343,8 @@ async def everything(node: Node, port: int, marks: Marks, share: float) -> None:
         for readers in (FEW, MANY):
             await deliveries(node, port, marks, transport, readers, number(UPDATES))
     await channels(node, port, marks, number(UPDATES))
+    for readers in (FEW, MANY_POLLS):
+        await polls(node, port, marks, readers, number(POLLS))
 
 
 async def main(library: str, print_line: Callable[[str], object] = print) -> None:

@@ -35,6 +35,8 @@ _encode = msgspec.json.Encoder().encode
 class Framing(Enum):
     """How a message is put on the wire."""
 
+    __hash__ = object.__hash__  # that of ``Enum`` is a call in Python, for the same
+
     JSON = "json"  # bare message text: poll bodies, history
     WEBSOCKET = "websocket"  # RFC 6455 text frame
     WEBSOCKET_DEFLATE = "websocket-deflate"  # the same, compressed without context takeover (RFC 7692)

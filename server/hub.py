@@ -195,6 +195,10 @@ class Hub:
         """Whether publishers have to wait (``wait_room``)."""
         return self._pending_bytes > PENDING_BYTES
 
+    def urgent(self) -> bool:
+        """Whether the flusher has something to do."""
+        return self._flushing or self._wake.is_set()
+
     async def wait_room(self) -> None:
         """Hold a publisher back while the node has more to send than it can."""
         if self._pending_bytes > PENDING_BYTES:

@@ -119,6 +119,7 @@ class Node:
         )
         self.counters = Counters()
         self.hub = Hub(self.history, self.counters, self._audience, self.poller.wanted)
+        self.poller.urgent = self.hub.urgent
         self.broker: Broker
         self.shared: RedisBroker | None = None
         self.cluster: Cluster | None = None

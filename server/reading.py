@@ -158,6 +158,6 @@ def start_from(history: History, cursor: str | None) -> Start:
         return Start(None, history.offset_at(parsed.unix_ms), False)
     if isinstance(parsed, Position):
         if history.reaches(parsed):
-            return Start(str(parsed), parsed.offset, False)
-        return Start(str(parsed), None, True)
+            return Start(cursor, parsed.offset, False)
+        return Start(cursor, None, True)
     return Start(None, None, True)

@@ -135,7 +135,7 @@ class WaitingPoll(Reader, Deferred):
         # While it waited the log may have begun anew, or been trimmed past where it stood (a time may be).
         is_time = begin.given is None and begin.after is not None
         lost = node.history.epoch != self._epoch or (not is_time and after < node.history.first - 1)
-        begin = begin._replace(after=None if lost else after, lost=lost)
+        begin = Start(begin.given, None if lost else after, lost)
         return _response(node, self._question, _tell(node, self._question, begin, timed_out=late))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import ClassVar
@@ -187,6 +188,56 @@ async def test_one_that_always_wants_more_leaves_time_for_all(poller: Poller) ->
     other.far.send(b"a")
     await until(lambda: other.seen == b"a")
     del poller.peers[peer.sock.fileno()]
+
+
+@pytest.mark.parametrize(
+    ("urgent", "always_s", "run"), [(True, 3600.0, True), (False, 0.0, True), (False, 3600.0, False)]
+)
+async def test_others_run_while_there_are_turns_if_it_is_urgent_or_has_been_long(
+    poller: Poller, monkeypatch: pytest.MonkeyPatch, urgent: bool, always_s: float, run: bool
+) -> None:
+    monkeypatch.setattr(module, "YIELD_AFTER_S", 0.0)
+    monkeypatch.setattr(module, "YIELD_ALWAYS_S", always_s)
+    poller.urgent = lambda: urgent
+    passed = 0
+    passed_meanwhile: list[int] = []
+
+    async def two_hundred(data: bytes) -> bool:
+        if peer.turns == 1 or peer.turns == 200:
+            passed_meanwhile.append(passed)
+        return peer.turns < 200
+
+    peer = added(poller, two_hundred)
+    peer.far.send(b"a")
+    while peer.turns < 200:
+        await trio.lowlevel.checkpoint()
+        passed += 1
+    before, after = passed_meanwhile
+    assert after - before > 100 if run else after == before
+
+
+async def test_who_heeds_only_some_events_has_turns_for_them_alone_or_when_called(poller: Poller) -> None:
+    peer = added(poller)
+    await wait_all_tasks_blocked()
+    turns, fd = peer.turns, peer.sock.fileno()
+    poller.heed(fd, 0)
+    peer.far.send(b"a")
+    await wait_all_tasks_blocked()
+    assert peer.turns == turns
+    poller.call(fd)
+    await until(lambda: peer.turns == turns + 1)
+    poller.heed(fd, select.EPOLLRDHUP)
+    peer.far.send(b"b")
+    await wait_all_tasks_blocked()
+    assert peer.turns == turns + 1
+    peer.far.shutdown(socket.SHUT_WR)
+    await until(lambda: peer.turns > turns + 1)
+    poller.heed(fd, 0)
+    await wait_all_tasks_blocked()
+    turns = peer.turns
+    peer.far.close()  # a hang-up always counts
+    await until(lambda: peer.turns > turns)
+    del poller.peers[fd]
 
 
 async def test_a_turn_that_waits_can_be_cancelled_and_another_task_has_its_own_scopes(poller: Poller) -> None:
