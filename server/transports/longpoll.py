@@ -28,6 +28,8 @@ from server.turns import PORTION, at_once, in_turns, portions, sort
 
 # One answer holds at most about this much; the next poll gets the rest at once.
 ANSWER_BYTES: Final = 1024 * 1024
+# A question of at most so many characters is kept as it was read.
+KEPT_TARGET: Final = 2048
 # One with records of so many bytes is sent whole.
 WHOLE_BYTES: Final = 65536
 _offset = attrgetter("offset")
@@ -179,9 +181,11 @@ def _question(exchange: Exchange) -> tuple[Question, str | None]:
     Who polls asks the same again over the same connection, but for the cursor. So it is kept there as it was read.
     """
     node, identity, connection = exchange.node, exchange.caller, exchange.connection
-    before, given, rest = exchange.request.target.partition("last_seen=")
+    target = exchange.request.target
+    before, given, rest = target.partition("last_seen=")
     cursor, _, after = rest.partition("&")
     plain = given and before[-1:] in ("?", "&") and "%" not in cursor and "+" not in cursor
+    plain = plain and len(target) <= KEPT_TARGET
     # The configuration says who may join what, and how long a poll may wait.
     asked = Asked(before, after, identity, node.config) if plain else None
     if asked is not None and connection.memory is not None:
