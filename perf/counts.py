@@ -352,8 +352,8 @@ async def everything(node: Node, port: int, marks: Marks, share: float) -> None:
 async def main(library: str, print_line: Callable[[str], object] = print) -> None:
     """Everything twice: what the first time costs more (imports, caches, specialised bytecode) does not count."""
     marks = Marks(library)
-    # The flusher and the poller's leader look at a clock of their own to see whether others should run, or more may come;
-    # and on a busy machine a turn may take long enough to count as a heavy one.
+    # The flusher and the poller's leader look at a clock of their own to see whether others should run, or more may
+    # come; and on a busy machine a turn may take long enough to count as a heavy one.
     server.hub.YIELD_AFTER_S = server.poller.YIELD_AFTER_S = 3600.0  # type: ignore[misc]
     server.transports.websocket.HEAVY_TURN_S = 3600.0  # type: ignore[misc]
     server.beat.BEAT_S = 0.0  # type: ignore[misc]
