@@ -22,9 +22,10 @@ from perf.counts import FEW, MANY, MANY_POLLS, WATCHED
 
 HERE: Final = Path(__file__).parent
 BUDGET: Final = HERE / "budget.json"
-# Runs on one machine lie within 1 % of each other, whatever else it does. The same source on another build of Python
+# Runs on one machine lie within 1 % of each other, whatever else it does, but for connections: how many of them are
+# served in one pass differs, and their counts by up to 4.5 %. The same source on another build of Python
 # differs by more, and not in all its parts alike: there the yardstick takes out what it can.
-TOLERANCE: Final = 1.04
+TOLERANCE: Final = 1.06
 TOLERANCE_ELSEWHERE: Final = 1.25
 LIMIT_S: Final = 300.0
 SUMMARY: Final = re.compile(r"^desc: Trigger: Client Request: (.+?)$.*?^summary: (\d+)$", re.MULTILINE | re.DOTALL)

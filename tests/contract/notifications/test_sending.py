@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.notifying import SENDER, post, send
-from tests.streams import clean_server, cursor, session
+from tests.streams import clean_server, session
 from tests.support import InProcess, server, token
 
 
@@ -18,16 +18,17 @@ async def test_sending_over_websocket(at: InProcess) -> None:
         session(at, token=token("ann")) as ann,
     ):
         answer = await ws.ask("notification", target="user", targetId="ann", event="e", data=[1], ref=7)
+        received = await ann.receive()
+        assert received["data"] == [1]
         assert answer == {
             "type": "published",
             "accepted": 1,
             "duplicates": 0,
             "rejected": [],
             "delivered": 1,
-            "id": cursor(at),
+            "id": received["id"],
             "ref": 7,
         }
-        assert (await ann.receive())["data"] == [1]
         refused = await ann.ask("notification", target="user", targetId="app", event="e", data=1, ref=8)
         assert (refused["code"], refused["ref"]) == ("forbidden", 8)
         wrong = await ws.ask("notification", target="user", event="e", data=1, ref=9)
