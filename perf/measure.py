@@ -227,7 +227,7 @@ def in_pairs(
     """Runs both by turns, who is first changing, and collects the numbers. Results hold those of `Watch`, too.
 
     When other processes took more than `UNDISTURBED` of a core, rounds are run again as long as there is patience
-    left, and those least disturbed count; so are rounds that failed.
+    left, and those least disturbed count; those that failed are run again likewise.
     """
     pairs = _patiently(rounds, lambda index: _pair(index, ours, theirs))
     return [
