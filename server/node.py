@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from server.brokers.spooling import SpoolingBroker
     from server.callbacks import Callbacks
     from server.cluster import Cluster
-    from server.connection import Deferred
+    from server.exchange import Deferred
     from server.ingest.queues.service import Queues
     from server.ingest.service import Ingest
 

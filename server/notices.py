@@ -16,7 +16,7 @@ from protocol.update import Update
 from protocol.watch import check_parameter_id
 from server.auth import Identity
 from server.brokers.base import Accepted, Acknowledge, Notify
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.node import Node
 from server.reading import Start, missed_notices
 

@@ -12,7 +12,7 @@ from protocol.views import all_views
 from protocol.views.jobs import VIEW as JOBS
 from server.answers import Response, error_answer
 from server.auth import unauthorized
-from server.connection import Deferred, Disconnected, Exchange
+from server.exchange import Deferred, Disconnected, Exchange
 from server.node import Stream
 from server.origins import check_host, check_origin, preflight_headers
 from server.routes import descriptions, health, jobs, notices, operations, page, webhooks

@@ -12,7 +12,7 @@ import trio
 
 from protocol.views import all_views
 from server.answers import JSON, Response
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.stats import VERSION
 
 

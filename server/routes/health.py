@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.errors import ApiError
 from server.answers import Response, json_answer
-from server.connection import Exchange
+from server.exchange import Exchange
 
 
 async def health(exchange: Exchange) -> Response:

@@ -11,7 +11,7 @@ from protocol.errors import ApiError
 from protocol.fields import MAX_UPDATE, Fields, decode_fields
 from server.answers import Response, json_answer
 from server.brokers.base import Accepted, Operation, Submission
-from server.connection import Deferred, Exchange
+from server.exchange import Deferred, Exchange
 
 MAX_KEY: Final = 255
 # A disk that has not taken it by then may never; it is not known then whether it will.

@@ -15,7 +15,7 @@ from protocol.watch import EVERYTHING, parse_fields, parse_filter, user_channel,
 from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Accepted, Cancel, Claim, Delete, Publish
-from server.connection import Deferred, Exchange
+from server.exchange import Deferred, Exchange
 from server.publishing import Batch, submit, summary
 from server.reading import channel_of_job
 from server.routes.intake import (

@@ -13,7 +13,7 @@ from protocol.presence import ClientInfo, Target
 from protocol.update import format_time
 from server.answers import Response, json_answer
 from server.brokers.base import Acknowledge
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.notices import notified_user, offset_of, send
 from server.routes.intake import JSON_TYPES, idempotency_key, read_body, unsupported
 from server.routes.jobs import whole_number

@@ -9,7 +9,7 @@ import trio
 from server import stats as statistics
 from server.answers import NO_STORE, Response, json_answer
 from server.auth import CAPABILITIES
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.metrics import Sample, merged
 
 

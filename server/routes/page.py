@@ -7,7 +7,7 @@ from hashlib import sha256
 from importlib.resources import files
 
 from server.answers import Response
-from server.connection import Exchange
+from server.exchange import Exchange
 
 _SECURITY = (
     (

@@ -16,7 +16,7 @@ from protocol.view import Call, Target, View, in_words, read_update, target_of
 from protocol.watch import Filter, Watch, check_parameter_id, job_channel
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Accepted, Publish
-from server.connection import Deferred, Exchange
+from server.exchange import Deferred, Exchange
 from server.node import Stream
 from server.reading import channel_of_job
 from server.routes import intake

@@ -14,7 +14,7 @@ from protocol.signatures import check_signature, check_signed_headers
 from server.answers import Response, json_answer
 from server.auth import Identity
 from server.config import Webhook
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.notices import send
 from server.routes.intake import JSON_TYPES, position, read_body, unsupported
 

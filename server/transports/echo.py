@@ -8,7 +8,7 @@ import trio
 
 from protocol.frames import binary_frame, close_frame, deflated_text_frame, pong_frame, text_frame
 from protocol.websocket import Binary, CloseReceived, Ping, Text, WebSocketError, WebSocketReader, close_reply
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.socketio import linger, receive
 from server.transports.websocket import accept, switch_protocol
 

@@ -19,8 +19,8 @@ from server.answers import JSON, NO_STORE, Response
 from server.auth import Identity, bad_token
 from server.channel import Reader, Want
 from server.config import Config
-from server.connection import Deferred, Exchange
 from server.cursors import Client
+from server.exchange import Deferred, Exchange
 from server.node import Node
 from server.notices import check_join, owed
 from server.reading import Start, channels_for, missed_updates, over, snapshot, start_from

@@ -10,7 +10,7 @@ from protocol.notice import parse_channels, parse_username
 from protocol.notice_view import VIEW as NOTICES
 from protocol.update import Update
 from protocol.wire import Framing, WireForm, wire_form
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.ids import new_id
 from server.node import Stream
 from server.notices import check_join, notified_user, owed

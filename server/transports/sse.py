@@ -17,7 +17,7 @@ from protocol.watch import ANY, Filter, Watch, parse_watch, wants_all
 from protocol.wire import Framing, WireForm, wire_form
 from server.answers import Response
 from server.channel import Want
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.ids import new_id
 from server.node import Node, Stream
 from server.reading import Start, channels_for, live, missed_updates, over, records, snapshot, start_from

@@ -40,7 +40,7 @@ from protocol.websocket import (
 from protocol.wire import Framing, select_fields, wire_form
 from server.auth import Identity
 from server.channel import Want
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.ids import new_id
 from server.logs import log_event
 from server.node import LOG, Stream

@@ -22,7 +22,7 @@ import trio
 
 from protocol.sse import encode_event
 from server.answers import Response
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.routes import ROUTES, Route
 from server.transports.sse import HEADERS
 from tests.conformance.results import Results

@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from server.answers import Response
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.routes import ROUTES, Route
 from tests.conformance.http1_corpus import GROUPS, MAX_BODY, MAX_LINE, OK, SENTINEL, Case
 from tests.conformance.results import Results

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from server.answers import Response
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.routes import ROUTES, Route
 from tests.conformance.http1_corpus import GROUPS, HIDDEN, MAX_BODY, get
 from tests.hostility.attacks import UPGRADE, message

@@ -12,7 +12,7 @@ from protocol.errors import ApiError
 from protocol.fields import MAX_UPDATE
 from protocol.http1 import MAX_HEADER_SECTION, MAX_REQUEST_LINE
 from server.answers import JSON, Response
-from server.connection import Exchange
+from server.exchange import Exchange
 from server.routes import ROUTES, Route
 from tests.support import AUTH, Ended, bearer, request_bytes, server, until
 
