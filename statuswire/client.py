@@ -28,6 +28,9 @@ MAX_REQUEST: Final = 1024 * 1024
 # The thread ends when it had nothing to do for so long: a process with one thread forks more safely.
 IDLE_S: Final = 5.0
 ADOPT_EVERY_S: Final = 60.0
+# A request that is under way when the client is closed may still be answered for so long, in seconds, before it is
+# broken off: httpx does not close a connection that is just being made.
+LAST_ANSWER_S: Final = 0.5
 # That a job waits may be heard after its worker said that it has begun, or even ended.
 LATE: Final = frozenset(("bad_transition", "job_ended", "stale_attempt"))
 MAX_ADOPTED: Final = 10_000
@@ -170,10 +173,11 @@ class Client:
             thread = self._thread
             self._stopping = thread is not None
             self._news.notify_all()
-        self.transport.close()  # which also breaks off a request
         if thread is not None:
+            thread.join(LAST_ANSWER_S)
+            self.transport.close()  # which also breaks off a request
             thread.join(1.0)
-            self.transport.close()
+        self.transport.close()
         with self._lock:
             if self._spool is not None and not self._outbox.ends:
                 self._spool.close()
