@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -238,7 +239,8 @@ async def _publish(session: Session, message: PublishMessage) -> None:
         hand_over(session)
     if session.unanswered > MAX_UNANSWERED:
         hand_over(session)
-        await batch.submission.wait_kept()
+        with suppress(ApiError):  # ``_answer`` has said it
+            await batch.submission.wait_kept()
 
 
 def hand_over(session: Session) -> None:

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import trio.testing
 
 from server.brokers.sqlite import SqliteBroker
 from server.routes import intake
+from server.transports.websocket_messages import MAX_UNANSWERED
 from tests.server.brokers.disks import BIG, Held
-from tests.streams import clean_server, connect, reset_connection
+from tests.streams import clean_server, connect, reset_connection, session
 from tests.support import Http, InProcess, request_bytes, until
 
 TARGET = "/api/v2/jobs/{}/updates"
@@ -146,6 +148,26 @@ async def test_a_commit_that_fails_is_a_503_for_each(tmp_path: Path) -> None:
         database.execute("PRAGMA max_page_count = 1000000")
         await one.send(request_bytes("POST", TARGET.format("a"), body={"userId": "u"}))
         assert (await one.answer()).json["version"] == 1
+
+
+async def test_a_websocket_that_is_ahead_of_a_disk_that_fails_is_told_once_of_each(tmp_path: Path) -> None:
+    async with slow(tmp_path) as it, session(it.at) as ws:
+        (reader,) = it.at.node.streams
+
+        def is_ahead(by: int) -> bool:
+            return reader.unanswered == by  # type: ignore[attr-defined,no-any-return]
+
+        for number in range(MAX_UNANSWERED + 1):  # the last of them waits
+            await ws.send("publish", ref=number, updates=[{"jobId": "a", "userId": "u", "metadata": BIG}])
+            await until(partial(is_ahead, number + 1))
+        await ws.send("ping", ref="last")
+        database = it.broker._file._db
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        it.go.set()
+        answers = await ws.messages(MAX_UNANSWERED + 2)
+        assert [answer["ref"] for answer in answers] == [*range(MAX_UNANSWERED + 1), "last"]
+        assert {answer["type"] for answer in answers[:-1]} == {"error"}
 
 
 async def test_a_disk_that_takes_too_long_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
