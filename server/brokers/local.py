@@ -398,7 +398,8 @@ class LocalBroker(ABC):
                 raise too_many_jobs(self._jobs.max_jobs)
             self._group.taken.append(oldest)
             job_id = oldest.latest.job_id
-            if job_id not in self._working:  # else it was reopened or deleted since
+            job = self._working.get(job_id, oldest)
+            if job is not None and job.latest is oldest.latest:  # else it was reopened or deleted since
                 self._add_silent(job_id, None)
                 self._group.forgotten.append(oldest.created)
                 self._count -= 1

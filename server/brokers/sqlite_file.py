@@ -329,7 +329,7 @@ class SqliteFile:
         trims = bool(items) and self._is_to_trim(items[-1].latest)
         upto = self._trimmable(items[-1].latest, len(items)) if trims else 0
         settles = (
-            bool(group.silent)  # what has no entry is in no log
+            bool(group.silent or group.forgotten)  # what has no entry is in no log
             or upto > self._settled
             or len(self._unsettled) + len(changes) > _UNSETTLED_JOBS
             or last - self._settled > _UNSETTLED_ENTRIES

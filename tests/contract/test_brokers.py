@@ -322,6 +322,17 @@ async def test_old_ended_jobs_make_room(store: str, tmp_path: Path) -> None:
         assert isinstance(results[1], ApiError)
 
 
+async def test_an_ended_parent_makes_room_while_its_parts_go_on(store: str, tmp_path: Path) -> None:
+    async with running(store, tmp_path / "room.db", max_jobs=2) as rig:
+        await rig.accept(publish("p", userId="u"))
+        await rig.accept(publish("q", userId="u", parentId="p"))
+        await rig.accept(publish("p", status="completed"))
+        # p has other sums, and then goes.
+        results = await rig.decide(publish("q", progress=5), publish("r", userId="u"))
+        assert all(isinstance(result, Accepted) for result in results), results
+        assert sorted(rig.jobs.jobs) == ["q", "r"]
+
+
 async def test_leases_stall_then_fail(rig: Rig) -> None:
     shown = trio.Event()
     statuses: list[str] = []

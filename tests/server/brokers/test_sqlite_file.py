@@ -128,6 +128,25 @@ async def test_the_log_is_not_trimmed_of_what_the_table_has_not(path: Path) -> N
         assert again.record("b")["version"] == 1000
 
 
+async def test_a_job_that_made_room_and_came_back_in_the_same_group(path: Path) -> None:
+    """The first one is in no entry that says that it is gone."""
+    async with running("sqlite", path, max_jobs=3) as rig:
+        await rig.accept(publish("a", userId="u", status="completed", stage="first"))
+        await rig.decide(publish("b", userId="u"), publish("c", userId="u"))
+    async with running("sqlite", path, max_jobs=3) as rig:
+        await rig.decide(publish("d", userId="u"), Delete("b"), publish("a", userId="u", stage="second"))
+        assert rig.record("a")["stage"] == "second"
+        before = shown(rig)
+        copy = crashed(path, "copy.db")
+    async with running("sqlite", copy, max_jobs=3) as rig:
+        assert shown(rig) == before
+        await rig.accept(Delete("a"))
+        before = shown(rig)
+    async with running("sqlite", copy, max_jobs=3) as rig:
+        assert rig.jobs.get("a") is None
+        assert shown(rig) == before
+
+
 async def test_more_entries_than_a_row_has(path: Path) -> None:
     number = 2 * sqlite_formats.ENTRIES_PER_ROW + 7
     async with running("sqlite", path) as rig:
