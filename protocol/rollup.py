@@ -11,10 +11,12 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from protocol.update import COMPLETED, ENDED, FAILED, QUEUED, STALLED, Job, Parts
+from protocol.update import COMPLETED, ENDED, FAILED, QUEUED, STALLED, Job, Parts, Private
 
 WEIGHT_UNIT: Final = 1_000_000
 _PROGRESS_UNIT: Final = 1_000_000
+_LOW_BITS: Final = 62
+_LOW: Final = (1 << _LOW_BITS) - 1
 
 
 class PartSteps(msgspec.Struct):
@@ -54,7 +56,8 @@ def share_of(part: Job) -> Share:
 def moved(parts: Parts | None, before: Job | None, after: Job | None) -> Parts | None:
     """The sums after one part changed: ``before`` is None for a new part, ``after`` for a deleted one."""
     sums = parts or Parts()
-    weight, weighted, total, done, failed = sums.weight, sums.weighted, sums.total, sums.done, sums.failed
+    weight, weighted = _weights(sums)
+    total, done, failed = sums.total, sums.done, sums.failed
     for part, sign in ((before, -1), (after, 1)):
         if part is not None:
             share = share_of(part)
@@ -63,13 +66,29 @@ def moved(parts: Parts | None, before: Job | None, after: Job | None) -> Parts |
             total += sign
             done += sign * share.done
             failed += sign * share.failed
-    return Parts(weight, weighted, total, done, failed) if total > 0 else None
+    if total <= 0:
+        return None
+    high = weight >> _LOW_BITS, weighted >> _LOW_BITS
+    return Parts(weight & _LOW, weighted & _LOW, total, done, failed, *high)
+
+
+def _weights(parts: Parts) -> tuple[int, int]:
+    """Its ``weight`` and ``weighted`` with all their bits."""
+    return parts.weight + (parts.weight_high << _LOW_BITS), parts.weighted + (parts.weighted_high << _LOW_BITS)
+
+
+def fitted(private: Private) -> Private:
+    """With sums as stores take them, where an older version had each in one number, however large."""
+    if private.parts is None:
+        return private
+    return msgspec.structs.replace(private, parts=moved(private.parts, None, None))
 
 
 def mean_progress(parts: Parts) -> int | float:
     """The weighted mean, rounded half up to two decimals; whole numbers as int."""
-    unit = parts.weight * _PROGRESS_UNIT
-    hundredths = (200 * parts.weighted + unit) // (2 * unit)
+    weight, weighted = _weights(parts)
+    unit = weight * _PROGRESS_UNIT
+    hundredths = (200 * weighted + unit) // (2 * unit)
     return hundredths // 100 if hundredths % 100 == 0 else hundredths / 100
 
 

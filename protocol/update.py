@@ -108,11 +108,12 @@ class Parts(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """Sums over a parent's parts; whole numbers, so that adding and removing is exact in any order.
 
     Attributes:
-        weight: sum of the weights, in millionths.
-        weighted: sum of weight times progress, in millionths of each.
+        weight: sum of the weights, in millionths; its lower 62 bits.
+        weighted: sum of weight times progress, in millionths of each; likewise.
         total: number of parts.
         done: completed parts.
         failed: failed and cancelled parts.
+        weight_high, weighted_high: the bits above: the largest weight makes 77 of them, and stores have 64 in a number.
     """
 
     weight: int = 0
@@ -120,6 +121,8 @@ class Parts(msgspec.Struct, array_like=True, gc=False, frozen=True):
     total: int = 0
     done: int = 0
     failed: int = 0
+    weight_high: int = 0
+    weighted_high: int = 0
 
 
 class Private(msgspec.Struct, array_like=True, gc=False, frozen=True):

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from protocol.rollup import fitted
 from protocol.update import ENDED, JOB_DELETED, Job, Private, Update
 
 SCHEMA_VERSION: Final = 3
@@ -77,7 +78,7 @@ def _packed(db: sqlite3.Connection) -> None:
         newest = entries[-1].latest
         db.execute("INSERT INTO log VALUES (?, ?, ?)", (newest.offset, newest.at_ms, pack(entries)))
     for created, private, *row in db.execute(f"SELECT created, private, {columns} FROM old_jobs"):
-        job = Job(_old_update((*row, None)), created, msgspec.json.decode(private, type=Private))
+        job = Job(_old_update((*row, None)), created, fitted(msgspec.json.decode(private, type=Private)))
         db.execute("INSERT INTO jobs VALUES (?, ?)", (created, pack(job)))
     db.execute("DROP TABLE old_log")
     db.execute("DROP TABLE old_jobs")

@@ -21,6 +21,7 @@ from typing import IO, Any, Final, NamedTuple
 import msgspec
 from msgspec import Raw
 
+from protocol.rollup import fitted
 from protocol.update import Job, Private, Update
 
 FORMAT: Final = 1
@@ -175,7 +176,7 @@ class Reader:
                 if name == "job":
                     line = msgspec.json.decode(raw, type=_JobLine)
                     self.jobs += 1
-                    yield Job(_update(line.latest), line.created, line.private)
+                    yield Job(_update(line.latest), line.created, fitted(line.private))
                 elif name == "update":
                     update = _update(raw)
                     if not offset < update.offset <= self.header.offset:

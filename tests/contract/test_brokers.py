@@ -282,6 +282,18 @@ async def test_parts_and_parents_stand_together_in_the_log(rig: Rig) -> None:
     assert (await rig.refuse(publish("x", userId="v", parentId="p"))).code == "parent_not_found"
 
 
+async def test_parts_of_the_largest_weight(rig: Rig) -> None:
+    """Their sums have more bits than a number of msgpack's."""
+    await rig.accept(publish("p", userId="u"))
+    await rig.accept(publish("q", userId="u", parentId="p", weight=1e9, status="completed"))
+    await rig.accept(publish("r", userId="u", parentId="p", weight=1e9, progress=50))
+    assert rig.record("p")["progress"] == 75
+    await rig.accept(Delete("q"))
+    assert rig.record("p")["progress"] == 50
+    await rig.accept(Delete("r"))
+    assert rig.jobs.jobs["p"].private.parts is None
+
+
 async def test_a_parent_that_is_made_again_in_the_same_batch(rig: Rig) -> None:
     results = await rig.decide(
         publish("p", userId="u", stage="first"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -230,6 +231,23 @@ async def test_a_file_of_the_second_format_is_brought_up(path: Path, tmp_path: P
         after = shown(rig)
     async with running("sqlite", path) as rig:
         assert shown(rig) == after
+
+
+async def test_sums_that_the_second_format_had_in_one_number(path: Path) -> None:
+    async with running("memory", path) as rig:
+        await rig.accept(publish("p", userId="u"))
+        await rig.accept(publish("q", userId="u", parentId="p", weight=1e9, progress=40))
+        in_the_second_format(path, rig)
+        before = shown(rig)
+        private = rig.jobs.jobs["p"].private
+    assert private.parts is not None
+    large = msgspec.json.encode([*msgspec.structs.astuple(private)[:5], [10**15, 40 * 10**21, 1, 0, 0]])
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE jobs SET private = ? WHERE job_id = 'p'", (large,))
+    async with running("sqlite", path) as rig:
+        assert shown(rig) == before
+        await rig.accept(publish("q", progress=60))
+        assert rig.record("p")["progress"] == 60
 
 
 async def test_a_file_of_the_first_format_is_brought_up(path: Path) -> None:
