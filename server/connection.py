@@ -273,9 +273,9 @@ class Connection(Peer):
             if not self._heeds or not is_now & select.POLLRDHUP:
                 return _WAIT
         # It waits for its answer, or nobody is there any more: that shows only when something is sent. So the answer
-        # begins now; who is gone resets the connection.
+        # begins now, unless something is on its way still; who is gone resets the connection.
         self._heed(0)
-        if deferred.headers is None:
+        if deferred.headers is None or not condition(self.sock) & select.POLLOUT:
             return _WAIT
         headers = [*deferred.exchange.headers(), *deferred.headers]
         head = self.http.start_stream(200, headers, close=self.node.draining)

@@ -119,7 +119,7 @@ def all_acknowledged(sock: Socket) -> bool:
 
 def condition(sock: Socket) -> int:
     """What the kernel says of a connection: ``POLLRDHUP`` if the peer says no more, ``POLLHUP`` or ``POLLERR`` if it
-    is gone, and others (see poll(2))."""
+    is gone, ``POLLOUT`` if there is room for some kilobytes (see poll(2))."""
     asked = select.poll()
-    asked.register(sock.fileno(), select.POLLRDHUP)
+    asked.register(sock.fileno(), select.POLLRDHUP | select.POLLOUT)
     return next((events for _, events in asked.poll(0)), 0)
