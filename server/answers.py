@@ -60,7 +60,7 @@ class Shared:
         return self._kept.get(key) if moment == self._moment else None
 
     def keep(self, moment: object, key: object, told: object, size: int) -> None:
-        """Keep it; ``size`` in bytes."""
+        """Keep it; ``size`` in bytes, with that of its key."""
         self._size += size
         if moment != self._moment or self._size > SHARED_BYTES:
             self._moment = moment

@@ -30,6 +30,9 @@ from server.turns import PORTION, at_once, in_turns, portions, sort
 ANSWER_BYTES: Final = 1024 * 1024
 # A question of at most so many characters is kept as it was read.
 KEPT_TARGET: Final = 2048
+# What a question takes with an answer that is kept, and each of its names besides the letters.
+QUESTION_BYTES: Final = 1024
+NAME_BYTES: Final = 100
 # One with records of so many bytes is sent whole.
 WHOLE_BYTES: Final = 65536
 _offset = attrgetter("offset")
@@ -56,6 +59,7 @@ class Question(NamedTuple):
         hearing: the notifications.
         timeout: seconds to wait for news.
         client: whose cursor to remember, if anybody's.
+        size: what keeping the question takes, about, in bytes.
     """
 
     watch: Watch
@@ -63,6 +67,7 @@ class Question(NamedTuple):
     hearing: Hearing
     timeout: float
     client: Client | None
+    size: int
 
 
 class Asked(NamedTuple):
@@ -201,7 +206,8 @@ def _question(exchange: Exchange) -> tuple[Question, str | None]:
     client: Client | None = None
     if client_id is not None:
         client = Client(identity.user, client_id, _digest([*names, *hearing.names], watch.filter))
-    question = Question(watch, names, hearing, timeout, client)
+    size = QUESTION_BYTES + sum([NAME_BYTES + len(name) for name in chain(names, watch.filter.kinds or ())])
+    question = Question(watch, names, hearing, timeout, client, size)
     connection.memory = None if asked is None else (asked, question)
     return question, query.get("last_seen")
 
@@ -255,7 +261,7 @@ def _tell(node: Node, question: Question, begin: Start, *, timed_out: bool = Fal
             return kept
     told = _told(node, question, begin, at_once(_collect(node, question, begin)), timed_out=timed_out)
     if key is not None and isinstance(told.body, bytes):
-        node.told.keep(moment, key, told, len(told.body))
+        node.told.keep(moment, key, told, question.size + len(told.body))
     return told
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from server import answers
 from server.app import drain
 from server.transports import longpoll
 from server.transports.longpoll import WaitingPoll
@@ -162,6 +163,31 @@ async def test_who_reads_nothing_of_a_late_answer_is_given_up() -> None:
         assert not at.node.cursors._cursors, "what was not sent was not seen"
 
 
+async def test_who_half_closes_while_the_socket_is_full_gets_the_answer() -> None:
+    """There is no room for the head that would show who is gone; that is no reason to let go of who is not."""
+    async with clean_server() as at, connect(at) as http:
+        await begin(at, http)
+        (waiting,) = at.node.polls
+        connection = waiting.exchange.connection
+        sock: socket.socket = connection.sock  # type: ignore[assignment]
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
+        filled = 0
+        with suppress(BlockingIOError):
+            while True:
+                filled += sock.send(bytes(1024))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # what is acknowledged a moment later makes no room
+        half_close(http)
+        await until(lambda: connection._heeds == 0 or not at.node.polls)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
+        put(at, "j", progress=5)
+        await until(lambda: not at.node.polls)
+        text = await http.rest()
+        assert text[:filled] == bytes(filled)
+        head, _, body = text[filled:].partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), text[filled:]
+        assert json.loads(body)["updates"][0]["progress"] == 5
+
+
 async def test_the_last_answer_of_a_connection_closes_it() -> None:
     async with clean_server() as at, connect(at) as http:
         await begin(at, http, Connection="close")
@@ -249,6 +275,23 @@ async def test_polls_that_wait_for_the_same_are_told_the_same_and_others_what_is
     assert answers[0].headers["x-request-id"] != answers[1].headers["x-request-id"]
     assert "message" in answers[0].json["updates"][0]
     assert set(answers[3].json["updates"][0]) == {"type", "id", "jobId", "status", "version", "progress"}
+
+
+async def test_what_is_kept_for_others_is_bounded_with_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer of a hundred bytes may be to a question of a hundred kilobytes."""
+    bound = 300_000
+    monkeypatch.setattr(answers, "SHARED_BYTES", bound)
+    async with clean_server() as at, connect(at) as http:
+        put(at, "j")
+        await http.request("GET", f"{POLL}?timeout=0&last_seen={at.node.history.epoch}:1&jobIds=j")
+        kept = at.node.told._kept
+        assert kept
+        for number in range(20):
+            for name in ("jobIds", "kind"):
+                words = ",".join(f"{number}.{count}.{'x' * 50}" for count in range(500))
+                target = f"{POLL}?timeout=0&last_seen={at.node.history.epoch}:1&{name}={words}"
+                assert jobs(await http.request("GET", target)) == []
+                assert sum(len(repr(key)) for key in kept) <= bound
 
 
 async def test_the_same_connection_may_ask_for_something_else() -> None:
