@@ -96,7 +96,7 @@ class Hub:
         # each do not: there, looking for what others have encoded would cost a microsecond for nothing.
         self._overlapping = False
         self._sharing = False
-        self._soon: list[Callable[[], object]] = []
+        self._soon: list[tuple[Reader, Callable[[], object]]] = []
         self._beat = Beat()
         self._due = 0.0  # while a flush is put off, until when
         self._wake = trio.Event()
@@ -185,9 +185,10 @@ class Hub:
         elif not self._flushing:
             self.flushed = update.offset
 
-    def soon(self, callback: Callable[[], object]) -> None:
-        """Call back when those are through who run now, before the next flush. It must not wait nor raise."""
-        self._soon.append(callback)
+    def soon(self, reader: Reader, callback: Callable[[], object]) -> None:
+        """Call back for a reader when those are through who run now, before the next flush. It must not wait; if it
+        raises, that ends this reader."""
+        self._soon.append((reader, callback))
         self._wake.set()
 
     @property
@@ -232,8 +233,11 @@ class Hub:
 
     def _call_soon(self) -> None:
         soon, self._soon = self._soon, []
-        for callback in soon:
-            callback()
+        for reader, callback in soon:
+            try:
+                callback()
+            except Exception as error:
+                _end(reader, error)
 
     async def _gather(self, seconds: float) -> None:
         """Put a flush off. What comes after these seconds ends that, or soon after them the clock."""

@@ -257,7 +257,7 @@ def _answer(session: Session, gathered: Gathered, error: ApiError | None) -> Non
     session.unanswered -= len(gathered)
     if session.unanswered and not session.corked:  # others were kept with it, most likely
         session.corked = True
-        session.hub.soon(session.uncork)
+        session.hub.soon(session, session.uncork)
     node, message = session.node, session.form.message
     if error is not None:
         answers = [message(error_message(error, ref)) for _, ref in gathered]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import trio
@@ -164,6 +165,25 @@ async def test_whatever_goes_wrong_with_one_reader_ends_that_one(
         bench.hub.leave(good)
 
 
+async def test_what_is_to_be_done_soon_may_fail_for_one_reader_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = bench.reader("j/a"), bench.reader("j/a")
+
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    with caplog.at_level(logging.ERROR):
+        bench.hub.soon(bad, fail)
+        bench.hub.soon(good, partial(good.sent.append, b"soon "))
+        await wait_all_tasks_blocked()
+    assert bad.ended
+    assert "delivery_failed" in caplog.text
+    bench.next()
+    await wait_all_tasks_blocked()
+    assert good.sent == [b"soon ", b"e:1 "]
+
+
 async def test_the_flusher_yields_within_a_channel(bench: Bench, impatient: None) -> None:
     """Others run while a large channel is served, and may come and go meanwhile."""
     readers = [bench.reader("j/a") for _ in range(50)]
@@ -252,7 +272,7 @@ async def test_flushes_to_several_channels_are_put_off_to_the_beat(bench: Bench,
         bench.next(job)
     await wait_all_tasks_blocked()
     bench.next("a")
-    bench.hub.soon(lambda: called.append(1))  # nor is this
+    bench.hub.soon(a, partial(called.append, 1))  # nor is this
     await wait_all_tasks_blocked()
     assert (len(a.sent), b.sent, called) == (2, [], [1])
     assert bench.hub.given() == 2  # nobody's cursor passes what waits
