@@ -71,3 +71,4 @@ class StoreThread:
             call()
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(trio.lowlevel.reschedule, call.task)
+            del call  # what it was about need not stay until the next one comes
