@@ -117,7 +117,7 @@ class SqliteFile:
         self.path = path
         self.max_updates = max_updates
         self.max_age = max_age
-        self._first = 1  # lowest offset in the log, or lower
+        self._first = 1  # near the lowest offset in the log, whose rows go whole
         self._last = 0  # highest offset that was written
         self._trimmed_at = 0.0  # time.monotonic()
         self._settled = 0  # the offset as of which the table has every job

@@ -354,9 +354,10 @@ class Session(LiveReader):
             if self.identity is not None and self.node.limits.on_messages:
                 await self.node.limits.check_message(self.identity.user, trio.current_time())
             message = decode_client_message(text)
-            if self.corked and not isinstance(message, PublishMessage):
+            if not isinstance(message, PublishMessage):
                 hand_over(self)
-                self.uncork()
+                if self.corked:
+                    self.uncork()
             if self.identity is None and not isinstance(message, AuthMessage):
                 raise ApiError(401, "unauthorized", 'send {"type":"auth","token":…} first')
             await HANDLERS[type(message)](self, message)

@@ -237,7 +237,7 @@ async def _publish(session: Session, message: PublishMessage) -> None:
         session.gathered.append((batch, message.ref))
     if not session.corked or len(session.gathered) >= MOST_GATHERED:
         hand_over(session)
-    if session.unanswered > MAX_UNANSWERED:
+    if session.unanswered + len(session.gathered or ()) > MAX_UNANSWERED:
         hand_over(session)
         with suppress(ApiError):  # ``_answer`` has said it
             await batch.submission.wait_kept()
