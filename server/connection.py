@@ -27,6 +27,7 @@ from server.logs import log_event
 from server.node import LOG, Node
 from server.poller import Peer
 from server.socketio import RECEIVE_BYTES, Socket, condition, linger, receive, send_all
+from server.turns import next_turn
 from server.wheel import Timer
 
 # A body that comes in pieces is sent in portions of this much at least, its head with the first.
@@ -468,7 +469,7 @@ class Connection(Peer):
                     await self.send(data)
                     data = b""
                 if perf_counter() > until:
-                    await trio.lowlevel.checkpoint()
+                    await next_turn()
                     until = perf_counter() + TURN_S
             await self.send(data + http.end_stream())
         if response.then is not None:
