@@ -20,6 +20,8 @@ _REPAIR_S: Final = 10.0
 # Results that are looked at after a gap, for tasks that came and went meanwhile.
 _MAX_SCANNED: Final = 20_000
 _AT_ONCE: Final = 200
+# Of what goes on being said meanwhile, not more than so much is waited for.
+_ROUNDS: Final = 10
 # Workers whose signs of life are noted; the longest unheard go first.
 _MAX_WORKERS: Final = 10_000
 # Of those the ones that are in the mark.
@@ -53,26 +55,30 @@ class Celery(Source):
             elsewhere = Heard(config.events_url, [f"/{database}{EVENT_MARK}*"])
         else:
             patterns.append(events)
-        heard = Heard(config.url, patterns)
+        self._heard = [Heard(config.url, patterns)]
+        if elsewhere is not None:
+            self._heard.append(elsewhere)
+        self._at_ms = round(time.time() * 1000)
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(heard.listening())
-            if elsewhere is not None:
-                await stack.enter_async_context(elsewhere.listening())
+            for heard in self._heard:
+                await stack.enter_async_context(heard.listening())
             await self._catch_up(client)
             next_repair = trio.current_time() + _REPAIR_S
             self.well()
             while True:
-                messages = await heard.take(_WAIT_S if elsewhere is None else 0.05)
-                if elsewhere is not None:
-                    messages += await elsewhere.take(0.05)
-                at_ms = round(time.time() * 1000)
-                told = [one for channel, payload in messages for one in self._hear(channel, payload, at_ms)]
-                await self._take(told)
+                await self._listen(_WAIT_S if elsewhere is None else 0.05)
                 if trio.current_time() >= next_repair:
                     next_repair = trio.current_time() + _REPAIR_S
                     await self._repair(client)
-                await self.save_mark(msgspec.json.encode(Mark(at_ms, self._attended())).decode())
+                await self.save_mark(msgspec.json.encode(Mark(self._at_ms, self._attended())).decode())
                 await self._look_for_the_dead()
+
+    async def _listen(self, seconds: float) -> bool:
+        """Take in what was said, waiting so long for something. False if there was nothing."""
+        messages = [message for heard in self._heard for message in await heard.take(seconds)]
+        self._at_ms = at_ms = round(time.time() * 1000)
+        await self._take([one for channel, payload in messages for one in self._hear(channel, payload, at_ms)])
+        return bool(messages)
 
     def _hear(self, channel: str, payload: bytes, at_ms: int) -> list[Told]:
         if channel.startswith(self._results):
@@ -129,10 +135,14 @@ class Celery(Source):
         await self._read(client, [one.job for one in self.taker.open.values()], 0)
 
     async def _read(self, client: Client, tasks: list[str], since_ms: int) -> None:
+        """Take in what is kept of tasks. What was said before it was read comes first, as it is older."""
         now_ms = round(time.time() * 1000)
         for start in range(0, len(tasks), _AT_ONCE):
             part = tasks[start : start + _AT_ONCE]
             answers = await ask(client, [("GETRANGE", self._results + task, 0, MAX_READ) for task in part])
+            for _ in range(_ROUNDS):
+                if not await self._listen(0):
+                    break
             told: list[Told] = []
             for task, data in zip(part, answers, strict=True):
                 one = read_result(data or b"", now_ms, self._user, results=self.config.results, large=task)
@@ -141,6 +151,7 @@ class Celery(Source):
                 # A state that is kept is no new one: that it was to be tried again, say, has been counted.
                 if one.word == "RETRY":
                     continue
+                one.seen.unsure = True
                 if one.seen.status in ENDED or not self.taker.is_silent("", one.seen.job):
                     told.append(one)
             await self._take(told)

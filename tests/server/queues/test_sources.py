@@ -244,6 +244,43 @@ async def test_celery_from_results_and_events(redis: RedisServer, oracle: redis_
         assert "Traceback" not in json.dumps(found)
 
 
+async def test_of_celery_what_was_said_before_a_result_was_read_is_older(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry and what came behind it, published and kept in the moment before the kept results are looked at."""
+
+    def say(state: str, value: dict[str, object]) -> None:
+        result = {"status": state, "result": value, "traceback": None, "children": [], "task_id": "a"}
+        oracle.set("celery-task-meta-a", json.dumps(result))
+        oracle.publish("celery-task-meta-a", json.dumps(result))
+
+    async def late(client: Any, commands: Any) -> Any:
+        while reports:
+            say(*reports.pop(0))
+        return await ask(client, commands)
+
+    ask, reports = celery.ask, list[tuple[str, dict[str, object]]]()
+    monkeypatch.setattr(celery, "ask", late)
+    monkeypatch.setattr(celery, "_REPAIR_S", 0.1)
+    async with server(store={"url": "memory:"}, **table(redis, "celery")) as at:
+        await until_up(at.node)
+        say("STARTED", {})
+        say("PROGRESS", {"current": 50, "total": 100})
+        await until(lambda: shown(at.node, "a").get("progress") == 50)
+        retry = ("RETRY", {"exc_type": "ValueError", "exc_message": ["once more"]})
+        reports += [
+            retry,
+            ("STARTED", {}),
+            ("PROGRESS", {"percent": 25}),
+            ("PROGRESS", {"percent": 60}),
+            ("SUCCESS", {}),
+        ]
+        await until_status(at.node, "a", "completed")
+        updates = [json.loads(update.body) for update in at.node.history.of_job("a", 0)]
+        seen = [update["progress"] for update in updates if update["attempt"] == 2]
+        assert [number for number, _ in itertools.groupby(seen)] == [50, 25, 60, 100]
+
+
 async def test_celery_results_that_came_while_nobody_listened(
     redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path
 ) -> None:
