@@ -187,10 +187,11 @@ class Trouble:
                 self.nodes += [other, victim]
 
                 async def kill() -> None:
-                    assert source.taker.counters.accepted == 0
+                    # Some, if the victim was starved for so long that its turn ran out.
+                    before = source.taker.counters.accepted
                     victim.signal(signal.SIGKILL)
                     killed = time.monotonic()
-                    await until(lambda: source.taker.counters.accepted)
+                    await until(lambda: source.taker.counters.accepted > before)
                     self.handover_s = time.monotonic() - killed
                     await victim.exit_status()
                     self.nodes[:] = [other]
