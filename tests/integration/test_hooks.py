@@ -48,6 +48,7 @@ def workers(tmp_path: Path, redis: RedisServer, url: str, *packages: Path) -> It
     with processes(
         tmp_path,
         piped=True,
+        grace_s=15.0,
         PYTHONPATH=":".join(map(str, (*packages, HERE, ROOT))),
         QUEUE_URL=f"{redis.url}/0",
         STATUSWIRE_URL=url,
