@@ -85,7 +85,7 @@ _decode = msgspec.json.Decoder(Record).decode
 _encode = msgspec.json.Encoder().encode
 
 # Records as they were last encoded, by job, with their text: who has just reported reports again, and reading the text
-# is a sixth of an update. A text that is another object is another state (a store lost one, another node made one).
+# is a sixth of an update. Another text is another state (a store lost one, another node made one).
 _recent: dict[str, tuple[bytes, Record]] = {}
 _MOST_RECENT: Final = 1024
 _RECENT_BYTES: Final = 2048  # larger ones are read again: all of these are some 3 MB
@@ -95,7 +95,7 @@ def _take(job: Job) -> Record:
     """The job's record, the caller's to change."""
     latest = job.latest
     known = _recent.pop(latest.job_id, None)
-    if known is not None and known[0] is latest.body:
+    if known is not None and known[0] == latest.body:
         return known[1]
     return _decode(latest.body)
 
@@ -109,8 +109,10 @@ def _remember(job_id: str, body: bytes, record: Record) -> None:
 
 
 def record_of(job: Job) -> Record:
-    """The job's record, typed."""
-    return _decode(job.latest.body)
+    """The job's record, typed; not to be changed, nor kept until its next update."""
+    latest = job.latest
+    known = _recent.get(latest.job_id)
+    return known[1] if known is not None and known[0] == latest.body else _decode(latest.body)
 
 
 def is_repeat(job: Job, fields: Fields) -> bool:

@@ -23,6 +23,8 @@ EXIT_NOT_FOUND: Final = 127
 EXIT_NOT_EXECUTABLE: Final = 126
 # A line without an end is looked at in pieces.
 _LINE: Final = 8192
+# Progress bars write over themselves with carriage returns.
+_END: Final = re.compile(rb"[\r\n]")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CANCEL_EVERY_S: Final = 0.5
 
@@ -97,37 +99,32 @@ class _Last:
 
 def _read(stream: IO[bytes] | None, out: IO[bytes], handle: Job, pattern: re.Pattern[str], last: _Last) -> None:
     assert stream is not None
-    for piece in _pieces(stream.fileno()):
+    for line in _lines(stream.fileno(), out):
+        words = line.decode("utf-8", "replace").strip()
+        if not words:
+            continue
+        percent = progress_in(words, pattern)
+        if percent is not None:
+            handle.progress(percent, words[:200])
+        elif out is sys.stderr.buffer:
+            last.line = words[:500]
+
+
+def _lines(descriptor: int, out: IO[bytes]) -> Iterator[bytes]:
+    """The lines that are written there. All of it goes on as it comes: a prompt has no end."""
+    held = b""
+    while data := os.read(descriptor, 65536):
         try:
-            out.write(piece)
+            out.write(data)
             out.flush()
         except (OSError, ValueError):
             pass  # nobody reads it any more; the command goes on
-        # Progress bars write over themselves with carriage returns.
-        for line in piece.decode("utf-8", "replace").replace("\r", "\n").split("\n"):
-            words = line.strip()
-            if not words:
-                continue
-            percent = progress_in(words, pattern)
-            if percent is not None:
-                handle.progress(percent, words[:200])
-            elif out is sys.stderr.buffer:
-                last.line = words[:500]
-
-
-def _pieces(descriptor: int) -> Iterator[bytes]:
-    """What is written there: whole lines, but a prompt without an end does not wait for one."""
-    held = b""
-    while data := os.read(descriptor, 65536):
-        held += data
-        end = max(held.rfind(b"\n"), held.rfind(b"\r")) + 1
-        if not end and len(held) > _LINE:
-            end = len(held)
-        if end:
-            yield held[:end]
-            held = held[end:]
-    if held:
-        yield held
+        *lines, held = _END.split(held + data)
+        yield from lines
+        if len(held) > _LINE:
+            yield held
+            held = b""
+    yield held
 
 
 def _pass_signals_on(process: subprocess.Popen[bytes]) -> list[int]:
@@ -136,12 +133,21 @@ def _pass_signals_on(process: subprocess.Popen[bytes]) -> list[int]:
 
     def handle(number: int, _: object) -> None:
         came.append(number)
-        if process.poll() is None:
+        if process.poll() is None and not (number == signal.SIGINT and _in_foreground()):
             process.send_signal(number)
 
     for number in _SIGNALS:
         signal.signal(number, handle)
     return came
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal gives Ctrl-C to this process and to the command: many take the second one for an order."""
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def _wait(process: subprocess.Popen[bytes], handle: Job) -> int:

@@ -12,7 +12,7 @@ from typing import Final
 
 from protocol.queues.bullmq import EVENTS
 from protocol.queues.payload import message_of, percent_of, read_json, reason, result_of, stage_of
-from protocol.queues.sighting import Sighting
+from protocol.queues.sighting import RETRY, Sighting
 
 TAKEN: Final = frozenset(("waiting", "active", "progress", "completed", "failed", "stalled", "removed"))
 # Some job is waiting for its time now.
@@ -49,6 +49,8 @@ def read_message(queue: str, event: str, data: str, at_ms: int, *, results: bool
     elif event == "completed" and results:
         value = document.get("val")
         seen.result = result_of(read_json(value) if isinstance(value, str) else value)
+    elif event == "waiting":
+        seen.taken_back = RETRY
     elif event == "stalled":
         seen.message, seen.again = "stalled", True
     elif event == "removed":

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from protocol.queues.payload import message_of, owner_at, percent_of, read_json, reason, result_of, stage_of, text
-from protocol.queues.sighting import Sighting
+from protocol.queues.sighting import RETRY, Sighting
 from protocol.update import CANCELLED, COMPLETED, FAILED, PROCESSING, QUEUED
 
 PREFIX: Final = "bull"
@@ -87,9 +87,11 @@ def read_event(queue: str, entry_id: str, fields: Mapping[str, str], *, results:
     if event == "progress":
         _take_report(seen, read_json(fields.get("data")))
     elif event == "delayed":
-        seen.run_at_ms = _ms(fields.get("delay"))
-    elif event == "waiting":
-        seen.again = fields.get("prev") == "active"
+        seen.run_at_ms, seen.taken_back = _ms(fields.get("delay")), RETRY
+    elif event == "prioritized":
+        seen.taken_back = RETRY
+    elif event == "waiting" and fields.get("prev") == "active":
+        seen.message, seen.again = RETRY, True
     elif event == "stalled":
         seen.message, seen.again = "stalled", True
     elif event == "failed":
@@ -135,6 +137,7 @@ def read_hash(queue: str, job: str, data: Mapping[str, str], place: str, seq: in
     seen = Sighting(job=job, queue=queue, at_ms=_time_of(data, status), seq=seq or None, status=status)
     _take_report(seen, read_json(data.get("progress")))
     seen.begun_ms = _ms(data.get("processedOn"))
+    seen.taken_back = RETRY if status == QUEUED else None
     if "ats" in data:
         seen.attempt = max(1, started + 1 if status == QUEUED else started)
     else:

@@ -11,7 +11,7 @@ import base64
 import binascii
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -66,6 +66,9 @@ _ANNOUNCED: Final = frozenset(("task-sent", "task-received"))
 _HEAD: Final = re.compile(rb'\s*\{\s*"status"\s*:\s*"([^"\\]{1,100})"')
 # Of one argument list, as text; longer ones are not looked into.
 _MAX_REPR: Final = 16 * 1024
+# Of an exception's arguments so many are told, and of its name so many letters where the rest cannot be read.
+_MAX_ARGUMENTS: Final = 8
+_MAX_NAME: Final = 100
 # Numbers as arguments of exceptions.
 _MAX_SHOWN: Final = 10**30
 # Tasks whose attempts are counted; the longest unheard go first.
@@ -171,7 +174,7 @@ def _event(event: Mapping[str, Any], at_ms: int, user: str) -> Told | Beat | Non
     if not kind.startswith("task-") or not isinstance(task, str) or not task:
         return None
     stamp = event.get("timestamp")
-    if isinstance(stamp, int | float) and 0 < stamp < 1e11:
+    if kind not in _RETRIED and isinstance(stamp, int | float) and 0 < stamp < 1e11:
         at_ms = int(stamp * 1000)
     seen = Sighting(job=task, at_ms=at_ms, status=EVENTS.get(kind), kind=text(event.get("name")))
     if kind not in EVENTS:
@@ -181,14 +184,20 @@ def _event(event: Mapping[str, Any], at_ms: int, user: str) -> Told | Beat | Non
         seen.message, seen.again = _from_repr(event.get("exception")) or "retry", True
     elif seen.status == FAILED:
         seen.error = seen.message = _named(event.get("exception")) or "failed"
+    elif kind == "task-revoked":
+        seen.message = f"TaskRevokedError: {_why_revoked(event)}"
     if kind == "task-started":
         seen.worker = worker
     if kind in _ANNOUNCED:
         told_of = {"kwargs": _literal(event.get("kwargs")), "args": _literal(event.get("args"))}
         seen.owner = owner_at(told_of, user)
-        eta = iso_ms(event.get("eta"))
-        seen.run_at_ms = eta
+        seen.run_at_ms = iso_ms(event.get("eta"))
     return Told("events", kind, _retries(event.get("retries")), seen)
+
+
+def _why_revoked(event: Mapping[str, Any]) -> str:
+    """The word that the result has for it, which may be published before this or after."""
+    return "terminated" if event.get("terminated") else "expired" if event.get("expired") else "revoked"
 
 
 class Attempts:
@@ -255,20 +264,25 @@ def _exception_text(report: object) -> str | None:
     if not isinstance(report, Mapping):
         return None
     message = report.get("exc_message")
-    if isinstance(message, list):
-        message = " ".join(word for part in message[:8] if (word := _word(part)) is not None)
-    return reason(message)
+    return _joined(message) if isinstance(message, list) else reason(message)
+
+
+def _joined(arguments: Sequence[object]) -> str | None:
+    """What an exception was given, as one text."""
+    words = (reason(_word(argument)) for argument in arguments[:_MAX_ARGUMENTS])
+    return text(" ".join(word for word in words if word is not None))
 
 
 def _call(value: object) -> tuple[str, str | None] | None:
-    """Name and first argument of what ``repr`` makes of an exception, such as ``ValueError('bad')``."""
+    """Name and arguments of what ``repr`` makes of an exception, such as ``ValueError('bad')``."""
     if not isinstance(value, str) or len(value) > _MAX_REPR:
         return None
     name, bracket, rest = value.partition("(")
     if not bracket or not rest.endswith(")") or not name.replace(".", "").replace("_", "").isalnum():
         return None
-    argument = _literal(f"({rest[:-1]},)" if rest != ")" else "()")
-    return name, _word(argument[0]) if isinstance(argument, tuple) and argument else None
+    given = rest[:-1].rstrip(",")
+    arguments = _literal(f"({given},)") if given else ()
+    return (name, _joined(arguments)) if isinstance(arguments, tuple) else None
 
 
 def _word(value: object) -> str | None:
@@ -280,14 +294,21 @@ def _word(value: object) -> str | None:
 
 def _from_repr(value: object) -> str | None:
     found = _call(value)
-    return reason(value) if found is None else reason(found[1])
+    return _unread(value) if found is None else found[1]
 
 
 def _named(value: object) -> str | None:
     found = _call(value)
     if found is None:
-        return reason(value)
-    return reason(found[0] if found[1] is None else f"{found[0]}: {found[1]}")
+        return _unread(value)
+    return text(found[0] if found[1] is None else f"{found[0]}: {found[1]}")
+
+
+def _unread(value: object) -> str | None:
+    """What may be shown of a ``repr`` that is of no form we know: with lines in it, only what it is called."""
+    if isinstance(value, str) and "\\n" in value:
+        return text(value.partition("(")[0][:_MAX_NAME])
+    return reason(value)
 
 
 def _literal(value: object) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from textwrap import dedent
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +24,12 @@ STAGE_NAME: Final = "stage"
 
 # Of one value in Redis that is looked into; larger ones are not.
 MAX_READ: Final = 1024 * 1024
+
+_TRACEBACK: Final = "Traceback (most recent call last)"
+# What stands in front of that word in the same line, or is a line of its own.
+_RULED: Final = re.compile(r"[\s|+]*(Exception Group )?\Z")
+# A line of a stack, as Python has them or JavaScript. What a line of a message begins with is no such reason.
+_FRAME: Final = re.compile(r'\s*File "|\s+at \S|at .*:\d+:\d+\)?\s*$')
 
 _decode = msgspec.json.Decoder().decode
 
@@ -90,18 +98,43 @@ def stage_of(report: object) -> str | None:
 
 
 def reason(value: object) -> str | None:
-    """An error as people may see it: what comes after a traceback, or before one; never the traceback."""
+    """An error as people may see it: what stands before a traceback, else the exception it ends with."""
     if not isinstance(value, str):
         return None
-    lines = value.strip().splitlines()
-    if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        lines = lines[-1:]
-    kept = []
+    value = dedent(value).strip()
+    before, mark, _ = value.partition(_TRACEBACK)
+    told = _without_frames(_RULED.sub("", before) if mark else before)
+    if mark and not told:
+        told = _without_frames(last_error(value))
+    return text(told)
+
+
+def last_error(trace: str) -> str:
+    """The last line of a traceback, which names the exception; of a group the line that is about all of it.
+
+    "" if it was cut short, and ends with a line of source code.
+    """
+    lines = trace.rstrip().splitlines() or [""]
+    if not lines[-1].lstrip().startswith("+-"):
+        level = next((line for line in reversed(lines) if line.startswith('  File "') or line[:1].strip()), "")
+        return "" if level.startswith(" ") else lines[-1]
+    about_all, margin = "", ""
     for line in lines:
-        if line.lstrip().startswith(("at ", 'File "')):
+        before, mark, _ = line.partition("+ Exception Group")
+        if mark and not before.strip():
+            about_all, margin = "", f"{before}| "
+        elif margin and not about_all and line.startswith(margin) and not line[len(margin) :].startswith(" "):
+            about_all = line[len(margin) :]
+    return about_all
+
+
+def _without_frames(error: str) -> str:
+    kept = []
+    for line in error.strip().splitlines():
+        if _FRAME.match(line):
             break
         kept.append(line)
-    return text("\n".join(kept).strip())
+    return "\n".join(kept).strip()
 
 
 def result_of(value: object) -> Raw | None:

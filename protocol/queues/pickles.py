@@ -16,6 +16,7 @@ from protocol.queues.payload import MAX_READ
 _MAX_DEPTH: Final = 64
 # Each takes half a microsecond and more: others have to wait for no longer than some hundredths of a second.
 _MAX_OPCODES: Final = 50_000
+_MAX_KEY: Final = 1 << 63
 
 
 class PickleRefusedError(ValueError):
@@ -150,7 +151,8 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
 
 def _pairs(into: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(key, str | int | float | bytes):  # keys of other kinds lead nowhere
+        # Keys of other kinds lead nowhere. Of numbers without end each hash takes long, and all may be the same.
+        if isinstance(key, str | float | bytes) or (isinstance(key, int) and -_MAX_KEY <= key < _MAX_KEY):
             into[key] = value
     return into
 

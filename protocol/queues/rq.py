@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from protocol.queues.payload import (
     iso_ms,
+    last_error,
     message_of,
     owner_at,
     percent_of,
@@ -94,7 +95,7 @@ def read_job(
 
 
 def _error(data: Mapping[str, bytes], result: Mapping[str, bytes] | None) -> str | None:
-    """The last line of the traceback: type and message."""
+    """The line of the traceback that names the exception: type and message."""
     trace = None
     if result is not None and result.get("exc_string"):
         try:
@@ -105,8 +106,7 @@ def _error(data: Mapping[str, bytes], result: Mapping[str, bytes] | None) -> str
         trace = unpacked(data["exc_info"])
     if trace is None:
         return None
-    lines = trace.decode("utf-8", "replace").strip().splitlines()
-    return reason(lines[-1]) if lines else None
+    return reason(last_error(trace.decode("utf-8", "replace")))
 
 
 def _call(data: bytes | None) -> list[Any] | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -48,6 +48,7 @@ class Sighting(msgspec.Struct, kw_only=True, gc=False):
         begun_ms: when a worker began with it, where something that comes after that says so.
         attempt: which attempt this is about, where the queue counts them: what is about an earlier one is late.
         again: if nothing is known of the job: this is not its first attempt.
+        taken_back: the message if a worker has had it until now.
         seq: the number of the event, in a source that numbers them.
         lap: when this attempt was put into the queue, in microseconds, where that is what tells attempts apart.
         removed: it is gone from the queue: an unknown job does not come into being by that.
@@ -71,6 +72,7 @@ class Sighting(msgspec.Struct, kw_only=True, gc=False):
     begun_ms: int | None = None
     attempt: int | None = None
     again: bool = False
+    taken_back: str | None = None
     seq: int | None = None
     lap: int | None = None
     removed: bool = False
@@ -92,6 +94,7 @@ class Known(msgspec.Struct, kw_only=True, gc=False):
     started: bool = False
     leased: bool = False
     seq: int = -1
+    metadata: Raw | UnsetType = UNSET
 
     @property
     def begun(self) -> bool:
@@ -119,6 +122,7 @@ def known_of(job: Job, record: Record | None = None) -> Known:
         started=record.started_at is not None,
         leased=job.private.ttl is not None,
         seq=job.private.seq,
+        metadata=record.metadata,
     )
 
 
@@ -158,6 +162,8 @@ def settle(known: Known | None, seen: Sighting, source: str, prefix: str = "") -
         return None
     fields = _told(seen)
     fields.seq = seq
+    if seen.run_at_ms is not None and not known.started:
+        _put_off(fields, known.metadata, seen.run_at_ms)
     if seen.owner is not None and seen.owner != known.owner:
         fields.user_id = seen.owner
     if new:
@@ -166,7 +172,7 @@ def settle(known: Known | None, seen: Sighting, source: str, prefix: str = "") -
         if fields.progress is UNSET:
             fields.progress = known.progress
         if seen.message is None:
-            fields.message = RETRY if known.begun and seen.status == QUEUED else None
+            fields.message = seen.taken_back if known.begun else None
     else:
         before = known.progress
         if seen.progress is not None and seen.progress < before:
@@ -248,6 +254,8 @@ def moved(known: Known | None, fields: Fields, source: str) -> Known:
     after.worker = _or(fields.worker_id, after.worker)
     after.leased = after.leased and fields.ttl is UNSET
     after.seq = _or(fields.seq, after.seq)
+    if fields.metadata is not UNSET:
+        after.metadata = cast("Raw", fields.metadata)
     return after
 
 
@@ -258,8 +266,6 @@ def _first(seen: Sighting, source: str, prefix: str) -> Fields:
     attempt = seen.attempt or (2 if seen.again else 1)
     if attempt > 1:
         fields.attempt = attempt
-    if seen.again and seen.message is None:
-        fields.message = RETRY
     fields.kind = seen.kind
     fields.seq = seen.seq if seen.seq is not None else seen.lap or 0
     metadata = {"source": source}
@@ -271,9 +277,22 @@ def _first(seen: Sighting, source: str, prefix: str) -> Fields:
         metadata["parent"] = job_id(*seen.parent, prefix)
     if seen.run_at_ms is not None:
         metadata["runAt"] = format_time(seen.run_at_ms)
-    # Held encoded, as ``decode_fields`` leaves it.
-    fields.metadata = Raw(msgspec.json.encode(metadata))  # type: ignore[assignment]
+    _hold(fields, metadata)
     return fields
+
+
+def _put_off(fields: Fields, metadata: Raw | UnsetType, run_at_ms: int) -> None:
+    """It is to begin later, or at another time than was said before. Metadata are replaced as a whole."""
+    found = None if metadata is UNSET else msgspec.json.decode(metadata)
+    told = found if isinstance(found, dict) else {}
+    run_at = format_time(run_at_ms)
+    if told.get("runAt") != run_at:
+        _hold(fields, told | {"runAt": run_at})
+
+
+def _hold(fields: Fields, metadata: dict[str, Any]) -> None:
+    # Encoded, as ``decode_fields`` leaves it.
+    fields.metadata = Raw(msgspec.json.encode(metadata))  # type: ignore[assignment]
 
 
 def _seq(known: Known, seen: Sighting) -> int | None:
@@ -336,6 +355,7 @@ def _says_more(known: Known, fields: Fields) -> bool:
         (fields.error, known.error),
         (fields.worker_id, known.worker),
         (fields.user_id, known.owner),
+        (fields.metadata, known.metadata),
     )
     return any(value is not UNSET and value != before for value, before in told)
 

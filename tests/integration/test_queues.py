@@ -278,7 +278,7 @@ def check(
     paths: dict[str, Counter[str]] = {}
     wrong: dict[str, Any] = {}
     for reader in readers:
-        reader.check_order()
+        reader.check_order(together=trouble == "Redis restarted")
         assert reader.seen.keys() == {name for name, (_, user) in names.items() if user == reader.user}, reader.user
         for name, messages in reader.seen.items():
             does = names[name][0]

@@ -15,7 +15,7 @@ import trio
 
 from statuswire.running import PATTERN, progress_in
 from tests.producer.workers import delivered
-from tests.support import InProcess, server, until
+from tests.support import PATIENCE_S, InProcess, server, until
 
 DEFAULT = re.compile(PATTERN)
 
@@ -50,11 +50,16 @@ def test_a_pattern_of_ones_own() -> None:
 async def run(at: InProcess, spool: Path, *command: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
     """Run a command in ``statuswire run``: its status, output and errors."""
     done = await trio.run_process(
-        [sys.executable, "-m", "server", "run", "--url", at.url, "--user", "alice", *options, "--", *command],
+        wrapped(at.url, *command, options=("--user", "alice", *options)),
         check=False, capture_stdout=True, capture_stderr=True, env=environment(spool),
     )  # fmt: skip
     await delivered(at.url, spool)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def wrapped(url: str, *command: str, options: tuple[str, ...] = ("--user", "a")) -> list[str]:
+    """A command in ``statuswire run``."""
+    return [sys.executable, "-m", "server", "run", "--url", url, *options, "--", *command]
 
 
 def environment(spool: Path) -> dict[str, str]:
@@ -108,7 +113,7 @@ async def test_a_command_whose_name_is_no_id(tmp_path: Path) -> None:
 async def test_without_a_server_the_command_runs_as_well(tmp_path: Path) -> None:
     async with server() as at:
         gone = at.url
-    command = [sys.executable, "-m", "server", "run", "--url", gone, "--", "sh", "-c", "echo done; exit 4"]
+    command = wrapped(gone, "sh", "-c", "echo done; exit 4", options=())
     done = await trio.run_process(command, check=False, capture_stdout=True, env=environment(tmp_path))
     assert (done.returncode, done.stdout) == (4, b"done\n")
 
@@ -116,8 +121,8 @@ async def test_without_a_server_the_command_runs_as_well(tmp_path: Path) -> None
 @pytest.mark.parametrize("how", ["cancel", "signal"])
 async def test_it_is_stopped_by_whoever_cancels_the_job_and_by_signals(tmp_path: Path, how: str) -> None:
     async with server() as at:
-        command = [sys.executable, "-m", "server", "run", "--url", at.url, "--user", "a", "--job", "j1", "--ttl", "1"]
-        process = subprocess.Popen([*command, "--", "sleep", "60"], env=environment(tmp_path))  # noqa: ASYNC220
+        command = wrapped(at.url, "sleep", "60", options=("--user", "a", "--job", "j1", "--ttl", "1"))
+        process = subprocess.Popen(command, env=environment(tmp_path))  # noqa: ASYNC220
         try:
             await until(lambda: at.node.jobs.get("j1") is not None)
             if how == "cancel":
@@ -132,6 +137,74 @@ async def test_it_is_stopped_by_whoever_cancels_the_job_and_by_signals(tmp_path:
         await delivered(at.url, tmp_path)
         ended = await record(at, "j1")
         assert ended["status"] == "cancelled"
+
+
+async def test_a_prompt_is_shown_and_its_answer_passed_on(tmp_path: Path) -> None:
+    async with server() as at:
+        script = 'printf "name? "; read name; printf "%s\\r50%%\\r" "$name" >&2; read end'
+        process = await trio.lowlevel.open_process(
+            wrapped(at.url, "sh", "-c", script),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path),
+        )  # fmt: skip
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            with trio.fail_after(PATIENCE_S):
+                assert await process.stdout.receive_some() == b"name? "
+                await process.stdin.send_all(b"\xff\n")
+                assert await process.stderr.receive_some() == b"\xff\r50%\r"
+                await until(lambda: any(b'"progress":50' in job.latest.body for job in at.node.jobs.jobs.values()))
+                await process.stdin.send_all(b"\n")
+                assert await process.wait() == 0
+        finally:
+            process.kill()
+            await process.wait()
+
+
+async def test_output_without_any_end_of_line_goes_on_and_is_not_gathered(tmp_path: Path) -> None:
+    async with server() as at:
+        script = "import os; [os.write(1, bytes(range(14, 256)) * 200) for _ in range(400)]; os.write(1, b' 70%')"
+        done = await trio.run_process(
+            wrapped(at.url, sys.executable, "-c", script), capture_stdout=True, env=environment(tmp_path)
+        )
+        assert done.stdout == bytes(range(14, 256)) * 80_000 + b" 70%"
+        await delivered(at.url, tmp_path)
+        (job,) = at.node.jobs.jobs.values()
+        assert (job.latest.status, b'"message"' in job.latest.body) == ("completed", True)
+
+
+async def test_ctrl_c_in_a_terminal_comes_once(tmp_path: Path) -> None:
+    """The terminal gives it to all that are in its foreground; many programs take a second one for an order."""
+    script = (
+        "import signal, time\n"
+        "came = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: came.append(1))\n"
+        "print('ready', flush=True)\n"
+        "while not came: time.sleep(0.01)\n"
+        "time.sleep(0.5)\n"  # a second one would come right behind the first
+        "print(len(came), 'came')\n"
+    )
+    async with server() as at:
+        command = wrapped(at.url, sys.executable, "-c", script)
+        terminal = await trio.lowlevel.open_process(
+            [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(tmp_path),
+        )  # fmt: skip
+        shown = b""
+        try:
+            assert terminal.stdin is not None
+            assert terminal.stdout is not None
+            with trio.fail_after(PATIENCE_S):
+                while b"ready" not in shown:
+                    shown += await terminal.stdout.receive_some()
+                await terminal.stdin.send_all(b"\x03")
+                while b" came" not in shown:
+                    shown += await terminal.stdout.receive_some()
+        finally:
+            terminal.kill()
+            await terminal.wait()
+        assert b"1 came" in shown
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["run", "--"], ["run", "--pattern", "(", "--", "true"]])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, Final
 
 import msgspec
 import trio
 
-from protocol.queues.bullmq import read_event, seq_of, stream_key
+from protocol.queues.bullmq import job_key, read_event, seq_of, stream_key
+from protocol.queues.sighting import Sighting
+from protocol.update import CANCELLED
 from server.brokers.redis_client import Client
+from server.ingest.intake import AT_ONCE
 from server.ingest.queues.bull import Watch, describe, look, prefix_of
 from server.ingest.queues.source import Search, Source, ask, escaped, texts
 
@@ -26,6 +30,9 @@ _DISCOVER_S: Final = 2.0
 # For so long queues are looked for between two readings.
 _SEARCH_S: Final = 0.02
 MAX_QUEUES: Final = 1000
+# So often it is looked whether some of the jobs that have not ended are still there.
+_CHECK_EVERY_S: Final = 1.0
+_CHECKED: Final = 100
 # Events while hashes are read.
 _MEANWHILE: Final = 10_000
 _BEGINNING: Final = "0-0"
@@ -40,6 +47,9 @@ class BullMq(Source):
         self._count = _COUNT_AT_FIRST
         self._behind: dict[str, None] = {}
         watch = Watch(self.taker, self.config)
+        self._unchecked: list[str] = []
+        self._missing: list[str] = []
+        self._next_check = trio.current_time() + _CHECK_EVERY_S
         self._queues: dict[str, str] = {}
         for queue in self.config.queues:
             await self._begin(client, queue, places.get(queue))
@@ -70,6 +80,7 @@ class BullMq(Source):
                 if searched:
                     self.well()
                 await watch.look(client)
+                await self._look_for_the_removed(client)
             if searched:  # else it would forget the places of those that are not found yet
                 await self.save_mark(msgspec.json.encode(self._queues).decode())
             if caught_up and not search:
@@ -107,16 +118,22 @@ class BullMq(Source):
             # Far behind: the stream may be cut faster than it is read.
             if self._queues[queue] != _BEGINNING and await self._is_trimmed(client, queue):
                 self._behind[queue] = None
-        for key, entries in answer:
-            queue, sightings = by_key[key], []
+        sightings: list[Sighting] = []
+        places: dict[str, str] = {}
+        for number, (key, entries) in enumerate(answer, 1):
+            queue = by_key[key]
             for entry_id, values in entries:
                 fields = texts(values or [])
                 seen = read_event(queue, entry_id.decode(), fields, results=self.config.results)
                 if seen is not None:
                     sightings.append(seen)
-            await describe(client, self.taker, self.config, sightings)
-            await self.taker.take(sightings)
-            self._queues[queue] = entries[-1][0].decode()
+            places[queue] = entries[-1][0].decode()
+            # Of several streams together: few at a time cost more.
+            if len(sightings) >= AT_ONCE or number == len(answer):
+                await describe(client, self.taker, self.config, sightings)
+                await self.taker.take(sightings)
+                self._queues |= places
+                sightings, places = [], {}
         return not full
 
     async def _repair(self, client: Client, queue: str) -> None:
@@ -130,6 +147,27 @@ class BullMq(Source):
         moving = {texts(values or []).get("jobId") for _, values in later or ()}
         await self.taker.take([seen for seen in sightings if seen.job not in moving])
         self._behind.pop(queue, None)
+
+    async def _look_for_the_removed(self, client: Client) -> None:
+        """Jobs of a queue that was drained, cleaned or obliterated: there is no event of that.
+
+        One that is missing before and after all events were read has not ended otherwise.
+        """
+        if trio.current_time() < self._next_check:
+            return
+        self._next_check = trio.current_time() + _CHECK_EVERY_S
+        now_ms = round(time.time() * 1000)
+        gone = [self.taker.open[name] for name in self._missing if name in self.taker.open]
+        await self.taker.take(
+            [Sighting(job=one.job, queue=one.queue, at_ms=now_ms, status=CANCELLED, removed=True) for one in gone]
+        )
+        if not self._unchecked:
+            self._unchecked = list(self.taker.open)
+        part, self._unchecked = self._unchecked[:_CHECKED], self._unchecked[_CHECKED:]
+        part = [name for name in part if name in self.taker.open]
+        prefix, jobs = prefix_of(self.config), self.taker.open
+        there = await ask(client, [("EXISTS", job_key(prefix, jobs[name].queue, jobs[name].job)) for name in part])
+        self._missing = [name for name, found in zip(part, there, strict=True) if not found]
 
 
 def _places(mark: str | None) -> dict[str, str]:

@@ -54,7 +54,7 @@ def test_events_and_results_together() -> None:
     assert done.of(FLAKY) == [
         ("queued", 0, None),
         ("processing", 0, None),
-        ("queued", 0, "retry"),
+        ("queued", 0, None),
         ("queued", 0, "ffmpeg exited with code 1"),
         ("processing", 0, None),
         ("failed", 0, "ValueError: ffmpeg exited with code 1"),

@@ -8,7 +8,11 @@ import datetime
 import json
 import os
 import pickle
+import sys
+import time
+import tracemalloc
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -195,6 +199,41 @@ def test_instances_are_nothing_and_run_nothing() -> None:
 def test_pickles_that_are_refused(data: bytes) -> None:
     with pytest.raises(PickleRefusedError):
         read_pickle(data)
+
+
+def _pairs(keys: list[int]) -> bytes:
+    return b"\x80\x04}(" + b"".join(pickle.dumps(key, 2)[2:-1] + b"N" for key in keys) + b"u."
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        # Numbers that all have the same hash: each is compared with all before it.
+        _pairs([number * sys.hash_info.modulus for number in range(1, 16_000)]),
+        # A number of a million bytes, of which the hash is wanted again and again.
+        b"\x80\x04" + pickle.dumps(1 << 8_000_000, 2)[2:-1] + b"\x940}(" + b"h\x00N" * 16_000 + b"u.",
+        b"\x80\x05\x95" + b"\xff" * 8 + b"N.",
+        b"\x80\x05\x8d" + b"\xff" * 7 + b"\x7fx.",
+        b"\x80\x05\x96" + b"\xff" * 7 + b"\x7fx.",
+        b"\x80\x05\x8e" + b"\xff" * 7 + b"\x7fx.",
+        b"\x80\x04" + b"]\x94" * 24_000 + b"a" * 1_000 + b".",
+        b"\x80\x04" + b"(" * 49_000 + b"1" * 900 + b"N.",
+        b"\x80\x04\x8c\xff" + b"x" * 255 + b"\x94" + b"h\x00" * 49_000 + b".",
+        b"\x80\x04" + b"\x88r\xff\xff\xff\x7f" * 24_000 + b".",
+    ],
+    ids=["same hash", "long hash", "frame", "text", "bytearray", "bytes", "lists", "marks", "copies", "memo"],
+)
+def test_a_bomb_takes_neither_long_nor_much(bomb: bytes) -> None:
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        with suppress(PickleRefusedError):
+            read_pickle(bomb)
+        took, (_, most) = time.process_time() - began, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert took < 2.0  # a tenth of it, if nothing is traced; without bounds it is many seconds
+    assert most < 40 * 1024 * 1024
 
 
 def test_a_memo_with_a_huge_index_costs_nothing() -> None:

@@ -39,7 +39,8 @@ async def test_bullmq_goes_on_when_its_slot_moves(cluster: Cluster) -> None:
         await until_up(one.node)
         with first.oracle() as oracle:
             oracle.hset(f"{PREFIX}:video:meta", mapping=BULLMQ["meta_hash"])
-            oracle.hset(f"{PREFIX}:video:1", mapping=BULLMQ["job_hashes"]["transcode:completed"])
+            for job in "12":
+                oracle.hset(f"{PREFIX}:video:{job}", mapping=BULLMQ["job_hashes"]["transcode:completed"])
             put_stream(oracle, f"{PREFIX}:video:events", STREAM[:12])
             oracle.hset(f"{PREFIX}:mail:meta", mapping=BULLMQ["meta_hash"])
             put_stream(oracle, f"{PREFIX}:mail:events", STREAM[:6])

@@ -110,7 +110,8 @@ async def test_what_the_stream_has_lost_is_in_the_hashes(
 ) -> None:
     store = {"url": f"sqlite:{tmp_path / 'store.db'}"}
     put_stream(oracle, "bull:video:events", STREAM[:9])
-    oracle.hset("bull:video:1", mapping=BULLMQ["job_hashes"]["transcode:active"])
+    for job in "12":
+        oracle.hset(f"bull:video:{job}", mapping=BULLMQ["job_hashes"]["transcode:active"])
     oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
     async with server(store=store, **table(redis, "bullmq")) as one:
         await until_status(one.node, "video:2", "queued")
@@ -139,6 +140,36 @@ async def test_what_jobs_carry_is_not_read_if_it_is_too_large(redis: RedisServer
         await until(lambda: all(status(one.node, name) == end for name, end in ends.items()))
         assert {shown(one.node, name)["userId"] for name in ends} == {"queue:src"}
     assert oracle.info("stats")["total_net_output_bytes"] - before < 200_000
+
+
+async def test_jobs_that_are_gone_without_an_event_are_cancelled(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that is drained, cleaned or obliterated says nothing of its jobs."""
+    monkeypatch.setattr(bullmq, "_CHECK_EVERY_S", 0.01)
+    monkeypatch.setattr(bullmq, "_CHECKED", 2)
+    oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
+    jobs = [f"{number}" for number in range(7)]
+    for job in jobs:
+        oracle.hset(f"bull:video:{job}", mapping={"name": "encode", "data": '{"userId":"user_789"}'})
+        oracle.xadd("bull:video:events", {"event": "waiting", "jobId": job})
+    oracle.xadd("bull:video:events", {"event": "active", "jobId": "6", "prev": "waiting"})
+    async with server(store={"url": "memory:"}, **table(redis, "bullmq")) as one:
+        await until_status(one.node, "video:6", "processing")
+        await until_up(one.node)
+        # One that has ended tells so in the same step as its hash goes.
+        with oracle.pipeline() as together:
+            together.xadd("bull:video:events", {"event": "completed", "jobId": "0", "prev": "active"})
+            together.delete("bull:video:0")
+            together.execute()
+        oracle.delete("bull:video:1", "bull:video:2", "bull:video:6")
+        for job in ("1", "2", "6"):
+            await until_status(one.node, f"video:{job}", "cancelled")
+        assert status(one.node, "video:0") == "completed"
+        assert {status(one.node, f"video:{job}") for job in ("3", "4", "5")} == {"queued"}
+        assert one.node.queues is not None
+        source = one.node.queues.sources["src"]
+        assert {one.job for one in source.taker.open.values()} == {"3", "4", "5"}
 
 
 @pytest.mark.slow
@@ -424,6 +455,7 @@ async def test_of_several_nodes_one_takes_in_and_another_goes_on(redis: RedisSer
     tables: dict[str, Any] = {"store": {"url": f"{redis.url}/1"}, **table(redis, "bullmq", queues=["video"])}
     async with server(**tables) as first:
         await until_up(first.node)
+        oracle.hset("bull:video:1", mapping=BULLMQ["job_hashes"]["transcode:active"])
         put_stream(oracle, "bull:video:events", STREAM[:3])
         await until_status(first.node, "video:1", "processing")
         async with server(**tables) as second:
