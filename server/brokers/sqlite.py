@@ -63,7 +63,11 @@ class SqliteBroker(LocalBroker):
         # A commit takes the GIL back half a dozen times, and waits for it up to the switch interval when the main
         # thread is busy: at the default of 5 ms a commit of 100 rows took 20 to 100 ms then, at 1 ms it took 5.
         sys.setswitchinterval(min(_SWITCH_INTERVAL_S, sys.getswitchinterval()))
-        loaded = await self._thread.run(self._open_and_load)
+        try:
+            loaded = await self._thread.run(self._open_and_load)
+        except BaseException:
+            self._thread.stop()
+            raise
         self._open = True
         self._adopt(loaded)
         self._marks = await self._thread.run(self._file.marks)
@@ -93,13 +97,16 @@ class SqliteBroker(LocalBroker):
     async def run(self) -> None:
         """Commit what gathers, until cancelled; look for the store's return while it is away."""
         while True:
-            if self._group.empty and not self._group.submissions:
-                self._wake = trio.Event()
-                with trio.move_on_after(_PROBE_EVERY_S if self._away else HOUSEKEEPING_S):
+            away = self._away is not None
+            # One scope for as long as nothing changes: a commit need not pay for one.
+            with trio.move_on_after(_PROBE_EVERY_S if away else HOUSEKEEPING_S) as pause:
+                while away == (self._away is not None):
                     await self._wake.wait()
-            if not self._group.empty or self._group.submissions:
-                await self._keep_group()
-            elif self._away:
+                    self._wake = trio.Event()
+                    await self._keep_group()
+            if not pause.cancelled_caught:
+                continue
+            if self._away:
                 await self._probe()
             else:
                 self._housekeep()
@@ -109,11 +116,10 @@ class SqliteBroker(LocalBroker):
         async with self._writing:
             if not self._open:
                 raise ApiError(503, "store_unavailable", "the store is closed")
-            with trio.CancelScope(shield=True):
-                try:
-                    await self._thread.run(partial(self._file.save_mark, name, text))
-                except sqlite3.Error as error:
-                    raise ApiError(503, "store_unavailable", f"the store is away ({error})") from error
+            try:
+                await self._thread.run(partial(self._file.save_mark, name, text))
+            except sqlite3.Error as error:
+                raise ApiError(503, "store_unavailable", f"the store is away ({error})") from error
         self._marks[name] = text
 
     async def close(self) -> None:
@@ -134,29 +140,33 @@ class SqliteBroker(LocalBroker):
 
     async def _keep_group(self) -> None:
         """Commit what has gathered, then show and answer it."""
-        async with self._writing:
+        try:
+            self._writing.acquire_nowait()  # free nearly always; ``acquire`` is a pass through the loop even then
+        except trio.WouldBlock:
+            await self._writing.acquire()
+        try:
             group, self._group = self._group, Group()
             if group.empty:  # only answers that waited for an earlier group
                 self._kept(group)
                 return
-            with trio.CancelScope(shield=True):  # a commit under way cannot be taken back
-                try:
-                    await self._thread.run(partial(self._write, group))
-                except Exception as error:
-                    await self._failed(group, error)
-                else:
-                    self._recovered()
-                    self._kept(group)
+            try:
+                await self._thread.run(partial(self._write, group))
+            except Exception as error:
+                await self._failed(group, error)
+            else:
+                self._recovered()
+                self._kept(group)
+        finally:
+            self._writing.release()
 
     async def _probe(self) -> None:
         async with self._writing:
-            with trio.CancelScope(shield=True):
-                try:
-                    await self._thread.run(partial(self._write, None))
-                except Exception as error:
-                    await self._failed(Group(), error)
-                else:
-                    self._recovered()
+            try:
+                await self._thread.run(partial(self._write, None))
+            except Exception as error:
+                await self._failed(Group(), error)
+            else:
+                self._recovered()
 
     def _write(self, group: Group | None) -> None:
         """In the thread: commit a group, or try whether that would work."""
