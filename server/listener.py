@@ -173,11 +173,12 @@ def describe(sock: socket.socket, *, tls: bool = False) -> str:
 class Listener(Peer):
     """Accepts connections and has them served. Survives every failing accept."""
 
-    __slots__ = ("_exhausted", "_node", "_sock")
+    __slots__ = ("_exhausted", "_node", "_sock", "_unix")
 
     def __init__(self, node: Node, sock: socket.socket) -> None:
         self._node = node
         self._sock = sock
+        self._unix = sock.family == socket.AF_UNIX
         self._exhausted = False
 
     async def turn(self) -> bool:
@@ -185,7 +186,7 @@ class Listener(Peer):
         for _ in range(ACCEPT_BATCH):
             try:
                 accepted, address = self._sock.accept()
-                self._serve(accepted, UNIX if self._sock.family == socket.AF_UNIX else address[0])
+                self._serve(accepted, UNIX if self._unix else address[0])
             except BlockingIOError:
                 break
             except (OSError, MemoryError) as error:
