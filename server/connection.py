@@ -259,12 +259,13 @@ class Connection(Peer):
     def _overhear(self, deferred: Deferred) -> _Outcome:
         """The peer has said something while its request waits, or that it says no more, or it is gone."""
         if self._heeds == select.EPOLLIN:
-            try:
-                data = self.sock.recv(RECEIVE_BYTES)
-            except BlockingIOError:
-                return _WAIT
-            self.http.receive(data)
-            if data:  # for after the answer; no more of it is taken before
+            if not self.http.begun:
+                try:
+                    data = self.sock.recv(RECEIVE_BYTES)
+                except BlockingIOError:
+                    return _WAIT
+                self.http.receive(data)
+            if self.http.begun:  # for after the answer; no more of it is taken before
                 self._heed(select.EPOLLRDHUP)
                 return _WAIT
         else:
@@ -376,6 +377,8 @@ class Connection(Peer):
         """A trusted proxy's connection is a connect of the client whose request it brings first, not of the proxy; and
         an open one of each client while that one's request is answered: proxies keep connections for whoever comes."""
         node = self.node
+        if self.place:  # of its own: its peer was not trusted yet when it came
+            self._leave()
         if self.refusal is None and not node.proxies.trusts(address):
             try:
                 if first:

@@ -10,7 +10,7 @@ import trio
 
 from server import socketio
 from tests.pacing import for_a_while
-from tests.support import Ended, InProcess, request_bytes, server, until
+from tests.support import Ended, InProcess, configure, request_bytes, server, until
 
 JOBS = "/api/v2/jobs"
 GET = request_bytes("GET", "/health")
@@ -211,6 +211,17 @@ async def test_behind_a_proxy_it_is_the_clients_whose_requests_are_counted() -> 
             assert (await waiting.answer()).status == 200
             assert (await at.get(JOBS, {"X-Forwarded-For": "192.0.2.1"})).status == 200
         assert at.node.limits.entries == 0
+
+
+async def test_a_peer_that_becomes_a_trusted_proxy_gives_its_place_back() -> None:
+    limits, proxied = {"connections_per_address": 5}, {"trusted_proxies": ["127.0.0.1/32"]}
+    async with server(limits=limits) as at, at.connect() as http:
+        assert await http.alive()
+        assert at.node.limits.entries == 1
+        at.node.reload(configure({"limits": limits, "server": proxied}))
+        for _ in range(2):
+            assert (await http.request("GET", JOBS, headers={"X-Forwarded-For": "192.0.2.1"})).status == 200
+            assert at.node.limits.entries == 0
 
 
 async def test_an_idle_connection_is_closed_in_the_end() -> None:

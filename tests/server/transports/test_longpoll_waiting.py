@@ -14,6 +14,8 @@ import trio
 
 from server import answers
 from server.app import drain
+from server.connection import Connection
+from server.socketio import RECEIVE_BYTES
 from server.transports import longpoll
 from server.transports.longpoll import WaitingPoll
 from tests.streams import clean_server, connect, put, reset_connection, running_out
@@ -116,6 +118,25 @@ async def test_what_was_pipelined_before_a_half_close_is_answered_too() -> None:
         assert json.loads(b"".join([piece async for piece in http.chunks()]))["updates"][0]["jobId"] == "j"
         assert (await http.answer()).json == {"status": "ok"}
         assert await http.closed()
+
+
+async def test_what_is_pipelined_behind_many_that_wait_is_read_as_they_are_answered() -> None:
+    """Not as much as there is with each of them: that would have no bound."""
+    poll = request_bytes("GET", f"{POLL}?jobIds=j&timeout=0.01")
+    async with clean_server() as at, connect(at) as http, trio.open_nursery() as nursery:
+        nursery.start_soon(_send_for_ever, http, poll * 1000)
+        sizes: list[int] = []
+        for _ in range(20):
+            assert (await http.answer()).json["timedOut"] is True
+            sizes += [len(peer.http._buffer) for peer in at.node.poller.peers.values() if isinstance(peer, Connection)]
+        nursery.cancel_scope.cancel()
+    assert 0 < max(sizes) <= 2 * RECEIVE_BYTES, sizes
+
+
+async def _send_for_ever(http: Http, data: bytes) -> None:
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        while True:
+            await http.stream.send_all(data)
 
 
 async def test_a_token_that_expires_cuts_off_an_answer_that_has_begun() -> None:
