@@ -155,17 +155,14 @@ def percent_decode(text: str) -> str:
     """Undo percent-encoding of UTF-8 (RFC 3986 section 2.1).
 
     Raises:
-        ValueError: an incomplete escape, bytes that are not UTF-8, or a NUL; the message says which.
+        ValueError: an incomplete escape, or bytes that are not UTF-8; the message says which.
     """
     if _BAD_ESCAPE.search(text):
         raise ValueError("a % must be followed by two hexadecimal digits")
     try:
-        decoded = unquote(text, errors="strict")
+        return unquote(text, errors="strict")
     except UnicodeDecodeError as error:
         raise ValueError("percent-encoded bytes must be UTF-8") from error
-    if "\x00" in decoded:
-        raise ValueError("it must not contain a NUL")
-    return decoded
 
 
 def valid_authority(text: str) -> bool:

@@ -137,12 +137,13 @@ class WaitingPoll(Reader, Deferred):
         node, begin = self.exchange.node, self._begin
         if late and self.patience_s < self._question.timeout:
             raise bad_token("the token has expired", "token_expired")
-        # Without a cursor there was nothing to show: whatever came since is news.
-        after = self._last if begin.after is None else begin.after
-        # While it waited the log may have begun anew, or been trimmed past where it stood (a time may be).
+        # Without a cursor there was nothing to show: whatever came since is news. What it was offered and did not want
+        # is none, though the log may have been trimmed past it.
+        after = max(self._last if begin.after is None else begin.after, node.hub.given())
+        # While it waited the log may have begun anew, or been trimmed past what is on its way to it (a time may be).
         is_time = begin.given is None and begin.after is not None
         lost = node.history.epoch != self._epoch or (not is_time and after < node.history.first - 1)
-        begin = Start(begin.given, None if lost else after, lost)
+        begin = Start(None, None if lost else after, lost)  # the client does not have all of that: it acknowledges none
         return _response(node, self._question, _tell(node, self._question, begin, timed_out=late))
 
 
@@ -274,6 +275,7 @@ def _told(node: Node, question: Question, begin: Start, found: Found, *, timed_o
     epoch = found.cursor.rpartition(":")[0]
     messages = (update_message(update, f"{epoch}:{update.offset}", watch.fields) for update in updates)
     facts = node.liveness()
+    timed_out = timed_out and not updates
     body = poll_body(messages, last_seen=found.cursor, reset=begin.lost, timed_out=timed_out, done=done, **facts)
     small = len(updates) <= PORTION and sum([len(update.body) for update in updates]) <= WHOLE_BYTES
     return Told(len(updates), found.cursor, b"".join(body) if small else body)

@@ -197,7 +197,7 @@ async def test_a_cursor_the_log_cannot_serve_is_a_reset_and_a_snapshot() -> None
         for number in range(5):
             await at.publish("a", userId="alice", progress=number)
         epoch = at.node.history.epoch
-        for cursor in (f"{epoch}:2", f"{epoch}:6", "other:5", "nonsense", f"{epoch}:", f"{epoch}:05", ":", "-1"):
+        for cursor in (f"{epoch}:2", f"{epoch}:6", "other:5", "nonsense", f"{epoch}:", f"{epoch}:05", ":", "-1", "%00"):
             answer = await poll(at, f"timeout=60&last_seen={cursor}")
             assert (versions(answer), answer.json["reset"]) == ([("a", 5)], True), cursor
             assert seen(answer) == f"{epoch}:5"
@@ -233,6 +233,23 @@ async def test_a_poll_overtaken_while_it_waits_gets_a_reset() -> None:
             assert answer.json["reset"] is True
             assert versions(answer)[-1] == (("a", 10) if "last_seen" in query else ("f4", 1))
             assert seen(answer) == f"{at.node.history.epoch}:{at.node.history.last}"
+
+
+async def test_a_poll_that_wants_nothing_of_what_the_log_is_trimmed_of_misses_nothing() -> None:
+    async with server(history={"max_updates": 2}) as at:
+        history = at.node.history
+
+        async def go_on() -> None:
+            for number in range(10):
+                await at.publish(job_id, userId="alice", message=str(number))
+                await until(lambda: at.node.hub.given() == history.last)
+            await at.publish(job_id, status="failed")
+
+        for types in ("job_failed", "job_failed,notification"):
+            job_id = types.replace(",", ".")
+            await at.publish("a", userId="alice")
+            answer = await waiting(at, f"timeout=60&types={types}&last_seen={history.epoch}:{history.last}", go_on)
+            assert (versions(answer), answer.json["reset"]) == ([(job_id, 11)], False)
 
 
 async def test_a_log_that_began_anew_while_a_poll_waits_is_a_reset(tmp_path: Path) -> None:
