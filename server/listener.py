@@ -29,8 +29,6 @@ BACKLOG: Final = 4096
 ACCEPT_BATCH: Final = 32
 # Without descriptors there is nothing to accept; each wait gives connections the time to end.
 EXHAUSTED_PAUSE_S: Final = 0.1
-# Who comes over a limit is still told so, on this many sockets more; beyond, it is closed unheard.
-REFUSED_SOCKETS: Final = 256
 # ENOSPC is what epoll says when its user watches too much already.
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 
@@ -205,13 +203,9 @@ class Listener(Peer):
         """Have it served, or told why not. Where that fails it is closed, and leaves nothing behind."""
         node = self._node
         refusal, place = _admit(node, peer)
-        if refusal is not None:
-            if node.turned_away >= REFUSED_SOCKETS:
-                accepted.close()
-                node.counters.refused["unheard"] += 1
-                return
-            node.turned_away += 1
-            node.counters.refused[refusal.code] += 1
+        if refusal is not None and not node.turn_away(refusal):
+            accepted.close()
+            return
         node.connections += 1
         node.counters.sockets += 1
         served: Connection | Opening | None = None

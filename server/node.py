@@ -50,6 +50,8 @@ LOG: Final = logging.getLogger("statuswire")
 
 # A drain answers so many polls that wait before others have their turn: some 2 ms.
 POLLS_AT_ONCE: Final = 64
+# Who comes over a limit is still told so, on this many sockets more; beyond, it is closed unheard.
+REFUSED_SOCKETS: Final = 256
 # Reconnects after a drain come back spread over at least this long.
 MIN_SPREAD_S: Final = 2.0
 
@@ -162,9 +164,7 @@ class Node:
                 config.store.path, self.jobs, self.history, self.deliver, self.wheel, on_new_epoch=self.log_lost
             )
         self.authenticator = Authenticator(config.auth)
-        if self.authenticator.hook is not None:
-            # Whoever is sent away has logged out: what is remembered of their sessions must not let them in again.
-            self.presence.on_sent_away = self.authenticator.hook.forget
+        self.presence.on_sent_away = self._sent_away
         self.cursors = Cursors()
         unseen = any(callback.unseen_after for callback in config.callbacks.values())
         self.seen = Seen(self.presence, self.shared, wanted=unseen)
@@ -243,6 +243,14 @@ class Node:
         """The connections here that a notification is for: what has entered ``presence`` and takes them is a reader."""
         return cast("Iterable[Reader]", self.presence.here(target_of(notice.targets or ())))
 
+    def _sent_away(self, user: str) -> None:
+        """A user's connections are ended: it has logged out, maybe. What is remembered of its sessions must not let it
+        in again, and polls that wait must not tell it more."""
+        if self.authenticator.hook is not None:
+            self.authenticator.hook.forget(user)
+        for poll in [poll for poll in self.polls if poll.exchange.caller.user == user]:
+            poll.exchange.connection.wake(poll)
+
     async def recall(self, client: Client) -> str | None:
         """The cursor that was last given to a polling client, by whichever node."""
         if self.shared is not None:
@@ -272,6 +280,15 @@ class Node:
     def retry_delay_ms(self) -> int:
         """How long a client that is turned away should wait: spread, so that not all come back at once."""
         return int(1000 * random.uniform(0.5, max(MIN_SPREAD_S, self.config.server.drain)))
+
+    def turn_away(self, refusal: ApiError) -> bool:
+        """A socket came over a limit. Whether it is to be told so; else it is to be closed unheard."""
+        if self.turned_away >= REFUSED_SOCKETS:
+            self.counters.refused["unheard"] += 1
+            return False
+        self.turned_away += 1
+        self.counters.refused[refusal.code] += 1
+        return True
 
     def forget_socket(self, place: str, *, turned_away: bool = False) -> None:
         """A socket was closed: it gives its ``place`` among those of its address back, if it has one."""

@@ -68,8 +68,8 @@ class Opening(Peer):
             if header is None:
                 return False
             data, self._said, self._proxied = self._said[header.size :], b"", False
-            if header.source is not None:
-                self._is_for(header.source)
+            if header.source is not None and not self._is_for(header.source):
+                return True
         context = self._node.tls if self._sock.family != socket.AF_UNIX else None
         if context is None:
             self._begin(data)
@@ -101,8 +101,8 @@ class Opening(Peer):
         """From here on it is HTTP."""
         self._node.poller.peers[self._sock.fileno()] = self._connection(early)
 
-    def _is_for(self, source: str) -> None:
-        """The connection counts for the client that it is passed on for."""
+    def _is_for(self, source: str) -> bool:
+        """The connection counts for the client that it is passed on for. Whether it goes on, if only to be refused."""
         node = self._node
         self._peer = source
         if self._refusal is None and not node.proxies.trusts(source):
@@ -110,9 +110,10 @@ class Opening(Peer):
                 node.limits.check_connect(source, trio.current_time())
                 self._place = node.limits.enter(source)
             except ApiError as error:
+                if not node.turn_away(error):
+                    return False
                 self._refusal = error
-                node.turned_away += 1
-                node.counters.refused[error.code] += 1
+        return True
 
     def _connection(self, early: bytes = b"") -> Connection:
         """Who closes the socket from here on; it has no turns before ``_begin``."""

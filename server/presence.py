@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger("statuswire.presence")
 
 OnEvent = Callable[[PresenceEvent, str | None], Submission | None]
-# Channels of one connection up to which a tuple will do: it is a quarter of a dict, and as fast to look through.
-_FEW: Final = 16
 """Publishes an event to the members of its ``listeners``. Its second argument is an idempotency key, if it needs one:
 several nodes may publish the same event. Gives what to wait for until it is kept, if anything."""
+# Channels of one connection up to which a tuple will do: it is a quarter of a dict, and as fast to look through.
+_FEW: Final = 16
 
 
 class Connected(Protocol):
@@ -61,8 +61,7 @@ class Presence:
         channels: by the channel they have joined; never empty.
         cluster: what knows the other nodes, if there can be any.
         on_event: told who came and went, if anybody has joined the channel that says so.
-        on_sent_away: told of users whose connections are ended; if there is one, all nodes are asked to end them, also
-            those without any.
+        on_sent_away: told of users whose connections are ended, on all nodes, also on those without any.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -268,10 +267,7 @@ class Presence:
         """End all of a user's connections, on all nodes; how many there were."""
         count = self.disconnect_here("user", user)
         if self.cluster is not None:
-            if self.on_sent_away is None:
-                nodes = {info.node for info in await self.cluster.of_user(user)}
-            else:
-                nodes = {peer.node_id for peer in await self.cluster.peers()}
+            nodes = {peer.node_id for peer in await self.cluster.peers()}
             count += await self.cluster.requests.disconnect("user", user, nodes)
         return count
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from server import listener
+from server import listener, node
 from server.poller import Peer
 from tests.streams import EVENT_SOURCE
 from tests.support import AUTH, PATIENCE_S, WORKER, Address, Http, bearer, server, spawned, until, until_answered
@@ -95,7 +95,7 @@ async def test_who_cannot_be_served_leaves_nothing_and_others_are(
 
 
 async def test_over_max_connections_a_client_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "REFUSED_SOCKETS", 1)
+    monkeypatch.setattr(node, "REFUSED_SOCKETS", 1)
     async with server(server={"max_connections": 2}) as at, AsyncExitStack() as stack:
         held = [await stack.enter_async_context(at.connect()) for _ in range(2)]
         for http in held:

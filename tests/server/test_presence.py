@@ -14,8 +14,8 @@ from protocol.presence import PresenceEvent, Target, Transport
 from server import config, limits
 from server.limits import Limits
 from server.presence import Presence
-from tests.streams import clean_server, event_stream, session, websocket
-from tests.support import AUTH, PATIENCE_S, InProcess, bearer, token, until, until_so
+from tests.streams import clean_server, connect, event_stream, session, websocket
+from tests.support import AUTH, PATIENCE_S, InProcess, bearer, request_bytes, token, until, until_so
 
 
 @dataclass(eq=False)
@@ -218,6 +218,20 @@ async def test_disconnecting_a_user_ends_its_websockets_and_streams_alone() -> N
         assert (last.type, last.data["code"], last.retry) == ("error", "disconnected", None)
         await other.quiet()
         assert await running.node.presence.disconnect_user("nobody") == 0
+
+
+async def test_disconnecting_a_user_answers_its_polls_alone() -> None:
+    """Whoever has logged out is told no more."""
+    poll = "/api/v2/jobs/poll?jobIds=j&timeout=60"
+    async with clean_server(auth=AUTH) as running, connect(running) as its, connect(running) as anothers:
+        for http, user in ((its, "ann"), (anothers, "bob")):
+            await http.send(request_bytes("GET", poll, headers=bearer(user)))
+        await until(lambda: len(running.node.polls) == 2)
+        assert await running.node.presence.disconnect_user("ann") == 0
+        answer = await its.answer()
+        assert (answer.json["updates"], answer.json["timedOut"]) == ([], False)
+        (left,) = running.node.polls
+        assert left.exchange.caller.user == "bob"
 
 
 async def test_one_connection_too_many_is_refused_on_either_transport() -> None:

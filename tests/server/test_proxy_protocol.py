@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import struct
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
 import trio
 
 from protocol.proxy import SIGNATURE
+from server import node
 from tests import certificates
 from tests.streams import clean_server, session
 from tests.support import PATIENCE_S, Http, request_bytes, server, until
@@ -120,6 +121,21 @@ async def test_connects_count_for_the_client() -> None:
                 statuses.append((await http.request("GET", "/api/v2/jobs")).status)
         assert statuses == [200, 200, 429, 200, 200]
         await until(lambda: at.node.turned_away == 0)
+
+
+async def test_of_those_that_come_over_a_limit_so_many_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "REFUSED_SOCKETS", 1)
+    async with clean_server(server=TRUSTED, limits={"connections_per_address": 1}) as at, AsyncExitStack() as stack:
+        inside, told, unheard = [await stack.enter_async_context(at.connect()) for _ in range(3)]
+        await inside.send(LINE)
+        await until(lambda: at.node.limits.entries == 1)
+        await told.send(LINE)
+        await until(lambda: at.node.turned_away == 1)
+        await unheard.send(LINE)
+        assert await unheard.closed()
+        assert (await told.request("GET", "/api/v2/jobs")).status == 429
+        assert (await inside.request("GET", "/api/v2/jobs")).status == 200
+        assert at.node.counters.refused["unheard"] == 1
 
 
 async def test_websockets_too() -> None:
