@@ -51,7 +51,8 @@ class Peer(ABC):
         """
 
     def waits(self) -> None:  # noqa: B027  # most have nothing to do then
-        """A turn has to wait: what it has held back must not wait with it. Must not raise."""
+        """A turn has to wait, perhaps not for the first time: what it has held back must not wait with it. Must not
+        raise."""
 
     @abstractmethod
     def abandon(self) -> None:
@@ -218,10 +219,9 @@ class Poller:
             trio.lowlevel.reschedule(self._parked.pop())
         else:
             self.tasks.start_soon(self._work)
-        peer.waits()
         again = False
         try:
-            again = await _rest(turn, trap)
+            again = await _rest(turn, trap, peer.waits)
         except Exception as error:
             self._failed(fd, peer, error)
         finally:
@@ -264,10 +264,11 @@ class Poller:
 
 
 @types.coroutine
-def _rest(turn: Coroutine[Any, Any, bool], trap: object) -> Generator[Any, Any, bool]:
+def _rest(turn: Coroutine[Any, Any, bool], trap: object, waits: Callable[[], object]) -> Generator[Any, Any, bool]:
     """Go on with a coroutine that has begun elsewhere in this task, and has asked Trio for this."""
     try:
         while True:
+            waits()
             try:
                 answer = yield trap
             except BaseException as error:
