@@ -20,13 +20,15 @@ from protocol.watch import ALL_TYPES, ANY, RECORD_FIELDS, Filter
 
 Ref: TypeAlias = str | int | None
 
+# Of a filter, in characters, all together: each of a connection's subscriptions keeps its own.
+MAX_KINDS = 4096
 MAX_MIN_INTERVAL_MS = 60_000
 # A snapshot in one message would have no bound; parts of this size also let live traffic in between.
 SNAPSHOT_PART_BYTES = 256 * 1024
 
 
 class _ClientMessage(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, rename="camel", kw_only=True):
-    ref: str | int | None = None
+    ref: Ref = None
 
 
 class Subscribe(_ClientMessage, tag="subscribe"):
@@ -160,7 +162,7 @@ def _explain(complaint: str) -> ApiError:
 
 
 class _Ref(msgspec.Struct):
-    ref: str | int | None = None
+    ref: Ref = None
 
 
 _REF_DECODER: Final = msgspec.json.Decoder(_Ref)
@@ -178,13 +180,15 @@ def subscribe_filter(message: Subscribe) -> Filter:
     """The filter of a ``subscribe``.
 
     Raises:
-        ApiError: 422 for an unknown type or status.
+        ApiError: 422 for an unknown type or status, or too many kinds.
     """
     if message.types is None and message.status is None and message.kind is None:
         return ANY
     types = _known("types", _many(message.types), ALL_TYPES)
     statuses = _known("status", _many(message.status), frozenset(STATUSES))
     kinds = _many(message.kind)
+    if kinds is not None and sum(map(len, kinds)) > MAX_KINDS:
+        raise invalid_field("kind", f"these are more than {MAX_KINDS} characters")
     return Filter(types, None if kinds is None else frozenset(kinds), statuses)
 
 

@@ -18,6 +18,7 @@ from server.auth import Identity
 from server.brokers.base import Accepted, Acknowledge, Notify
 from server.exchange import Exchange
 from server.node import Node
+from server.publishing import wait_kept
 from server.reading import Start, missed_notices
 
 
@@ -135,10 +136,13 @@ async def send(node: Node, identity: Identity, notice: Notice, key: str | None) 
     await node.limits.check_publish(identity.user, trio.current_time())
     await node.hub.wait_room()
     submission = node.broker.submit([Notify(notice, identity.user, key)])
-    await submission.wait_kept()
-    result = submission.results[0]
-    if isinstance(result, ApiError):
+    try:
+        await wait_kept(submission)
+        result = submission.results[0]
+        if isinstance(result, ApiError):
+            raise result
+    except ApiError:
         node.counters.notices["rejected"] += 1
-        raise result
+        raise
     node.counters.notices["duplicate" if result.duplicate else "accepted"] += 1
     return Sent(await node.presence.count(notice.target), result)

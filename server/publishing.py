@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import trio
 from msgspec.json import encode
 
 from protocol.errors import ApiError
@@ -13,6 +14,15 @@ from protocol.messages import Ref, server_message
 from server.auth import Identity
 from server.brokers.base import Accepted, Publish, Submission
 from server.node import Node
+
+# A batch is decided in portions of this many updates, so that a large one (some 5 µs an update) holds up nobody.
+PORTION: Final = 200
+# Those of one batch. What is refused costs us some 500 bytes of answer, and must not be many times the batch.
+MAX_UPDATES: Final = 100_000
+# What is known of an update until its batch is answered, in bytes.
+HELD_PER_UPDATE: Final = 512
+# A disk that has not taken it by then may never; it is not known then whether it will.
+PATIENCE_S: Final = 60.0
 
 
 class Outcome(NamedTuple):
@@ -105,6 +115,10 @@ class Batch:
         self._counters.publishes(self._source, 1, 0, 0)
         return result.offset
 
+    def lost(self) -> None:
+        """Its publisher is told that nothing of it is kept; to be counted once, in place of ``outcome``."""
+        self._counters.publishes(self._source, 0, 0, len(self._indexes) + len(self._malformed))
+
     def outcome(self) -> Outcome:
         """What became of it, counted; to be asked once, and only once ``submission`` is kept."""
         results = self.submission.results
@@ -135,6 +149,56 @@ class Batch:
                 for index, code, message, field in rejected
             ]
         return Outcome(accepted, duplicates, spooled, refusals, last, cancels)
+
+
+def check_count(count: int) -> None:
+    """Raise ApiError 413 for more updates than a batch may have."""
+    if count > MAX_UPDATES:
+        raise ApiError(413, "payload_too_large", f"a batch may have {MAX_UPDATES} updates: send it in parts")
+
+
+async def take_in(
+    node: Node, identity: Identity, batches: list[Batch], items: Sequence[bytes], *, key: str | None, source: str
+) -> None:
+    """Decide some more updates of a batch, at most ``PORTION``, when others have had their turn."""
+    if batches:
+        await trio.lowlevel.checkpoint()
+    await node.hub.wait_room()
+    first = batches[-1].next_index if batches else 0
+    batch = Batch(node, identity, items, first_index=first, key=key, source=source)
+    submit(node, [batch])
+    batches.append(batch)
+
+
+async def wait_all_kept(batches: Sequence[Batch]) -> None:
+    """Wait until all portions of a batch are kept; raises what ``wait_kept`` raises, and counts it as refused then."""
+    try:
+        for batch in batches:
+            await wait_kept(batch.submission)
+    except ApiError:
+        for batch in batches:
+            batch.lost()
+        raise
+
+
+async def wait_kept(submission: Submission) -> None:
+    """Wait until it is kept.
+
+    Raises:
+        ApiError: 503 if it was lost, or if nobody knows after ``PATIENCE_S`` seconds.
+    """
+    if submission.kept:
+        return
+    with trio.move_on_after(PATIENCE_S):
+        await submission.wait_kept()
+        return
+    raise in_doubt()
+
+
+def in_doubt() -> ApiError:
+    """503: it is not known whether it is kept, nor whether it will be."""
+    message = f"the store has not said within {PATIENCE_S:g} s whether this is kept; send it again with its key"
+    return ApiError(503, "store_unavailable", message, retry_after=5)
 
 
 def submit(node: Node, batches: Sequence[Batch]) -> Submission:

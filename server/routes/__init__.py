@@ -78,9 +78,9 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
         "GET": Route(notices.show_client),
         "DELETE": Route(notices.disconnect_client, "ops"),
     },
-    # Says who it is after the handshake, if not in it.
     # Who sends it shows in its signature.
     "/api/webhooks/{name}": {"POST": Route(webhooks.receive, public=True)},
+    # Says who it is after the handshake, if not in it.
     "/ws/jobs": {"GET": Route(jobs_socket, public=True, head=False)},
 }
 _ALWAYS: Final = frozenset(path for path, methods in ROUTES.items() if any(route.always for route in methods.values()))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 import trio
 
 from protocol.errors import ApiError
 from protocol.fields import MAX_UPDATE, Fields, decode_fields
+from server import publishing
 from server.answers import Response, json_answer
 from server.brokers.base import Accepted, Operation, Submission
 from server.exchange import Deferred, Exchange
+from server.publishing import in_doubt, wait_kept
 
 MAX_KEY: Final = 255
-# A disk that has not taken it by then may never; it is not known then whether it will.
-PATIENCE_S: Final = 60.0
 JSON_TYPES: Final = frozenset({"", "application/json"})
 
 Then: TypeAlias = Callable[[Exchange, Accepted], Response]
@@ -31,7 +32,7 @@ class _Unkept(Deferred):
 
     def __init__(self, exchange: Exchange, submission: Submission, then: Then, refused: Refused | None) -> None:
         self.exchange = exchange
-        self.patience_s = PATIENCE_S
+        self.patience_s = publishing.PATIENCE_S
         self._submission = submission
         self._then = then
         self._refused = refused
@@ -42,9 +43,6 @@ class _Unkept(Deferred):
 
     def answer(self, *, late: bool) -> Response:
         """See ``Deferred``."""
-        if late:
-            message = f"the store has not said within {PATIENCE_S:g} s whether this is kept; send it again with its key"
-            raise ApiError(503, "store_unavailable", message, retry_after=5)
         return _answer(self.exchange, self._submission, self._then, self._refused)
 
     def leave(self) -> None:
@@ -80,11 +78,11 @@ async def decide(exchange: Exchange, operation: Operation) -> Accepted:
     """Submit one operation and wait until it is kept.
 
     Raises:
-        ApiError: why it was refused, 429 over the caller's rate, 503 if the store lost it.
+        ApiError: why it was refused, 429 over the caller's rate, 503 if the store lost it or does not say.
     """
     submission = await _submitted(exchange, operation)
-    if not submission.kept:
-        await submission.wait_kept()
+    with suppress(ApiError):  # raised again below
+        await wait_kept(submission)
     return _accepted(exchange, submission)
 
 
@@ -98,13 +96,18 @@ async def _submitted(exchange: Exchange, operation: Operation) -> Submission:
 
 
 def _accepted(exchange: Exchange, submission: Submission) -> Accepted:
-    node = exchange.node
-    submission.check()  # first, because a refusal too can rest on something that is not kept yet
-    result = submission.results[0]
-    if isinstance(result, ApiError):
-        node.counters.publishes("http", 0, 0, 1)
-        raise result
-    node.counters.publishes("http", int(not result.duplicate), int(result.duplicate), 0)
+    counters = exchange.node.counters
+    try:
+        if not submission.settled:
+            raise in_doubt()
+        submission.check()  # first, because a refusal too can rest on something that is not kept yet
+        result = submission.results[0]
+        if isinstance(result, ApiError):
+            raise result
+    except ApiError:
+        counters.publishes("http", 0, 0, 1)
+        raise
+    counters.publishes("http", int(not result.duplicate), int(result.duplicate), 0)
     return result
 
 

@@ -16,13 +16,12 @@ from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Accepted, Cancel, Claim, Delete, Publish
 from server.exchange import Deferred, Exchange
-from server.publishing import Batch, submit, summary
+from server.publishing import HELD_PER_UPDATE, PORTION, Batch, check_count, summary, take_in, wait_all_kept, wait_kept
 from server.reading import channel_of_job
 from server.routes.intake import (
     JSON_TYPES,
     answered,
     check_body,
-    decide,
     idempotency_key,
     position,
     read_body,
@@ -34,12 +33,6 @@ from server.routes.intake import (
 from server.turns import in_turns
 
 MAX_BATCH: Final = 8 * 1024 * 1024
-# 84 bytes each then; what is refused costs us some 500 bytes of answer, and must not be many times the batch.
-MAX_UPDATES: Final = 100_000
-# A batch is decided in portions of this many updates, so that a large one (some 5 µs an update) holds up nobody.
-PORTION: Final = 200
-# What is known of an update until its batch is answered, in bytes.
-HELD_PER_UPDATE: Final = 512
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
 
@@ -105,13 +98,13 @@ async def publish_batch(exchange: Exchange) -> Response:
             raise ApiError(422, "invalid_field", "the batch must be a JSON array of updates") from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ApiError(400, "malformed_json", f"the batch is not JSON: {error}") from None
-        _check_count(len(items))
+        check_count(len(items))
         if items:
             await exchange.node.limits.check_publish(exchange.caller.user, trio.current_time(), len(items))
         if key is not None:  # lines of NDJSON are taken before their body is known: there each has the key for itself
             fingerprint = blake2b(body, digest_size=16).digest()
             claim = exchange.node.broker.submit([Claim(exchange.caller.user, key, fingerprint)])
-            await claim.wait_kept()
+            await wait_kept(claim)
             (claimed,) = claim.results
             if isinstance(claimed, ApiError):
                 raise claimed
@@ -119,9 +112,7 @@ async def publish_batch(exchange: Exchange) -> Response:
             await _publish_portion(exchange, batches, [bytes(item) for item in items[start : start + PORTION]], key)
     else:
         raise unsupported(content_type, "application/json or application/x-ndjson")
-    for batch in batches:
-        if not batch.submission.kept:
-            await batch.submission.wait_kept()
+    await wait_all_kept(batches)
     answer = summary(batches, exchange.node)
     return json_answer(202 if "spooled" in answer else 200, answer)
 
@@ -148,8 +139,7 @@ async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | No
         finally:
             intakes.discard(scope)
     if scope.cancelled_caught:
-        for batch in batches:
-            await batch.submission.wait_kept()
+        await wait_all_kept(batches)
         read = batches[-1].next_index if batches else 0
         raise ApiError(
             503, "try_later", f"this server is going away; {read} updates of this request were read", retry_after=1
@@ -160,7 +150,7 @@ async def _publish_some(exchange: Exchange, batches: list[Batch], lines: list[by
     items = [line for line in lines if line.strip()]
     for start in range(0, len(items), PORTION):
         portion = items[start : start + PORTION]
-        _check_count((batches[-1].next_index if batches else 0) + len(portion))
+        check_count((batches[-1].next_index if batches else 0) + len(portion))
         await _wait_rate(exchange, len(portion), first=not batches)
         await _publish_portion(exchange, batches, portion, key)
 
@@ -184,38 +174,32 @@ async def _wait_rate(exchange: Exchange, count: int, *, first: bool) -> None:
 
 
 async def _publish_portion(exchange: Exchange, batches: list[Batch], items: list[bytes], key: str | None) -> None:
-    node, caller = exchange.node, exchange.caller
     exchange.connection.hold(len(items) * HELD_PER_UPDATE)
-    if batches:
-        await trio.lowlevel.checkpoint()  # others have a turn between two portions
-    await node.hub.wait_room()
-    first = batches[-1].next_index if batches else 0
-    batch = Batch(node, caller, items, first_index=first, key=key)
-    submit(node, [batch])
-    batches.append(batch)
+    await take_in(exchange.node, exchange.caller, batches, items, key=key, source="http")
 
 
-async def delete(exchange: Exchange) -> Response:
+async def delete(exchange: Exchange) -> Response | Deferred:
     """``DELETE /api/v2/jobs/{jobId}``: 204."""
-    await decide(exchange, Delete(_job_id(exchange)))
+    return await answered(exchange, Delete(_job_id(exchange)), _deleted)
+
+
+def _deleted(exchange: Exchange, accepted: Accepted) -> Response:
     return Response(204)
 
 
-async def cancel(exchange: Exchange) -> Response:
+async def cancel(exchange: Exchange) -> Response | Deferred:
     """``POST /api/v2/jobs/{jobId}/cancel``, by the owner or an admin: 202 with the record."""
     await exchange.connection.read_body(MAX_UPDATE)  # means nothing, but would be in the way of the next request
     job = await _visible(exchange)
     caller = exchange.caller
     if job.latest.user_id != caller.user and not caller.admin:
         raise ApiError(403, "forbidden", "only the job's owner or an admin may cancel it")
-    accepted = await decide(exchange, Cancel(job.latest.job_id, job.latest.user_id))
+    return await answered(exchange, Cancel(job.latest.job_id, job.latest.user_id), _cancelled)
+
+
+def _cancelled(exchange: Exchange, accepted: Accepted) -> Response:
     assert accepted.job is not None
     return json_answer(202, {"job": msgspec.Raw(accepted.job.latest.body)})
-
-
-def _check_count(count: int) -> None:
-    if count > MAX_UPDATES:
-        raise ApiError(413, "payload_too_large", f"a batch may have {MAX_UPDATES} updates: send it in parts")
 
 
 # Reading

@@ -15,6 +15,7 @@ from server.answers import Response, json_answer
 from server.brokers.base import Acknowledge
 from server.exchange import Exchange
 from server.notices import notified_user, offset_of, send
+from server.publishing import wait_kept
 from server.routes.intake import JSON_TYPES, idempotency_key, read_body, unsupported
 from server.routes.jobs import whole_number
 
@@ -44,7 +45,7 @@ async def acknowledge(exchange: Exchange) -> Response:
     if offset is None:
         raise invalid_field("id", "is no cursor of this log")
     submission = node.broker.submit([Acknowledge(user, offset)])
-    await submission.wait_kept()
+    await wait_kept(submission)
     result = submission.results[0]
     if isinstance(result, ApiError):
         raise result

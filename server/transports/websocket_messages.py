@@ -37,7 +37,17 @@ from protocol.watch import ANY, Watch, job_channel, user_channel
 from protocol.wire import wire_form
 from server.channel import Want
 from server.notices import acknowledge, may_join, offset_of, send, split_channels
-from server.publishing import Batch, published, submit
+from server.publishing import (
+    HELD_PER_UPDATE,
+    PORTION,
+    Batch,
+    check_count,
+    published,
+    submit,
+    summary,
+    take_in,
+    wait_all_kept,
+)
 from server.reading import (
     Start,
     channel_of_job,
@@ -52,10 +62,13 @@ from server.reading import (
 from server.transports.sse import replay
 
 if TYPE_CHECKING:
+    from server.auth import Identity
     from server.transports.websocket import Session
 
 # Publishes whose answer is still on its way; a client further ahead of the store waits.
 MAX_UNANSWERED: Final = 64
+# With longer ones than this the answers that wait for the store would be much, so many as there may be.
+LONG_REF: Final = 1024
 # Publish messages of one turn that are decided in one go.
 MOST_GATHERED: Final = 64
 # Of so many missed updates it is looked up at once whether any is wanted, of more as they are sent.
@@ -228,6 +241,9 @@ async def _publish(session: Session, message: PublishMessage) -> None:
     session.node.check_accepting()
     if session.node.limits.on_publishes:
         await session.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
+    if len(message.updates) > PORTION or (isinstance(message.ref, str) and len(message.ref) > LONG_REF):
+        await _publish_alone(session, identity, message)
+        return
     if session.hub.full:
         await session.hub.wait_room()
     batch = Batch(session.node, identity, [bytes(update) for update in message.updates], source="websocket")
@@ -241,6 +257,24 @@ async def _publish(session: Session, message: PublishMessage) -> None:
         hand_over(session)
         with suppress(ApiError):  # ``_answer`` has said it
             await batch.submission.wait_kept()
+
+
+async def _publish_alone(session: Session, identity: Identity, message: PublishMessage) -> None:
+    """So large a message, or answer, that what follows waits until it is answered; others have turns in between."""
+    node, updates = session.node, message.updates
+    check_count(len(updates))
+    hand_over(session)
+    held = len(updates) * HELD_PER_UPDATE
+    node.limits.hold(0, held)
+    try:
+        batches: list[Batch] = []
+        for start in range(0, len(updates), PORTION):
+            items = [bytes(update) for update in updates[start : start + PORTION]]
+            await take_in(node, identity, batches, items, key=None, source="websocket")
+        await wait_all_kept(batches)
+        session.say("published", ref=message.ref, **summary(batches, node))
+    finally:
+        node.limits.hold(held, 0)
 
 
 def hand_over(session: Session) -> None:
@@ -260,6 +294,8 @@ def _answer(session: Session, gathered: Gathered, error: ApiError | None) -> Non
         session.hub.soon(session, session.uncork)
     node, message = session.node, session.form.message
     if error is not None:
+        for batch, _ in gathered:
+            batch.lost()
         answers = [message(error_message(error, ref)) for _, ref in gathered]
     else:
         answers = [message(published(batch, node, ref)) for batch, ref in gathered]

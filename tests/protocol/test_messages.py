@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import ApiError
 from protocol.messages import (
+    MAX_KINDS,
     MAX_MIN_INTERVAL_MS,
     SNAPSHOT_PART_BYTES,
     Ack,
@@ -143,9 +144,17 @@ def test_intervals_out_of_range(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("types", ["job_started"]), ("status", "done"), ("status", ["queued", ""]), ("fields", ["x"])]
+    ("field", "value"),
+    [
+        ("types", ["job_started"]),
+        ("status", "done"),
+        ("status", ["queued", ""]),
+        ("fields", ["x"]),
+        ("kind", ["k" * (MAX_KINDS - 3), "four"]),
+        ("kind", "k" * (MAX_KINDS + 1)),
+    ],
 )
-def test_unknown_words_are_named(field: str, value: object) -> None:
+def test_wrong_words_are_named(field: str, value: object) -> None:
     message = subscribe(**{field: value})
     with pytest.raises(ApiError) as caught:
         subscribe_fields(message) if field == "fields" else subscribe_filter(message)

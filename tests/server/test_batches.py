@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from protocol.fields import MAX_UPDATE
+from server import publishing
 from server.routes import jobs as routes
 from tests.server.updates import JOBS, NDJSON, UPDATES, lines, offset, record
 from tests.support import Answer, Http, request_bytes, server, until
@@ -140,7 +141,7 @@ async def test_an_empty_batch_is_fine() -> None:
         (b"[]", "text/plain", 415, "unsupported_media_type"),
         (b" " * (routes.MAX_BATCH + 1), "application/json", 413, "payload_too_large"),
         (b"\n" * (routes.MAX_BATCH + 1), "application/x-ndjson", 413, "payload_too_large"),
-        (b"[" + b"0," * routes.MAX_UPDATES + b"0]", "application/json", 413, "payload_too_large"),
+        (b"[" + b"0," * publishing.MAX_UPDATES + b"0]", "application/json", 413, "payload_too_large"),
     ],
     ids=["cut", "deep", "cut-object", "object", "type", "large", "large-lines", "many"],
 )
@@ -154,7 +155,7 @@ async def test_a_batch_that_is_none(body: bytes, content_type: str, status: int,
 
 
 async def test_more_lines_than_a_batch_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "MAX_UPDATES", 3)
+    monkeypatch.setattr(publishing, "MAX_UPDATES", 3)
     async with server() as at:
         body = lines({"jobId": "a", "userId": "alice"}, *[{"jobId": "a"}] * 3)
         answer = await at.ask("POST", UPDATES, body, NDJSON)
@@ -180,7 +181,7 @@ async def test_a_large_batch_lets_others_in_between() -> None:
 
 async def test_a_batch_larger_than_the_rate_passes_whole() -> None:
     async with server(limits={"publishes_per_second": 10}) as at:
-        batch = [{"jobId": f"j{number}", "userId": "alice"} for number in range(2 * routes.PORTION + 1)]
+        batch = [{"jobId": f"j{number}", "userId": "alice"} for number in range(2 * publishing.PORTION + 1)]
         answer = await at.post(UPDATES, batch)
         assert (answer.status, answer.json["accepted"]) == (200, len(batch))
         debt = await at.post(UPDATES, batch[:1])

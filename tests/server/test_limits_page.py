@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from protocol import fields, http1, notice, proxy, request
-from server import config_load, inbox, listener, tls
+from protocol import fields, http1, messages, notice, proxy, request
+from server import config_load, inbox, node, publishing, tls
 from server.config_rules import toml
 from server.routes import jobs, webhooks
 from server.transports import websocket, websocket_messages
@@ -26,13 +26,14 @@ FIXED = {
     "one text field": fields.MAX_TEXT,
     "levels of nesting": fields.MAX_DEPTH,
     "one batch": jobs.MAX_BATCH,
-    "updates in a batch": jobs.MAX_UPDATES,
+    "updates in a batch, or in a message": publishing.MAX_UPDATES,
     "body of a webhook, read once its headers are in order": webhooks.MAX_BODY,
     "malformed messages in a row": websocket.MAX_MISTAKES,
     "unanswered publishes of a connection": websocket_messages.MAX_UNANSWERED,
     "channels of a connection": notice.MAX_CHANNELS,
+    "kinds that a `subscribe` asks for, together": messages.MAX_KINDS,
     "notifications stored for a user": inbox.MAX_PER_USER,
-    "sockets that are told that they are too many": listener.REFUSED_SOCKETS,
+    "sockets that are told that they are too many": node.REFUSED_SOCKETS,
 }
 
 

@@ -13,11 +13,11 @@ import pytest
 import trio
 import trio.testing
 
+from server import publishing
 from server.brokers.sqlite import SqliteBroker
-from server.routes import intake
 from server.transports.websocket_messages import MAX_UNANSWERED
 from tests.server.brokers.disks import BIG, Held
-from tests.streams import clean_server, connect, reset_connection, session
+from tests.streams import clean_server, connect, put, reset_connection, session
 from tests.support import Http, InProcess, request_bytes, until
 
 TARGET = "/api/v2/jobs/{}/updates"
@@ -144,6 +144,7 @@ async def test_a_commit_that_fails_is_a_503_for_each(tmp_path: Path) -> None:
             answer = await http.answer()
             assert (answer.status, answer.json["error"]["code"]) == (503, "store_unavailable")
             assert answer.headers["retry-after"]
+        assert it.at.node.counters.updates["http", "rejected"] == 2
         assert not it.at.node.jobs.jobs
         database.execute("PRAGMA max_page_count = 1000000")
         await one.send(request_bytes("POST", TARGET.format("a"), body={"userId": "u"}))
@@ -170,15 +171,45 @@ async def test_a_websocket_that_is_ahead_of_a_disk_that_fails_is_told_once_of_ea
         assert {answer["type"] for answer in answers[:-1]} == {"error"}
 
 
-async def test_a_disk_that_takes_too_long_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "PATIENCE_S", 0.1)
+async def test_a_websocket_whose_answers_are_long_gets_no_further_ahead_of_the_disk(tmp_path: Path) -> None:
+    """Else as many of them would be held as may be without an answer."""
+    async with slow(tmp_path) as it, session(it.at) as ws:
+        for name in "ab":
+            await ws.send("publish", ref=name * 100_000, updates=[{"jobId": name, "userId": "u"}])
+        await until(lambda: it.broker._waiting_entries)
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.broker._waiting_entries == 1
+        it.go.set()
+        assert [answer["ref"] for answer in await ws.messages(2)] == ["a" * 100_000, "b" * 100_000]
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body"),
+    [
+        ("POST", TARGET.format("b"), {"userId": "u"}),
+        ("DELETE", "/api/v2/jobs/a", None),
+        ("POST", "/api/v2/jobs/a/cancel", {}),
+        ("PUT", "/api/projects/p", {"userId": "u"}),
+        ("POST", "/api/v2/updates", [{"jobId": "b", "userId": "u"}]),
+        ("POST", "/api/sse/message", {"target": "broadcast", "event": "e", "data": 1}),
+    ],
+)
+async def test_a_disk_that_takes_too_long_is_a_503(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, target: str, body: object
+) -> None:
+    monkeypatch.setattr(publishing, "PATIENCE_S", 0.1)
     async with slow(tmp_path) as it, connect(it.at) as http:
-        await it.begin(http, "a", userId="u")
-        answer = await http.answer()
+        it.go.set()
+        put(it.at, "a")
+        await until(lambda: it.at.node.jobs.get("a"))
+        it.go.clear()
+        answer = await http.request(method, target, body=body)
         assert (answer.status, answer.json["error"]["code"]) == (503, "store_unavailable")
         assert "0.1 s" in answer.json["error"]["message"]
+        counters = it.at.node.counters
+        assert counters.updates["http", "rejected"] + counters.notices["rejected"] == 1
         it.go.set()
-        await until(lambda: it.at.node.jobs.get("a"))  # which it could not know
+        await until(lambda: it.at.node.history.last == 2)  # which it could not know
         assert await http.alive()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import trio
 from wsproto.events import BytesMessage, TextMessage
 
+from server import publishing
 from server.limits import Limits
+from server.transports import websocket_messages
 from tests.streams import clean_server, cursor, put, session, websocket
 from tests.support import AUTH, InProcess, token, until
 
@@ -174,6 +177,57 @@ async def test_publishes_do_not_wait_with_a_turn_that_waits(monkeypatch: pytest.
         assert [answer["ref"] for answer in await ws.messages(3)] == [2, 3, 4]
 
 
+async def test_many_updates_in_a_message_are_taken_in_portions_between_which_others_have_turns(
+    server: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = 0
+    begun: list[int] = []
+    take_in = websocket_messages.take_in
+
+    async def count() -> None:
+        nonlocal passes
+        while True:
+            passes += 1
+            await trio.lowlevel.checkpoint()
+
+    async def noting(*arguments: Any, **keywords: Any) -> None:
+        await take_in(*arguments, **keywords)
+        begun.append(passes)
+
+    monkeypatch.setattr(websocket_messages, "PORTION", 5)
+    monkeypatch.setattr(websocket_messages, "take_in", noting)
+    updates = [{"jobId": f"a{n}", "userId": "u"} if n % 4 else {"jobId": "b"} for n in range(17)]
+    async with session(server) as ws, trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        before = {"type": "publish", "ref": 1, "updates": [{"jobId": "b1", "userId": "u"}]}
+        many = {"type": "publish", "ref": 2, "updates": updates}
+        after = {"type": "publish", "ref": 3, "updates": [{"jobId": "a1", "userId": "u"}]}
+        texts = [json.dumps(message) for message in (before, many, after)]
+        await ws.http.send(b"".join(ws.connection.send(TextMessage(text)) for text in texts))
+        answers = await ws.messages(3)
+        nursery.cancel_scope.cancel()
+    assert [answer["ref"] for answer in answers] == [1, 2, 3]
+    assert (answers[1]["accepted"], answers[1]["id"].rpartition(":")[2]) == (12, "13")
+    assert [refusal["index"] for refusal in answers[1]["rejected"]] == [0, 4, 8, 12, 16]
+    assert len(begun) == 4
+    assert begun[-1] - begun[0] >= 2, "in each pass of the loop one portion, and everybody else"
+    assert server.node.limits.unfinished == 0
+
+
+async def test_what_is_known_of_many_updates_is_bounded_until_they_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with clean_server(limits={"unfinished": 100_000}) as at, session(at) as ws:
+        for count, code in ((200, None), (300, None), (400, "try_later")):
+            answer = await ws.ask("publish", updates=[5] * count)
+            assert answer.get("code") == code
+            assert len(answer.get("rejected", ())) == (0 if code else count)
+            assert at.node.limits.unfinished == 0
+        monkeypatch.setattr(publishing, "MAX_UPDATES", 250)
+        assert (await ws.ask("publish", updates=[5] * 251))["code"] == "payload_too_large"
+        assert at.node.history.last == 0
+
+
 async def test_publishes_that_the_store_loses_together_are_refused_one_by_one(tmp_path: Path) -> None:
     async with clean_server(store={"url": f"sqlite:{tmp_path}/s.db"}) as at, session(at) as ws:
         database: Any = at.node.broker._file._db  # type: ignore[attr-defined]
@@ -185,6 +239,9 @@ async def test_publishes_that_the_store_loses_together_are_refused_one_by_one(tm
         answers = await ws.messages(3)
         assert [(answer["code"], answer["ref"]) for answer in answers] == [("store_unavailable", n) for n in range(3)]
         assert at.node.history.last == 1
+        many = [{"jobId": "a", "metadata": {"m": "m" * 1000}}] * 300
+        assert (await ws.ask("publish", ref="many", updates=many))["code"] == "store_unavailable"
+        assert at.node.counters.updates["websocket", "rejected"] == 3 + len(many)
         database.execute("PRAGMA max_page_count = 1000000")
         assert (await ws.ask("publish", updates=[{"jobId": "a", "progress": 5}]))["accepted"] == 1
         (job,) = at.node.jobs.jobs.values()
