@@ -105,7 +105,7 @@ test-long: drain-long queues-long test-offline hostility fuzz conformance soak  
 
 .PHONY: drain-long
 drain-long: setup-dev system  ## a server is stopped behind nginx while a thousand read 5,000 updates/s (half a minute)
-	STATUSWIRE_TEST_READERS=1000 $(BIN)/pytest -q tests/integration/test_drain_under_load.py $(PYTEST_ARGS)
+	STATUSWIRE_TEST_READERS=1000 $(BIN)/pytest -q -s tests/integration/test_drain_under_load.py $(PYTEST_ARGS)
 
 .PHONY: queues-long
 queues-long: setup-dev system  ## real queues under every trouble there is a test for, all kinds by all troubles (ten minutes)

@@ -172,6 +172,7 @@ def read_update(view: View, target: Target, sets: Mapping[str, object], body: by
     if len(body) > MAX_UPDATE:
         raise ApiError(413, "payload_too_large", f"one update may have {MAX_UPDATE} bytes: send less data")
     try:
+        body.decode()  # what stays as it is until it is looked at is not looked through here
         given = msgspec.json.decode(body or (b"{}" if sets else b""), type=dict[str, Raw])
     except msgspec.ValidationError:
         check_json(body)

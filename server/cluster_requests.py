@@ -69,7 +69,7 @@ class Requests:
         """A message came."""
         try:
             message = decode_control(data)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeError):
             return  # of a newer version
         if isinstance(message, Done):
             question = self._questions.get(message.request)

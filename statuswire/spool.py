@@ -112,7 +112,7 @@ class Journal:
                     continue
                 try:
                     entry = _decode_entry(line)
-                except msgspec.MsgspecError:
+                except (msgspec.MsgspecError, UnicodeError):
                     continue
                 if entry.at >= now_us - MAX_AGE_US:
                     self._waiting.add(entry.key)
@@ -278,7 +278,7 @@ def _parsed(line: bytes) -> _Line | None:
         return None
     try:
         return _decode_line(line)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeError):
         return None
 
 

@@ -395,7 +395,7 @@ class SpoolingBroker:
             try:
                 entries[number] = decode_entry(data)
                 operations[number] = operation_of(entries[number])
-            except (msgspec.MsgspecError, ApiError) as error:
+            except (msgspec.MsgspecError, UnicodeError, ApiError) as error:
                 log.error("entry %d of %s cannot be read and is dropped: %s", number, self._file.path, error)
                 self.rejected += 1
                 settled[number] = len(data)

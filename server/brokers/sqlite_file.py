@@ -194,7 +194,7 @@ class SqliteFile:
         """
         try:
             return self._load(renew_epoch, new_epoch)
-        except (sqlite3.DatabaseError, msgspec.MsgspecError) as error:
+        except (sqlite3.DatabaseError, msgspec.MsgspecError, UnicodeError) as error:
             raise StoreError(f"store.url: {self.path} is damaged ({error}); restore a copy, or move it away") from error
 
     def _load(self, renew_epoch: str | None, new_epoch: str) -> Loaded:

@@ -65,7 +65,7 @@ def _update(arguments: Namespace) -> dict[str, object]:
         text = sys.stdin.read() if arguments.data == "-" else arguments.data
         try:
             decoded = msgspec.json.decode(text)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise CommandError(f"--data is not JSON: {error}", EXIT_USAGE) from error
         if not isinstance(decoded, dict):
             raise CommandError("--data: expected a JSON object of fields", EXIT_USAGE)

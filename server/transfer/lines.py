@@ -158,7 +158,7 @@ class Reader:
             if name != "statuswire":
                 raise ValueError(name)
             self.header = msgspec.json.decode(raw, type=Header)
-        except (ValueError, TransferError):
+        except (ValueError, RecursionError, TransferError):
             raise TransferError("the input does not begin like an export of statuswire; name another file") from None
         if self.header.format != FORMAT:
             raise TransferError(
@@ -194,7 +194,7 @@ class Reader:
                     return
                 else:
                     raise ValueError(f"{name!r} is nothing that is known here")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self._wrong(str(error)) from None
 
     def _check(self, end: End, digest: str) -> None:
@@ -215,7 +215,7 @@ class Reader:
         self._digest.update(line)
         try:
             ((name, raw),) = _decode(line).items()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._wrong(str(error)) from None
         return name, raw
 

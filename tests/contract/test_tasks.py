@@ -218,6 +218,7 @@ async def test_publishing_has_the_words_of_tasks(at: InProcess) -> None:
         assert error["message"].startswith(f"{name}:"), error
     for body, status, code in (
         (b"{", 400, "malformed_json"),
+        *((b'{"%b":"\xff"}' % name, 400, "malformed_json") for name in (b"message", b"status", b"taskId", b"\xff")),
         (b"[]", 422, "invalid_update"),
         (b'{"message":"' + b"x" * 140_000 + b'"}', 413, "payload_too_large"),
     ):

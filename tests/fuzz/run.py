@@ -40,7 +40,7 @@ def fuzz(target: str, seconds: int, seed: int, keep: Path) -> None:
                 (gathered / f"{name}-{file.name}").write_bytes(bytes([number]) + file.read_bytes())
         directories = [keep, gathered]
     options = [
-        f"-max_total_time={seconds}", f"-seed={seed}", "-max_len=4096", "-timeout=30", "-rss_limit_mb=2048",
+        f"-max_total_time={seconds}", f"-seed={seed}", "-max_len=4096", "-timeout=120", "-rss_limit_mb=2048",
         "-artifact_prefix=finding-", "-print_final_stats=1", "-verbosity=1",
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options, *map(str, directories)], one_of_all if target == ALL else TARGETS[target])

@@ -22,6 +22,8 @@ from protocol import http1, messages
 from protocol.errors import ApiError, CloseCode
 from protocol.fields import Fields, decode_fields
 from protocol.frames import close_frame, deflated_text_frame, ping_frame, text_frame
+from protocol.job import apply
+from protocol.job import create as create_job
 from protocol.position import Position, Since, parse_cursor
 from protocol.queues import bull4, bullmq, celery, rq
 from protocol.queues.payload import MAX_READ, unpacked
@@ -30,11 +32,16 @@ from protocol.queues.sighting import Known, Sighting, settle
 from protocol.request import Request, parse_query, parse_target
 from protocol.resp import ProtocolError, RedisError, Replies
 from protocol.signatures import check_signature, sign
+from protocol.sse import Event, EventParser, EventTooLarge, encode_event
+from protocol.update import Job, Update
+from protocol.view import Message, in_words, read_update, target_of
+from protocol.views import all_views
 from protocol.websocket import Binary, DeflateParameters, Text, WebSocketError, WebSocketReader, accept_handshake
 from server.config import ConfigError
 from server.config_load import describe, load_with_sources
 from server.limits import client_address, parse_proxies
 from tests.fuzz.conversation import conversation
+from tests.fuzz.server_targets import exports, keys, notices, origins, parameters, proxy, spooled, tokens
 
 LIMIT: Final = 5000
 NOW_MS: Final = 1_700_000_000_000
@@ -247,6 +254,58 @@ def signatures(data: bytes) -> None:
     assert check_signature("a secret of the fuzzer", "1700000000", good, body, 1.7e9) == good[7:]
 
 
+def views(data: bytes) -> None:
+    """What is published in the words of each view; what comes of it can be shown in them, and put into a page."""
+    flag, data = (data[0] if data else 0), data[1:]
+    ways = [(view, call) for view in all_views().values() for call in view.calls if call.does not in _READING]
+    view, call = ways[flag % len(ways)]
+    target = target_of(view, {view.variable: "a", "app": "brand-monitor"})
+    job: Job | None = None
+    for number, body in enumerate(data.split(b"\n"), 1):
+        try:
+            fields = view.settle(job, read_update(view, target, call.sets, body))
+            if job is None:
+                job = create_job(fields, job_id=target.job_id, user_id="u", offset=number, now_ms=NOW_MS)
+            else:
+                job = apply(job, fields, offset=number, now_ms=NOW_MS + number)
+        except ApiError as error:
+            assert error.status in (400, 404, 409, 413, 422)
+            msgspec.json.decode(messages.error_message(in_words(view, error)))
+            continue
+        shown = [view.state(job.latest), *(message.text for message in (view.render or _as_it_is)(job.latest))]
+        for text in shown:
+            msgspec.json.decode(text)
+            assert view.render is None or b"<" not in text
+
+
+_READING: Final = ("stream", "show", "head", "health")
+
+
+def _as_it_is(update: Update) -> list[Message]:
+    return [Message(update.body)]
+
+
+# Event streams
+
+
+def events(data: bytes) -> None:
+    """An event stream that is read, however it is cut; and what we send is read as it was meant."""
+    same([_events(way) for way in pieces(data)])
+    text = data.decode("utf-8", "replace")
+    (event,) = EventParser().feed(encode_event(text.encode(), id="7", event="e", retry_ms=1))
+    assert event == Event(re.sub("\r\n|\r", "\n", text), "7", "e", 1)
+
+
+def _events(way: list[bytes]) -> list[object]:
+    parser, story = EventParser(max_event=LIMIT), []
+    try:
+        for piece in way:
+            story += parser.feed(piece)
+    except EventTooLarge:
+        return ["too large"]  # events of the same bytes are lost with it
+    return [*story, parser.last_event_id, parser.retry_ms]
+
+
 # Redis and queues
 
 _LARGE = re.compile(rb"[*%~>|$=!][0-9]{6,}")
@@ -369,7 +428,7 @@ def _variable(data: bytes) -> dict[str, str]:
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     target.__name__: target
     for target in (
-        http, url, websocket, frames, client_messages, updates, cursors, signatures, resp, redis_errors, pickles,
-        queues, config, conversation,
+        http, url, websocket, frames, client_messages, updates, cursors, signatures, views, events, resp, redis_errors,
+        pickles, queues, config, conversation, proxy, tokens, keys, origins, parameters, notices, exports, spooled,
     )
 }  # fmt: skip

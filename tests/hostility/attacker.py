@@ -20,7 +20,7 @@ from tests.pacing import for_a_while
 
 # Who is thrown out comes again, at this pace.
 PAUSE_S = 0.02
-STANDING_S = 30.0
+STANDING_S = 60.0
 
 
 async def attack(name: str, prey: Prey, lines: AsyncIterator[str]) -> None:

@@ -86,10 +86,11 @@ class Prey:
         )
 
     async def websocket(self, *headers: str, receive_buffer: int | None = None) -> trio.SocketStream:
-        """A WebSocket that is let in."""
+        """A WebSocket that is let in. Raises trio.BrokenResourceError otherwise."""
         stream = await self.connect(receive_buffer)
         await stream.send_all(self.head("GET", "/ws/jobs", *UPGRADE, *headers))
-        await stream.receive_some(64)
+        if not (await stream.receive_some(64)).startswith(b"HTTP/1.1 101 "):
+            raise trio.BrokenResourceError("not let in")
         return stream
 
 

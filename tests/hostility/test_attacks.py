@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.hostility.attacks import ATTACKS, KIB, MIB
-from tests.hostility.siege import Ground, Report, ground, siege
+from tests.hostility.siege import Ground, ground, siege
 from tests.support import AUTH, WORKER
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -32,21 +30,16 @@ TABLES: dict[str, dict[str, object]] = {
         "unfinished": 32 * MIB,
     },
 }
-REPORTS: list[Report] = []
 
 
 @pytest.fixture(scope="module")
 def besieged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     with ground(tmp_path_factory.mktemp("besieged"), **TABLES) as found:
         yield found
-    if path := os.environ.get("HOSTILITY_REPORT"):
-        head = "| attack | connects | p99 before, ms | p99 meanwhile, ms | memory, MiB | over after, s |"
-        rows = [head, "|" + " --- |" * 6, *(report.row() for report in REPORTS)]
-        Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 async def test_readers_memory_and_recovery(name: str, besieged: Ground) -> None:
     seed = [{"jobId": f"seed{number}", "userId": "mallory", "message": "m" * 1000} for number in range(200)]
     assert (await besieged.at.post("/api/v2/updates", seed, WORKER)).json["rejected"] == []
-    REPORTS.append(await siege(besieged, name, ATTACKS[name].memory))
+    await siege(besieged, name, ATTACKS[name].memory)

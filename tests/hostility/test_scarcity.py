@@ -38,7 +38,7 @@ async def test_descriptors_run_out(tmp_path: Path) -> None:
             assert isinstance(connects, int)
             return connects
 
-        await siege(at, "descriptors", SLACK, exhaust)
+        await siege(at, "no descriptors", SLACK, exhaust)
 
 
 async def test_memory_is_short(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ async def test_memory_is_short(tmp_path: Path) -> None:
                     assert isinstance(connects, int)
                     return connects
 
-                await siege(at, name, 2 * unfinished + SLACK, until_refused)
+                await siege(at, f"{name}, short of memory", 2 * unfinished + SLACK, until_refused)
         assert "MemoryError" not in at.at.log()
 
 
@@ -95,7 +95,7 @@ async def test_one_address_opens_everything(tmp_path: Path) -> None:
     """Its own limit stops it: there is room for others, who come from elsewhere."""
     tables = {"server": {"max_connections": 400}, "limits": {**LIMITS, "connections_per_address": 100}}
     with ground(tmp_path, auth=AUTH, **tables) as at:
-        report = await siege(at, "crowd", SLACK, source="127.0.0.2")
+        report = await siege(at, "crowd", SLACK, source="127.0.0.2", title="crowd of one address")
         assert report.connects == 500
         stats = (await at.at.get("/api/v2/stats", ADMIN)).json
         assert stats["connectionsRefused"].get("too_many_connections", 0) == 0
@@ -109,7 +109,7 @@ async def test_tls_handshakes_that_are_left_half_done(tmp_path: Path) -> None:
     attack = TLS_ATTACKS["half handshakes"]
     with ground(tmp_path, issued.trust, auth=AUTH, limits=LIMITS, server=issued.table) as at:
         await newcomers_are_served(at.at)
-        report = await siege(at, "half handshakes", attack.memory)
+        report = await siege(at, "half handshakes", attack.memory, title="half TLS handshakes")
         assert report.connects >= attack.clients
         stats = (await at.at.get("/api/v2/stats", ADMIN)).json
         assert stats["connectionsRefused"]["tls_failed"] >= attack.clients
@@ -148,7 +148,7 @@ async def test_the_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert leased["status"] == "processing", "a lease does not run out with the clock"
             return 0
 
-        await siege(at, "clock", SLACK, jump)
+        await siege(at, "jumps of the clock", SLACK, jump)
         history = (await at.at.get("/api/v2/jobs/watched/history", bearer("alice"))).json["updates"]
         times = [update["timestamp"] for update in history]
         assert times == sorted(times), "times in the log never go back"

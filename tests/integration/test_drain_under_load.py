@@ -1,5 +1,6 @@
-"""One of two servers behind nginx is stopped while everybody reads: nobody misses an update, and they do not come back
-all at once. ``STATUSWIRE_TEST_READERS=1000`` is the long form (make drain-long)."""
+"""Two servers behind nginx while everybody reads: both are reloaded, which nobody notices; then one is stopped: nobody
+misses an update, and they do not come back all at once. ``STATUSWIRE_TEST_READERS=1000`` is the long form (make
+drain-long), which says how much load there was."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from tests.integration.test_redis_fleet import fleet
 from tests.nginx import running_nginx
 from tests.pacing import for_a_while
 from tests.redis_servers import RedisServer, free_ports
-from tests.support import Address, bearer, until
+from tests.support import Address, Spawned, bearer, until
 from tools.examples.nginx_example import configure
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,7 @@ READERS: Final = int(os.environ.get("STATUSWIRE_TEST_READERS", "240"))
 ROUNDS_PER_S: Final = 5
 DRAIN_S: Final = 6.0
 LONG_S: Final = 240.0
+PAGE: Final = {"Origin": "https://app.example.com"}
 MIX: Final = ("ws", "sse", "ws", "sse", "ws", "sse", "ws", "sse", "ws", "poll")
 
 
@@ -60,6 +62,20 @@ class Rounds:
             due = max(due + 1 / ROUNDS_PER_S, trio.current_time())
             await trio.sleep_until(due)
 
+    async def more(self, rounds: int) -> None:
+        """Return when there have been so many more."""
+        goal = self.published + rounds
+        await until(lambda: self.published >= goal, within=LONG_S)
+
+
+async def reload(node: Spawned) -> None:
+    """Other limits and origins by SIGHUP."""
+    file = node.log_file.with_name("statuswire.toml")
+    file.write_text(f'{file.read_text()}[limits]\nmax_message = 65536\n[cors]\norigins = ["{PAGE["Origin"]}"]\n')
+    node.signal(signal.SIGHUP)
+    await node.logged("reloaded")
+    assert (await node.get("/health", PAGE)).headers["access-control-allow-origin"] == PAGE["Origin"]
+
 
 async def test_a_server_is_stopped_while_everybody_reads(redis: RedisServer, tmp_path: Path) -> None:
     (port,) = free_ports(1)
@@ -83,15 +99,23 @@ async def test_a_server_is_stopped_while_everybody_reads(redis: RedisServer, tmp
                 for reader in readers:
                     await reader.started.wait()
                 publishing.start_soon(rounds.run)
-                await until(lambda: rounds.published >= 2 * ROUNDS_PER_S, within=LONG_S)
+                await rounds.more(2 * ROUNDS_PER_S)
+
+                streams = [reader for reader in readers if reader.transport != "poll"]
+                connections = [reader.connections for reader in streams]
+                for node in running.nodes:
+                    await reload(node)
+                began, before = trio.current_time(), rounds.published
+                await rounds.more(2 * ROUNDS_PER_S)
+                rate = READERS * (rounds.published - before) / (trio.current_time() - began)
+                assert [reader.connections for reader in streams] == connections, "nobody has had to come again"
 
                 stopped = trio.current_time()
                 first.signal(signal.SIGTERM)
                 await trio.to_thread.run_sync(first.process.wait)
                 lasted = trio.current_time() - stopped
 
-                done = rounds.published
-                await until(lambda: rounds.published >= done + 2 * ROUNDS_PER_S, within=LONG_S)
+                await rounds.more(2 * ROUNDS_PER_S)
                 rounds.stopping.set()
                 await until(
                     lambda: all(reader.has({f"job-{reader.user}": rounds.published}) for reader in readers),
@@ -107,8 +131,8 @@ async def test_a_server_is_stopped_while_everybody_reads(redis: RedisServer, tmp
     # About half of the live streams were there. They are ended evenly over the window, and asked to stay away for times
     # that are spread as well; so when they come back, no quarter of the time has more than half of them.
     sent_away = [place for reader in readers for place in reader.sent_away]
-    streams = sum(reader.transport != "poll" for reader in readers)
-    assert streams * 0.25 < len(sent_away) < streams * 0.75
+    assert len(streams) * 0.25 < len(sent_away) < len(streams) * 0.75
+    print(f"\n{READERS} readers, {rate:.0f} updates/s, ended within {lasted:.1f} s, {len(sent_away)} were sent away")
     for moments in ([at for at, _ in sent_away], [at + delay for at, delay in sent_away]):
         begin, end = min(moments), max(moments)
         assert end - begin > DRAIN_S / 2

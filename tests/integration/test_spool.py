@@ -445,13 +445,17 @@ async def test_an_entry_that_cannot_be_read_is_dropped(redis: RedisServer, tmp_p
         async with spooling(url, tmp_path) as at:
             await at.publish("a", userId="u", message="0")
             await outage(at, proxy)
-            for number in (1, 2):
+            for number in (1, 2, 3):
                 await at.post("/api/v2/jobs/a/updates", {"message": str(number)})
         with sqlite3.connect(tmp_path / "spool") as db:
-            db.execute("UPDATE waiting SET data = x'c1' WHERE seq = (SELECT min(seq) FROM waiting)")
+            (first,) = db.execute("SELECT min(seq) FROM waiting").fetchone()
+            db.execute("UPDATE waiting SET data = x'c1' WHERE seq = ?", (first,))
+            db.execute(
+                "UPDATE waiting SET data = x'99a1ffa36d6179a177a16ba0c4027b7dc400c0c0' WHERE seq = ?", (first + 1,)
+            )
         db.close()
         proxy.pass_again()
         async with spooling(url, tmp_path) as at:
             await passed_on(at)
-            assert (spool_of(at).replayed, spool_of(at).rejected) == (1, 1)
-            assert await messages(at, "a") == ["0", "2"]
+            assert (spool_of(at).replayed, spool_of(at).rejected) == (1, 2)
+            assert await messages(at, "a") == ["0", "3"]

@@ -255,6 +255,10 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no JSON": (lambda text: signed(text.splitlines()[0], b"what?"), "line 2 of the input cannot be read"),
     "another kind of line": (lambda text: signed(text.splitlines()[0], b'{"what":1}'), "line 2 of the input"),
     "a job of nothing": (lambda text: signed(text.splitlines()[0], b'{"job":{}}'), "line 2 of the input"),
+    "no end of brackets": (
+        lambda text: signed(text.splitlines()[0], b'{"job":%b}' % (b"[" * 100_000)),
+        "line 2 of the input cannot be read",
+    ),
     "an update twice": (
         lambda text: signed(text.splitlines()[0], *[line for line in text.splitlines() if b'"update"' in line] * 2),
         "offset 1 comes after 3",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import trio
 
-from perf.soak import WINDOWS, grown, leftovers, run, soaked
+from perf.soak import WINDOWS, grown, leftovers, run, slowed, soaked
 
 pytestmark = pytest.mark.slow
-NAMES = ("memory", "descriptors", "tasks", "sockets", "connections", "channels", "pending", "p99")
+NAMES = ("memory", "descriptors", "tasks", "sockets", "connections", "channels", "pending", "p99", "slowed")
 
 
 @pytest.mark.parametrize("store", ["memory:", "sqlite:"])
@@ -22,12 +22,22 @@ def test_nothing_is_left_of_clients_that_came_and_went(store: str) -> None:
 
 
 def test_what_grows_is_said() -> None:
-    flat = [dict.fromkeys(NAMES, 10.0) | {"memory": 100.0} for _ in range(WINDOWS)]
+    flat = [dict.fromkeys(NAMES, 10.0) | {"memory": 100.0, "p99": 50.0, "slowed": 1.0} for _ in range(WINDOWS)]
     assert grown(flat) == []
     late = [*flat[:9], *[window | {"memory": 120.0} for window in flat[9:]]]
     assert grown(late) == ["memory grew from 100.0 to 120.0"]
     early = [window | {"memory": 50.0} for window in flat[:2]] + flat[2:]
     assert grown(early) == [], "until its bounds are full it may grow"
+    for others, found in ((1.0, ["p99 grew from 50.0 to 200.0"]), (2.0, [])):
+        slow = [*flat[:9], *[window | {"p99": 200.0, "slowed": others} for window in flat[9:]]]
+        assert grown(slow) == found, "what others do on this machine is not the server's"
+
+
+def test_how_much_others_slow_it_down() -> None:
+    before = {"": 100.0, "a": 1.0, "b": 5.0, "gone": 3.0}
+    assert slowed(before, {"": 110.0, "a": 6.0, "b": 5.0, "new": 9.0}) == 2.0
+    assert slowed(before, {"": 110.0, "a": 6.0, "b": 10.0}) == 4.0
+    assert slowed({}, before) == 1.0
 
 
 def test_what_is_left_is_said() -> None:

@@ -68,7 +68,8 @@ def test_a_line_that_is_cut_short_was_not_kept(tmp_path: Path) -> None:
     os.truncate(place.journal.path, place.length + 20)
     with place.journal.path.open("r+b") as file:
         file.seek(place.length)
-        file.write(b"\0\n{}\n[1]\n")  # nor do lines that are not what they were
+        # Nor do lines that are not what they were.
+        file.write(b'\0\n{}\n[1]\n{"done":"\xff"}\n{"key":"k","at":1,"jobId":"\xff","update":{}}\n')
     found = list(two.adopt(100, NOW_US))
     assert [left.key for left, _ in found] == ["a"]
     two.keep(entry("c"))

@@ -88,6 +88,8 @@ PROBES = [
     # streams that are refused
     Probe("GET", f"{JOBS}/stream?userId={{user}}", status=403),
     Probe("GET", "/api/sse?userId={user}", status=403),
+    Probe("GET", "/api/sse?channels=presence:user:{user}", status=403),
+    Probe("GET", "/api/sse?channels=presence:presence:user:{user}", status=403),
     # cancelling and changing
     Probe("POST", f"{JOBS}/{{job}}/cancel", {}, status=404),
     Probe("POST", f"{JOBS}/{{ended}}/cancel", {}, status=404),
@@ -136,10 +138,10 @@ def redis_url(shared_redis: RedisServer) -> str:
     return shared_redis.url
 
 
-@pytest.fixture(params=["memory", "redis"])
-def store(request: pytest.FixtureRequest) -> str:
-    if request.param == "memory":
-        return "memory:"
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param != "redis":
+        return "memory:" if request.param == "memory" else f"sqlite:{tmp_path}/store.db"
     # A database for each test: the server shares what is in it with all others.
     numbers = request.getfixturevalue("redis_url"), next(_DATABASES)
     return "{}/{}".format(*numbers)
@@ -366,6 +368,9 @@ WEBSOCKET_PROBES = [
     {"type": "publish", "updates": [{"jobId": "{job}", "progress": 99}]},
     {"type": "publish", "updates": [{"jobId": "part", "userId": "bob", "parentId": "{job}"}]},
     {"type": "ack", "id": "CURSOR"},
+    {"type": "subscribe", "channels": ["presence:user:{user}", "presence:presence:user:{user}"]},
+    {"type": "notification", "target": "user", "targetId": "{user}", "event": "x", "data": 1},
+    {"type": "notification", "target": "client", "targetId": "{client}", "event": "x", "data": 1},
 ]
 
 

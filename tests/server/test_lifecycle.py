@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from server.app import StartError
-from tests.streams import event_stream, handshake_bytes, websocket
+from tests.streams import event_stream, handshake_bytes, session, websocket
 from tests.support import (
     AUTH,
     PATIENCE_S,
@@ -27,6 +27,7 @@ from tests.support import (
     command,
     server,
     spawned,
+    token,
     until,
     write_config,
 )
@@ -147,7 +148,14 @@ async def test_sighup_rereads_keys_and_limits(tmp_path: Path) -> None:
     auth = {"jwt_key_file": str(key)}
     new_key = SECRET[::-1]
     new = {"Authorization": f"Bearer {jwt.encode({'sub': 'alice'}, new_key)}"}
-    async with spawned(tmp_path, auth=auth) as at, at.connect() as kept:
+    async with (
+        spawned(tmp_path, auth=auth) as at,
+        at.connect() as kept,
+        session(at, token=token("alice")) as ws,
+        event_stream(at, headers=bearer("alice")) as stream,
+    ):
+        await ws.subscribe()
+        await stream.until("snapshot")
         assert (await kept.request("GET", JOBS, headers=bearer("alice"))).status == 200
         assert (await at.get(JOBS, new)).status == 401
         key.write_text(new_key)
@@ -156,8 +164,12 @@ async def test_sighup_rereads_keys_and_limits(tmp_path: Path) -> None:
         assert (await kept.request("GET", JOBS, headers=bearer("alice"))).status == 401, "the connection stays"
         assert (await at.get(JOBS, new)).status == 200
         worker = jwt.encode({"sub": "worker", "capabilities": ["publish"]}, new_key)
-        statuses = [(await at.post(JOBS, {}, {"Authorization": f"Bearer {worker}"})).status for _ in range(2)]
+        update = {"jobId": "job_1", "userId": "alice"}
+        statuses = [(await at.post(JOBS, update, {"Authorization": f"Bearer {worker}"})).status for _ in range(2)]
         assert statuses == [201, 429]
+        # Whoever was let in goes on, by the old key.
+        await ws.updates("job_1", 1)
+        await stream.updates("job_1", 1)
 
         key.write_text("short")
         await reload(at, "reload_failed")

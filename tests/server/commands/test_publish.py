@@ -133,6 +133,7 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
         (["--token", "a\nb"], "not an access token"),
         (["--data", "{"], "--data is not JSON"),
         (["--data", "[" * 100_000], "--data is not JSON"),
+        (["--data", '{"message":"\udcff"}'], "--data is not JSON"),
         (["--data", "[1]"], "--data: expected a JSON object"),
     ],
 )
