@@ -54,10 +54,15 @@ max_updates = 20000
 max_age = 30
 [server]
 heartbeat = 1.0
+# Nobody is given up only because all of the machine stood still for a while.
 [health]
-# Not after the two minutes for which a machine may stand still.
 stale_after = {HANGS_S}
 [limits]
+head_timeout = {HANGS_S}
+body_timeout = {HANGS_S}
+idle_timeout = {HANGS_S}
+send_timeout = {HANGS_S}
+auth_timeout = {HANGS_S}
 connects_per_second = 0
 messages_per_second = 0
 publishes_per_second = 0
