@@ -167,9 +167,8 @@ class Connection(Peer):
                 self._expect(stream.patience_s)
                 return _WAIT
         finally:
-            if self._held:
-                self.hold(-self._held)
             if self._deferred is None:
+                self._let_go()
                 node.end()
         if stream is not None:
             if self._timer is not None:
@@ -203,6 +202,7 @@ class Connection(Peer):
             return
         self._deferred = None
         self._deadline = math.inf
+        self._let_go()
         owed: _Owed | None = None
         try:
             deferred.leave()
@@ -364,6 +364,7 @@ class Connection(Peer):
             self._closed = True
             if self._deferred is not None:
                 self._deferred.leave()
+                self._let_go()
             if self._deferred is not None or self._owed is not None:
                 self._deferred = self._owed = None
                 self.node.end()
@@ -396,6 +397,11 @@ class Connection(Peer):
         """The request under way takes this many bytes more, until it is answered. Raises ApiError 503."""
         self.node.limits.hold(self._held, self._held + size)
         self._held += size
+
+    def _let_go(self) -> None:
+        """What it took is answered."""
+        if self._held:
+            self.hold(-self._held)
 
     async def refuse(self, error: ApiError, level: int = logging.INFO) -> None:
         """Answer what never became a request, and close."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -172,13 +173,28 @@ async def take_in(
 
 async def wait_all_kept(batches: Sequence[Batch]) -> None:
     """Wait until all portions of a batch are kept; raises what ``wait_kept`` raises, and counts it as refused then."""
-    try:
+    with suppress(ApiError):  # raised again below
         for batch in batches:
             await wait_kept(batch.submission)
+    check_all_kept(batches)
+
+
+def check_all_kept(batches: Sequence[Batch]) -> None:
+    """The same without waiting: what is not settled by now is in doubt."""
+    try:
+        for batch in batches:
+            check_kept(batch.submission)
     except ApiError:
         for batch in batches:
             batch.lost()
         raise
+
+
+def check_kept(submission: Submission) -> None:
+    """Raise ApiError 503 if it was lost, or if nobody knows by now."""
+    if not submission.settled:
+        raise in_doubt()
+    submission.check()
 
 
 async def wait_kept(submission: Submission) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import trio
@@ -14,39 +15,55 @@ from server import publishing
 from server.answers import Response, json_answer
 from server.brokers.base import Accepted, Operation, Submission
 from server.exchange import Deferred, Exchange
-from server.publishing import in_doubt, wait_kept
+from server.publishing import check_kept, wait_kept
 
 MAX_KEY: Final = 255
 JSON_TYPES: Final = frozenset({"", "application/json"})
 
 Then: TypeAlias = Callable[[Exchange, Accepted], Response]
 Refused: TypeAlias = Callable[[ApiError], ApiError]
+Say: TypeAlias = Callable[[], Response]
 
 
 class _Unkept(Deferred):
-    """A request whose operation is on its way to the disk. ``then`` makes the answer, ``refused`` words a refusal."""
+    """A request whose operations are on their way to the disk. ``say`` makes the answer, once all are settled."""
 
-    __slots__ = ("_refused", "_submission", "_then", "exchange", "patience_s")
+    __slots__ = ("_rest", "_say", "exchange", "patience_s")
 
     headers = None
 
-    def __init__(self, exchange: Exchange, submission: Submission, then: Then, refused: Refused | None) -> None:
+    def __init__(self, exchange: Exchange, submissions: Iterable[Submission], say: Say) -> None:
+        """Not all of ``submissions`` are settled."""
         self.exchange = exchange
         self.patience_s = publishing.PATIENCE_S
-        self._submission = submission
-        self._then = then
-        self._refused = refused
-        submission.when_kept(self._settled)
+        self._rest = iter(submissions)
+        self._say = say
+        self._look(None)
 
-    def _settled(self, _: ApiError | None) -> None:
+    def _look(self, _: ApiError | None) -> None:
+        for submission in self._rest:
+            if not submission.settled:
+                submission.when_kept(self._look)
+                return
         self.exchange.connection.wake(self)
 
     def answer(self, *, late: bool) -> Response:
         """See ``Deferred``."""
-        return _answer(self.exchange, self._submission, self._then, self._refused)
+        return self._say()
 
     def leave(self) -> None:
         """See ``Deferred``; what is kept, is kept."""
+
+
+def when_kept(exchange: Exchange, submissions: Sequence[Submission], say: Say) -> Response | Deferred:
+    """What ``say`` answers when all of these are settled, or when nobody knows after ``PATIENCE_S`` seconds: it looks
+    what became of them, and what it raises is answered.
+
+    No task waits for that: a store with a disk is behind in each of these, so nearly all of them wait.
+    """
+    if all(submission.settled for submission in submissions):
+        return say()
+    return _Unkept(exchange, submissions, say)
 
 
 async def answered(
@@ -54,15 +71,11 @@ async def answered(
 ) -> Response | Deferred:
     """Submit one operation; the answer that ``then`` makes of what became of it goes out as soon as it is kept.
 
-    No task waits for that: a store with a disk is behind in each of these, so nearly all of them wait.
-
     Raises:
         ApiError: see ``decide``; in the words of ``refused``, if it is given.
     """
     submission = await _submitted(exchange, operation)
-    if submission.settled:
-        return _answer(exchange, submission, then, refused)
-    return _Unkept(exchange, submission, then, refused)
+    return when_kept(exchange, (submission,), partial(_answer, exchange, submission, then, refused))
 
 
 def _answer(exchange: Exchange, submission: Submission, then: Then, refused: Refused | None) -> Response:
@@ -98,9 +111,7 @@ async def _submitted(exchange: Exchange, operation: Operation) -> Submission:
 def _accepted(exchange: Exchange, submission: Submission) -> Accepted:
     counters = exchange.node.counters
     try:
-        if not submission.settled:
-            raise in_doubt()
-        submission.check()  # first, because a refusal too can rest on something that is not kept yet
+        check_kept(submission)  # first, because a refusal too can rest on something that is not kept yet
         result = submission.results[0]
         if isinstance(result, ApiError):
             raise result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import blake2b, sha256
 from typing import Final, TypeVar
 
@@ -16,7 +17,17 @@ from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Accepted, Cancel, Claim, Delete, Publish
 from server.exchange import Deferred, Exchange
-from server.publishing import HELD_PER_UPDATE, PORTION, Batch, check_count, summary, take_in, wait_all_kept, wait_kept
+from server.publishing import (
+    HELD_PER_UPDATE,
+    PORTION,
+    Batch,
+    check_all_kept,
+    check_count,
+    summary,
+    take_in,
+    wait_all_kept,
+    wait_kept,
+)
 from server.reading import channel_of_job
 from server.routes.intake import (
     JSON_TYPES,
@@ -29,6 +40,7 @@ from server.routes.intake import (
     spooled,
     unsupported,
     updated,
+    when_kept,
 )
 from server.turns import in_turns
 
@@ -82,7 +94,7 @@ async def update(exchange: Exchange) -> Response | Deferred:
     return await answered(exchange, operation, updated)
 
 
-async def publish_batch(exchange: Exchange) -> Response:
+async def publish_batch(exchange: Exchange) -> Response | Deferred:
     """``POST /api/v2/updates``: a JSON array, or NDJSON taken in as it comes."""
     content_type = exchange.request.content_type
     key = idempotency_key(exchange)
@@ -112,7 +124,11 @@ async def publish_batch(exchange: Exchange) -> Response:
             await _publish_portion(exchange, batches, [bytes(item) for item in items[start : start + PORTION]], key)
     else:
         raise unsupported(content_type, "application/json or application/x-ndjson")
-    await wait_all_kept(batches)
+    return when_kept(exchange, [batch.submission for batch in batches], partial(_summed, exchange, batches))
+
+
+def _summed(exchange: Exchange, batches: list[Batch]) -> Response:
+    check_all_kept(batches)
     answer = summary(batches, exchange.node)
     return json_answer(202 if "spooled" in answer else 200, answer)
 

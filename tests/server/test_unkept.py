@@ -83,6 +83,51 @@ async def test_it_takes_no_task_and_is_answered_when_it_is_kept(tmp_path: Path, 
         assert it.at.node.counters.updates["http", "accepted"] == 2
 
 
+@asynccontextmanager
+async def waiting_batch(path: Path) -> AsyncIterator[tuple[Slow, Http]]:
+    """A batch of several portions, of which the first is under way."""
+    async with slow(path) as it, connect(it.at) as http:
+        updates = [{"jobId": f"job-{number}", "userId": "u"} for number in range(500)]
+        await http.send(request_bytes("POST", "/api/v2/updates", body=updates))
+        await until(lambda: it.broker._waiting_entries == 500)
+        await until(lambda: not it.at.node.poller._waiting)
+        assert it.at.node.limits.unfinished > 100_000, "it counts until it is answered"
+        yield it, http
+
+
+async def test_a_batch_that_waits_for_several_commits_takes_no_task_either(tmp_path: Path) -> None:
+    async with waiting_batch(tmp_path) as (it, http):
+        await trio.testing.wait_all_tasks_blocked()
+        assert not it.at.node.jobs.jobs
+        it.go.set()
+        answer = await http.answer()
+        assert (answer.status, answer.json["accepted"], len(it.at.node.jobs.jobs)) == (200, 500, 500)
+        assert answer.json["id"].endswith(":500")
+        assert it.at.node.limits.unfinished == 0
+        assert await http.alive()
+
+
+async def test_a_batch_whose_publisher_is_gone_leaves_nothing_behind_but_its_updates(tmp_path: Path) -> None:
+    async with waiting_batch(tmp_path) as (it, http):
+        reset_connection(http)
+        await until(lambda: not it.at.node.connections)
+        assert (it.at.node.limits.unfinished, it.at.node._busy) == (0, 0)
+        it.go.set()
+        await until(lambda: len(it.at.node.jobs.jobs) == 500)
+
+
+async def test_a_batch_of_which_a_portion_is_lost_is_a_503(tmp_path: Path) -> None:
+    async with waiting_batch(tmp_path) as (it, http):
+        database = it.broker._file._db
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        it.go.set()
+        answer = await http.answer()
+        assert (answer.status, answer.json["error"]["code"]) == (503, "store_unavailable")
+        assert (it.at.node.limits.unfinished, it.at.node.jobs.jobs) == (0, {})
+        assert await http.alive()
+
+
 async def test_a_refusal_that_rests_on_what_is_not_kept_yet_waits_with_it(tmp_path: Path) -> None:
     async with slow(tmp_path) as it, connect(it.at) as one, connect(it.at) as two, connect(it.at) as three:
         await it.begin(one, "a", userId="u", status="completed")
