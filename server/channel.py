@@ -73,7 +73,8 @@ class Channel:
     def __init__(self, name: str) -> None:
         self.name = name
         self.readers: dict[Reader, None] = {}
-        # The flusher yields in the middle of a channel, so it walks a tuple, made anew only after a change.
+        # The flusher yields in the middle of a channel, so it walks a tuple, made anew only after a change. Who has
+        # left since is passed over: its ``offset`` says that it has been given everything.
         self.order: tuple[Reader, ...] | None = None
         self.pending: list[Update] = []
 

@@ -27,13 +27,11 @@ from server.logs import log_event
 from server.node import LOG, Node
 from server.poller import Peer
 from server.socketio import RECEIVE_BYTES, Socket, condition, linger, receive, send_all
-from server.turns import next_turn
+from server.turns import TURN_S, next_turn
 from server.wheel import Timer
 
 # A body that comes in pieces is sent in portions of this much at least, its head with the first.
 SEND_BYTES: Final = 16384
-# And its pieces are made for so long before others have a turn.
-TURN_S: Final = 0.002
 
 
 @cache
@@ -168,7 +166,7 @@ class Connection(Peer):
                 return _WAIT
         finally:
             if self._deferred is None:
-                self._let_go()
+                self.let_go()
                 node.end()
         if stream is not None:
             if self._timer is not None:
@@ -202,7 +200,7 @@ class Connection(Peer):
             return
         self._deferred = None
         self._deadline = math.inf
-        self._let_go()
+        self.let_go()
         owed: _Owed | None = None
         try:
             deferred.leave()
@@ -253,6 +251,7 @@ class Connection(Peer):
                 owed.then()
         finally:
             self._owed = None
+            self.let_go()
             self.node.end()
         return self._go_on() or await self._linger()
 
@@ -364,10 +363,10 @@ class Connection(Peer):
             self._closed = True
             if self._deferred is not None:
                 self._deferred.leave()
-                self._let_go()
             if self._deferred is not None or self._owed is not None:
                 self._deferred = self._owed = None
                 self.node.end()
+            self.let_go()
             if self._timer is not None:
                 self._timer.cancel()
             self.node.poller.peers.pop(self.sock.fileno(), None)
@@ -398,8 +397,8 @@ class Connection(Peer):
         self.node.limits.hold(self._held, self._held + size)
         self._held += size
 
-    def _let_go(self) -> None:
-        """What it took is answered."""
+    def let_go(self) -> None:
+        """What the request under way took it takes no more."""
         if self._held:
             self.hold(-self._held)
 

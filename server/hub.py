@@ -11,6 +11,7 @@ and a block without ``await`` is atomic.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Final
@@ -96,7 +97,7 @@ class Hub:
         # each do not: there, looking for what others have encoded would cost a microsecond for nothing.
         self._overlapping = False
         self._sharing = False
-        self._soon: list[tuple[Reader, Callable[[], object]]] = []
+        self._soon: deque[tuple[Reader, Callable[[], object]]] = deque()
         self._beat = Beat()
         self._due = 0.0  # while a flush is put off, until when
         self._wake = trio.Event()
@@ -133,7 +134,8 @@ class Hub:
         reader.multi = len(wants) > 1
 
     def detach(self, reader: Reader, names: Iterable[str]) -> None:
-        """Take a reader off channels; a channel without readers goes."""
+        """Take a reader off channels; a channel without readers goes. If it stays on others, it must have been given
+        what is pending (``PushReader.catch_up``): a flush that is under way still has it on its list."""
         wanted = reader.wanted
         for name in names:
             want = reader.wants.pop(name, None)
@@ -153,9 +155,10 @@ class Hub:
         reader.multi = len(reader.wants) > 1
 
     def leave(self, reader: Reader) -> None:
-        """Forget a reader altogether."""
+        """Forget a reader altogether: a flush that is under way gives it nothing more either."""
         self.detach(reader, list(reader.wants))
         self.readers.pop(reader, None)
+        reader.offset = self.history.last
 
     # Delivery
 
@@ -186,8 +189,8 @@ class Hub:
             self.flushed = update.offset
 
     def soon(self, reader: Reader, callback: Callable[[], object]) -> None:
-        """Call back for a reader when those are through who run now, before the next flush. It must not wait; if it
-        raises, that ends this reader."""
+        """Call back for a reader when those are through who run now, before the next flush; of many, others run in
+        between. It must not wait; if it raises, that ends this reader."""
         self._soon.append((reader, callback))
         self._wake.set()
 
@@ -229,15 +232,19 @@ class Hub:
     async def _woken(self) -> None:
         await self._wake.wait()
         self._wake = trio.Event()
-        self._call_soon()
+        await self._call_soon()
 
-    def _call_soon(self) -> None:
-        soon, self._soon = self._soon, []
-        for reader, callback in soon:
+    async def _call_soon(self) -> None:
+        """What is there now; if this is cancelled, the rest of it stays there."""
+        started = self._ran = perf_counter()
+        for _ in range(len(self._soon)):
+            reader, callback = self._soon.popleft()
             try:
                 callback()
             except Exception as error:
                 _end(reader, error)
+            if perf_counter() - started > YIELD_AFTER_S:
+                started = await self._yield()
 
     async def _gather(self, seconds: float) -> None:
         """Put a flush off. What comes after these seconds ends that, or soon after them the clock."""
@@ -248,7 +255,7 @@ class Hub:
                 await self._woken()
         self._due = 0.0
         self._beat.put_off(before, self._pending_bytes)
-        self._call_soon()
+        await self._call_soon()
 
     async def _flush(self) -> None:
         """Send all that is pending now."""
@@ -304,7 +311,11 @@ class Hub:
         while this yields is behind the log's end already.
         """
         for notice in notices:
-            audience = tuple(self._audience(notice))
+            try:
+                audience = tuple(self._audience(notice))
+            except Exception as error:  # another node may know targets that this one does not
+                log_event(LOG, logging.ERROR, "delivery_failed", offset=notice.offset, exc_info=error)
+                continue
             for start in range(0, len(audience), LOOK_EVERY):
                 for reader in audience[start : start + LOOK_EVERY]:
                     reader.multi = True
@@ -395,9 +406,6 @@ class Hub:
                     if self.history.epoch != epoch:
                         self.counters.delivered += given * len(batch)
                         return started
-                    if channel.order is not order:  # some may have left, and must not be sent any more
-                        rest = [reader for reader in order[start + LOOK_EVERY :] if reader in channel.readers]
-                        order = (*order[: start + LOOK_EVERY], *rest)
             self.counters.delivered += given * len(batch)
         return started
 
@@ -481,11 +489,14 @@ def _uncount(wanted: dict[Want, int], want: Want) -> None:
 
 
 def _end(reader: Reader, error: Exception) -> None:
-    """End one reader's connection; whatever went wrong with it, the others are served."""
+    """End one reader's connection; whatever went wrong with it, or goes wrong here, the others are served."""
+    client_id = getattr(reader, "client_id", None)
     if not isinstance(error, OSError):
-        client_id = getattr(reader, "client_id", None)
         log_event(LOG, logging.ERROR, "delivery_failed", clientId=client_id, exc_info=error)
-    reader.broken()
+    try:
+        reader.broken()
+    except Exception as another:
+        log_event(LOG, logging.ERROR, "delivery_failed", clientId=client_id, exc_info=another)
 
 
 def _split(batch: list[Update]) -> Iterable[list[Update]]:

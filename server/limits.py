@@ -36,8 +36,8 @@ MAX_BUCKETS = 65_536
 # updates out of it. A connection that comes with all the channels it may have, and comes again, stays within.
 EVENTS_AT_ONCE = 2000
 EVENTS_PER_SECOND = 20.0
-# What each connection may hold of a body or message that is not whole yet, without a share of ``limits.unfinished``:
-# ordinary ones are not refused because somebody sends many large ones.
+# What each connection may hold without a share of ``limits.unfinished``: ordinary ones are not refused because somebody
+# sends, or asks for, many large ones.
 UNFINISHED_FREE = 65_536  # bytes
 # When a user's connection will end is unknown; soon enough to be no nuisance, late enough to be no load.
 CONNECTION_RETRY = 5  # seconds
@@ -62,7 +62,7 @@ class Limits:
 
     Attributes:
         common: the rates per user over all nodes, if there can be several.
-        unfinished: bytes of bodies and messages that are not whole yet, without those that are free.
+        unfinished: bytes of what ``hold`` is told, without those that are free.
     """
 
     def __init__(self, limits: config.Limits) -> None:
@@ -133,7 +133,8 @@ class Limits:
             self._open.pop(place, None)
 
     def hold(self, before: int, now: int) -> None:
-        """What one connection has of a body or message that is not whole yet has become more or less.
+        """What one connection takes for a request or message under way has become more or less: of a body that is not
+        whole yet, of jobs that are looked through for an answer.
 
         Args:
             before: bytes until now, 0 at the beginning.
@@ -144,7 +145,7 @@ class Limits:
         """
         change = max(0, now - UNFINISHED_FREE) - max(0, before - UNFINISHED_FREE)
         if change > 0 and self.unfinished + change > self.max_unfinished:
-            raise ApiError(503, "try_later", "the server is taking in as much as it can; try again", retry_after=1)
+            raise ApiError(503, "try_later", "the server has as much in hand as it can; try again", retry_after=1)
         self.unfinished += change
 
     async def check_message(self, user: str, now: float) -> None:

@@ -26,12 +26,12 @@ from server.channel import Reader
 from server.hub import LOG, Hub
 from server.logs import log_event
 from server.socketio import Socket
+from server.turns import TURN_S, next_turn
 from server.wheel import Timer, Wheel
 
-# One turn of writing gives at most this much to one socket before other tasks run.
+# One turn of writing gives at most this much to one socket before other tasks run; and what is queued is not made for
+# longer than ``TURN_S``, however little of it there is to send.
 TURN_BYTES: Final = 256 * 1024
-# And what is queued is not made for longer than this, however little of it there is to send.
-TURN_S: Final = 0.002
 # Queued pieces are joined into one send of about this much: a greeting and a snapshot are one packet then.
 JOIN_BYTES: Final = 16 * 1024
 # Held updates are put on the wire in pieces of this many, so a piece is some tens of kilobytes.
@@ -201,8 +201,8 @@ class PushReader(Reader):
             sent = self.sock_send(data)
         except BlockingIOError:
             sent = 0
-        except OSError:
-            self.finish("broken")
+        except OSError as error:
+            self._give_up(error)
             return
         if sent != len(data):
             self.stalled(data, sent)
@@ -378,13 +378,12 @@ class PushReader(Reader):
                     self.finish("broken")
                     return
                 self.heard_at = trio.current_time()  # it reads, if slowly, and may not get to answer pings
+                if self.queue:  # making what is sent next takes its time, and there may be many
+                    await next_turn()
                 if self._write_turn():
                     return
-        except OSError:
-            self.finish("broken")
         except Exception as error:  # beyond this task are all the other connections
-            log_event(LOG, logging.ERROR, "delivery_failed", exc_info=error)
-            self.finish("broken")
+            self._give_up(error)
         finally:
             self._draining = False
             self._patience = None
@@ -398,22 +397,22 @@ class PushReader(Reader):
         budget = TURN_BYTES
         until = perf_counter() + TURN_S if self.queue else 0.0
         while budget > 0:
-            data = self.tail or self._piece(until)
-            if data is None:
-                if self.open_jobs is not None and not self.open_jobs:
-                    self.open_jobs = self.reopened()
-                    if not self.open_jobs:
-                        self.finish("finished")
-                self._resume()
-                return True
-            if not data:
-                break
             try:
+                data = self.tail or self._piece(until)
+                if data is None:
+                    if self.open_jobs is not None and not self.open_jobs:
+                        self.open_jobs = self.reopened()
+                        if not self.open_jobs:
+                            self.finish("finished")
+                    self._resume()
+                    return True
+                if not data:
+                    break
                 sent = self.sock_send(data)
             except BlockingIOError:
                 sent = 0
-            except OSError:
-                self.finish("broken")
+            except Exception as error:  # whoever has posted this is somebody else: a publisher, the wheel, the hub
+                self._give_up(error)
                 return True
             budget -= sent
             if sent < len(data):
@@ -425,6 +424,11 @@ class PushReader(Reader):
                 break
         self.direct = False
         return False
+
+    def _give_up(self, error: Exception) -> None:
+        if not isinstance(error, OSError):
+            log_event(LOG, logging.ERROR, "delivery_failed", exc_info=error)
+        self.finish("broken")
 
     def _piece(self, until: float) -> bytes | None:
         """The next bytes to send, b"" when it is time for others, None when nothing is due."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from typing import Final, NamedTuple
 
 from protocol.errors import ApiError
@@ -88,8 +88,8 @@ def snapshot(jobs: Jobs, names: Sequence[str]) -> list[Job]:
     All that has to be done at once, so that they are of one moment, is to copy the references: 1 ms for 100,000.
     """
     if len(names) == 1:
-        return list(_channel_jobs(jobs, names[0]))
-    return list({job.latest.job_id: job for name in names for job in _channel_jobs(jobs, name)}.values())
+        return list(channel_jobs(jobs, names[0]))
+    return list({job.latest.job_id: job for name in names for job in channel_jobs(jobs, name)}.values())
 
 
 def records(jobs: Iterable[Job], wanted: Filter, fields: frozenset[str] | None) -> Iterator[bytes]:
@@ -104,7 +104,8 @@ def records(jobs: Iterable[Job], wanted: Filter, fields: frozenset[str] | None) 
             yield b""
 
 
-def _channel_jobs(jobs: Jobs, name: str) -> Iterable[Job]:
+def channel_jobs(jobs: Jobs, name: str) -> Collection[Job]:
+    """The jobs of one channel, oldest first."""
     if name == EVERYTHING:
         return jobs.jobs.values()
     kind, rest, *owner = name.split("/")
@@ -127,7 +128,7 @@ def over(jobs: Jobs, history: History, name: str, kind: str = "") -> bool:
 
 def live(jobs: Jobs, name: str) -> bool:
     """Whether the job of this channel exists and has not ended."""
-    return any(not job.latest.ended for job in _channel_jobs(jobs, name))
+    return any(not job.latest.ended for job in channel_jobs(jobs, name))
 
 
 class Start(NamedTuple):

@@ -14,7 +14,9 @@ import trio
 
 _T = TypeVar("_T")
 
-# Of plain things, compared and put somewhere, so many make a turn: some 2 ms.
+# What takes its time is done for so long before others have a turn.
+TURN_S: Final = 0.002
+# Of plain things, compared and put somewhere, so many make a turn.
 PORTION: Final = 2048
 _turn: Final = trio.Lock()
 
@@ -26,25 +28,25 @@ async def next_turn() -> None:
         pass
 
 
+def steps(work: Generator[None, None, _T], result: list[_T]) -> Generator[None, None, None]:
+    """The same work and its pauses; what comes of it is added to ``result``."""
+    result.append((yield from work))
+
+
 async def in_turns(work: Generator[None, None, _T]) -> _T:
     """Do it, and let others run where it pauses. It begins at once."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            result: _T = done.value
-            return result
+    result: list[_T] = []
+    for _ in steps(work, result):
         await next_turn()
+    return result[0]
 
 
 def at_once(work: Generator[None, None, _T]) -> _T:
     """Do it without a pause."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            result: _T = done.value
-            return result
+    result: list[_T] = []
+    for _ in steps(work, result):
+        pass
+    return result[0]
 
 
 def portions(items: Sequence[_T]) -> Iterable[Sequence[_T]]:

@@ -49,7 +49,7 @@ from server.brokers.redis_shown import Loaded, LogLostError, OutOfStepError, Sho
 from server.history import History
 from server.inbox import Inboxes, Place
 from server.jobs import Jobs
-from server.turns import in_turns
+from server.turns import TURN_S, in_turns
 
 log = logging.getLogger("statuswire.broker")
 
@@ -64,8 +64,6 @@ _RETRY_S: Final = 0.2
 IDLE_S: Final = 300.0
 # Epochs remembered that are over.
 _MAX_OVER: Final = 1000
-# Seconds for which messages are shown before others have a turn.
-_TURN_S: Final = 0.002
 
 
 class Follower:
@@ -385,11 +383,11 @@ class Follower:
                 raise LogLostError(f"offset {self._history.last} was shown, Redis is at {offset}")
             bound = offset
             fresh: list[tuple[int, Message, bytes]] = []
-            until = perf_counter() + _TURN_S
+            until = perf_counter() + TURN_S
             for shard, cut, page in zip(shards, found[::2], found[1::2], strict=True):
                 if perf_counter() > until:
                     await trio.lowlevel.checkpoint()
-                    until = perf_counter() + _TURN_S
+                    until = perf_counter() + TURN_S
                 messages = self._shown.following(shard, page, offset, cut)
                 fresh += [(shard, message, data) for message, data in messages]
                 if len(page) == _PAGE:
@@ -402,7 +400,7 @@ class Follower:
                     self._shown.show(shard, message, data)
                 if perf_counter() > until:
                     await trio.lowlevel.checkpoint()
-                    until = perf_counter() + _TURN_S
+                    until = perf_counter() + TURN_S
             self._history.skip(bound)
             for shard in shards:
                 self._on_shown(shard)
@@ -412,7 +410,7 @@ class Follower:
     async def _drain(self) -> None:
         """Go on with the messages that came while the streams were read, and come while they are shown."""
         assert self._buffer is not None
-        until = perf_counter() + _TURN_S
+        until = perf_counter() + TURN_S
         while self._buffer:
             shard, data = self._buffer.popleft()
             self._take_next(shard, data)
@@ -420,7 +418,7 @@ class Follower:
                 return
             if perf_counter() > until:
                 await trio.lowlevel.checkpoint()
-                until = perf_counter() + _TURN_S
+                until = perf_counter() + TURN_S
         self._buffer = None
         if self._overflowed:
             self._overflowed = False

@@ -45,6 +45,8 @@ from server.routes.intake import (
 from server.turns import in_turns
 
 MAX_BATCH: Final = 8 * 1024 * 1024
+# What one of the jobs that are looked through for a page takes, if it is copied.
+COPY_BYTES: Final = 8
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
 
@@ -276,7 +278,11 @@ async def list_jobs(exchange: Exchange) -> Response:
         limit=whole_number(query, "limit", DEFAULT_PAGE, 1, MAX_PAGE),
         after=whole_number(query, "after", None, 0, 2**63),
     )
+    # Few are copied, unless few of them fit.
+    copied = (len(node.jobs) if user_id is None else len(node.jobs.by_user.get(user_id, ()))) * COPY_BYTES
+    exchange.connection.hold(copied)
     jobs, following = await in_turns(work)
+    exchange.connection.hold(-copied)
     rest = msgspec.json.encode({"next": None if following is None else str(following), "id": cursor})
     records = (job.latest.body if fields is None else select_fields(job.latest.body, fields) for job in jobs)
     return Response(200, (JSON, NO_STORE), json_list(records, b'{"jobs":', b"," + rest[1:]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from functools import partial
 from hashlib import blake2b
 from itertools import chain
 from operator import attrgetter
 from typing import Final, NamedTuple
 
+from protocol.errors import ApiError
 from protocol.notice import heard, parse_channels, reaches
 from protocol.polling import parse_client_id, parse_timeout, poll_body
 from protocol.update import NOTIFICATION, Update
@@ -20,11 +21,11 @@ from server.auth import Identity, bad_token
 from server.channel import Reader, Want
 from server.config import Config
 from server.cursors import Client
-from server.exchange import Deferred, Exchange
+from server.exchange import Deferred, Disconnected, Exchange
 from server.node import Node
 from server.notices import check_join, owed
-from server.reading import Start, channels_for, missed_updates, over, snapshot, start_from
-from server.turns import PORTION, at_once, in_turns, portions, sort
+from server.reading import Start, channel_jobs, channels_for, missed_updates, over, snapshot, start_from
+from server.turns import PORTION, at_once, in_turns, portions, sort, steps
 
 # One answer holds at most about this much; the next poll gets the rest at once.
 ANSWER_BYTES: Final = 1024 * 1024
@@ -33,6 +34,10 @@ KEPT_TARGET: Final = 2048
 # What a question takes with an answer that is kept, and each of its names besides the letters.
 QUESTION_BYTES: Final = 1024
 NAME_BYTES: Final = 100
+# What one of those that are looked through takes until that is told: its places in a copy, and a job's in a portion and
+# in order.
+UPDATE_BYTES: Final = 8
+JOB_BYTES: Final = 24
 # One with records of so many bytes is sent whole.
 WHOLE_BYTES: Final = 65536
 _offset = attrgetter("offset")
@@ -86,7 +91,7 @@ class WaitingPoll(Reader, Deferred):
         exchange, patience_s, headers: see ``Deferred``.
     """
 
-    __slots__ = ("_begin", "_epoch", "_last", "_question", "exchange", "patience_s")
+    __slots__ = ("_after", "_begin", "_epoch", "_question", "exchange", "patience_s")
 
     headers = (JSON, NO_STORE)
 
@@ -100,7 +105,8 @@ class WaitingPoll(Reader, Deferred):
             self.patience_s = min(question.timeout, max(0.0, identity.expires_at - time.time()))
         self._question = question
         self._begin = begin
-        self._epoch, self._last = history.epoch, history.last
+        # Nothing that is wanted stands between its cursor and here: what is wanted comes behind it.
+        self._epoch, self._after = history.epoch, history.last
         want = Want(question.watch.filter, self.form)
         names = (*question.names, NOTICES) if question.hearing.names else question.names
         node.hub.attach(self, names, want)
@@ -113,6 +119,7 @@ class WaitingPoll(Reader, Deferred):
             if update.offset <= self.offset:
                 continue
             if wanted.passes(update) if update.targets is None else reaches(update, self._question.hearing.names):
+                self._after = update.offset - 1
                 self.exchange.connection.wake(self)
                 return
 
@@ -124,8 +131,8 @@ class WaitingPoll(Reader, Deferred):
         self.exchange.connection.abandon()
 
     def log_lost(self) -> None:
-        """The log began anew: answer now, with a reset."""
-        self.exchange.connection.wake(self)
+        """The log began anew: answer with a reset, soon, as all at once would keep the loop for long."""
+        self.exchange.node.hub.soon(self, partial(self.exchange.connection.wake, self))
 
     def leave(self) -> None:
         """See ``Deferred``."""
@@ -134,17 +141,18 @@ class WaitingPoll(Reader, Deferred):
 
     def answer(self, *, late: bool) -> Response:
         """What came since it began to wait."""
-        node, begin = self.exchange.node, self._begin
-        if late and self.patience_s < self._question.timeout:
+        node, question, begin = self.exchange.node, self._question, self._begin
+        if late and self.patience_s < question.timeout:
             raise bad_token("the token has expired", "token_expired")
-        # Without a cursor there was nothing to show: whatever came since is news. What it was offered and did not want
-        # is none, though the log may have been trimmed past it.
-        after = max(self._last if begin.after is None else begin.after, node.hub.given())
+        # What it was offered and did not want is no news, though the log may have been trimmed past it.
+        after = max(self._after, node.hub.given())
         # While it waited the log may have begun anew, or been trimmed past what is on its way to it (a time may be).
         is_time = begin.given is None and begin.after is not None
         lost = node.history.epoch != self._epoch or (not is_time and after < node.history.first - 1)
         begin = Start(None, None if lost else after, lost)  # the client does not have all of that: it acknowledges none
-        return _response(node, self._question, _tell(node, self._question, begin, timed_out=late))
+        if lost and _many(node, question, begin):
+            return _made_as_it_is_sent(self.exchange, question, begin, timed_out=late)
+        return _response(node, question, _tell(node, question, begin, timed_out=late))
 
 
 def _not_written_to(data: bytes | memoryview) -> int:
@@ -161,10 +169,11 @@ async def poll(exchange: Exchange) -> Response | Deferred:
     begin = start_from(node.history, cursor)
     node.counters.opened["poll"] += 1
     node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
-    if question.watch.job_ids is None and _many(node, begin):
-        found = await in_turns(_collect(node, question, begin))
+    if _many(node, question, begin):
+        found = await in_turns(_collect(node, question, begin, exchange.connection.hold))
         if found.updates or begin.lost or not question.timeout or node.draining:
             return _response(node, question, _told(node, question, begin, found))
+        exchange.connection.let_go()
         begin = start_from(node.history, found.cursor)  # what came meanwhile is news
     # From here on nothing is awaited until it is registered: so nothing can fall between reading and waiting.
     may_wait = question.timeout > 0 and not begin.lost and not node.draining
@@ -176,9 +185,13 @@ async def poll(exchange: Exchange) -> Response | Deferred:
     return _response(node, question, told)
 
 
-def _many(node: Node, begin: Start) -> bool:
+def _many(node: Node, question: Question, begin: Start) -> bool:
     """Whether there may be so much to look through that others should have turns meanwhile."""
-    return (len(node.jobs) if begin.after is None else node.history.last - begin.after) > PORTION
+    if question.watch.job_ids is not None:
+        return False
+    if begin.after is None:
+        return len(channel_jobs(node.jobs, question.names[0])) > PORTION
+    return node.history.last - begin.after > PORTION
 
 
 def _question(exchange: Exchange) -> tuple[Question, str | None]:
@@ -244,10 +257,31 @@ class Told(NamedTuple):
 
 
 def _response(node: Node, question: Question, told: Told) -> Response:
+    return Response(200, WaitingPoll.headers, told.body, partial(_sent, node, question, told))
+
+
+def _sent(node: Node, question: Question, told: Told) -> None:
     node.counters.polled += told.updates
-    # Remembered once all of it has been sent: what was not sent was not seen.
-    then = None if question.client is None else partial(node.remember, question.client, told.cursor)
-    return Response(200, WaitingPoll.headers, told.body, then)
+    if question.client is not None:  # what was not sent was not seen
+        node.remember(question.client, told.cursor)
+
+
+def _made_as_it_is_sent(exchange: Exchange, question: Question, begin: Start, *, timed_out: bool) -> Response:
+    """An answer for which many are looked through, where nothing can be awaited: others have turns as it is sent."""
+    node = exchange.node
+    told: list[Told] = []
+
+    def pieces() -> Iterator[bytes]:
+        found: list[Found] = []
+        try:
+            for _ in steps(_collect(node, question, begin, exchange.connection.hold), found):
+                yield b""
+        except ApiError as error:
+            raise Disconnected from error  # it has begun: all that can be said is that it ends
+        told.append(_told(node, question, begin, found[0], timed_out=timed_out))
+        yield from (told[0].body,) if isinstance(told[0].body, bytes) else told[0].body
+
+    return Response(200, WaitingPoll.headers, pieces(), lambda: _sent(node, question, told[0]))
 
 
 def _tell(node: Node, question: Question, begin: Start, *, timed_out: bool = False) -> Told:
@@ -282,7 +316,7 @@ def _told(node: Node, question: Question, begin: Start, found: Found, *, timed_o
 
 
 class Found(NamedTuple):
-    """What a poll is answered with.
+    """What was found for a poll.
 
     Attributes:
         updates: in log order.
@@ -295,17 +329,25 @@ class Found(NamedTuple):
     cut: bool
 
 
-def _collect(node: Node, question: Question, start: Start) -> Generator[None, None, Found]:
-    """What there is to answer with as of now, from a snapshot if there is no cursor to go on from."""
+def _collect(
+    node: Node, question: Question, start: Start, hold: Callable[[int], object] = int
+) -> Generator[None, None, Found]:
+    """What there is to answer with as of now, from a snapshot if there is no cursor to go on from.
+
+    Args:
+        hold: told how many bytes are taken by what is looked through; raises ApiError 503 if that is too much.
+    """
     wanted, hearing, names = question.watch.filter, question.hearing, question.names
     epoch, last = node.history.epoch, node.history.last
     notices = owed(node, start, hearing.user, hearing.names).notices if hearing.names else []
     if start.after is None:
         jobs = snapshot(node.jobs, names)
+        hold(len(jobs) * JOB_BYTES)
         runs = ([job.latest for job in portion if wanted.passes(job.latest)] for portion in portions(jobs))
         latest = yield from sort(chain(runs, [notices]) if notices else runs, _offset)
         return Found(latest, f"{epoch}:{last}", False)
     missed = missed_updates(node.history, names, start.after)
+    hold(len(missed) * UPDATE_BYTES)
     if notices:
         missed = sorted(missed + notices, key=_offset)
     found: list[Update] = []

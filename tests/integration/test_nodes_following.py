@@ -260,7 +260,7 @@ async def test_many_jobs_are_followed_in_turns(redis: RedisServer, monkeypatch: 
             await publish(two, f"job-{number}", userId="u")
         for module in (turns, history, jobs, redis_shown):
             monkeypatch.setattr(module, "PORTION", 4)
-        monkeypatch.setattr(redis_follower, "_TURN_S", -1.0)
+        monkeypatch.setattr(redis_follower, "TURN_S", -1.0)
         monkeypatch.setattr(redis_reading, "_TURN", 4)
         passes, enough, over = 0, trio.Event(), trio.Event()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,7 +16,7 @@ from protocol.watch import ANY, EVERYTHING, job_channel, user_channel
 from server import beat as beat_module
 from server import hub as hub_module
 from server.channel import Want
-from tests.server.hub_bench import Bench, CountingForm
+from tests.server.hub_bench import Bench, CountingForm, Recorder
 from tests.support import PATIENCE_S, until
 
 
@@ -165,6 +166,22 @@ async def test_whatever_goes_wrong_with_one_reader_ends_that_one(
         bench.hub.leave(good)
 
 
+async def test_not_even_an_end_that_goes_wrong_reaches_the_others(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = bench.reader("j/a"), bench.reader("j/a")
+    bad.failure = ConnectionResetError()
+
+    def fail() -> None:
+        raise RuntimeError("another bug")
+
+    monkeypatch.setattr(bad, "broken", fail)
+    bench.next()
+    await wait_all_tasks_blocked()
+    assert good.sent == [b"e:1 "]
+    assert "another bug" in caplog.text
+
+
 async def test_what_is_to_be_done_soon_may_fail_for_one_reader_only(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -182,6 +199,44 @@ async def test_what_is_to_be_done_soon_may_fail_for_one_reader_only(
     bench.next()
     await wait_all_tasks_blocked()
     assert good.sent == [b"soon ", b"e:1 "]
+
+
+async def test_others_run_between_many_things_to_be_done_soon(bench: Bench, impatient: None) -> None:
+    reader = bench.reader("j/a")
+    called: list[int] = []
+    for number in range(50):
+        bench.hub.soon(reader, partial(called.append, number))
+    turns = 0
+    while len(called) < 50:
+        before = len(called)
+        await trio.lowlevel.checkpoint()
+        assert len(called) <= before + 1
+        turns += 1
+    assert turns >= 50
+    assert called == list(range(50))
+
+
+async def test_what_is_to_be_done_soon_is_done_though_the_beat_ends_in_the_middle_of_it(
+    bench: Bench, beat: pytest.MonkeyPatch, impatient: None
+) -> None:
+    beat.setattr(beat_module, "BEAT_S", 0.5)
+    beat.setattr(hub_module, "GRACE_S", 0.0)
+    a, b = bench.reader("j/a"), bench.reader("j/b")
+    called: list[bool] = []
+
+    def last_longer() -> None:
+        called.append(b.sent == [])
+        time.sleep(0.6)  # in whose turn the beat ends
+
+    bench.next("a")
+    while not a.sent:
+        await trio.lowlevel.checkpoint()
+    bench.next("a")
+    bench.next("b")
+    for callback in (last_longer, partial(called.append, True), partial(called.append, True)):
+        bench.hub.soon(a, callback)
+    await until(lambda: b.sent)
+    assert called == [True, True, True]
 
 
 async def test_the_flusher_yields_within_a_channel(bench: Bench, impatient: None) -> None:
@@ -215,12 +270,40 @@ async def test_who_leaves_during_a_flush_is_sent_no_more(bench: Bench, impatient
         await trio.lowlevel.checkpoint()
     assert bench.form.encoded == [[1], [2]]
     gone = [readers[0][7], readers[1][0], readers[1][7]]
+    gone[1].direct = False
     for reader in gone:
-        bench.hub.detach(reader, list(reader.wants))
+        bench.hub.leave(reader)
     await wait_all_tasks_blocked()
     for offset, channel in enumerate(readers, 1):
         assert all(reader.sent == [b"e:%d " % offset] for reader in channel if reader not in gone)
-    assert [reader.sent for reader in gone] == [[], [], []]
+    assert [reader.sent + reader.taken for reader in gone] == [[], [], []]
+
+
+async def test_readers_that_leave_as_they_are_served_cost_those_behind_them_nothing(
+    bench: Bench, impatient: None
+) -> None:
+    """As polls that wait do: a look through all the rest for each of ten thousand would take seconds."""
+    looks = 0
+
+    class Leaving(Recorder):
+        def __hash__(self) -> int:
+            nonlocal looks
+            looks += 1
+            return id(self)
+
+        def take(self, batch: Sequence[Update]) -> None:
+            super().take(batch)
+            bench.hub.leave(self)
+
+    readers = [Leaving(bench.form, direct=False) for _ in range(200)]
+    for reader in readers:
+        bench.hub.attach(reader, ["j/a"], Want(ANY, bench.form))  # type: ignore[arg-type]
+    looks = 0
+    bench.next()
+    await wait_all_tasks_blocked()
+    assert all(reader.taken == [[1]] for reader in readers)
+    assert not bench.hub.readers
+    assert looks <= 10 * len(readers)
 
 
 async def test_a_form_that_fails_ends_its_readers_alone(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

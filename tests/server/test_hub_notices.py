@@ -103,6 +103,25 @@ async def test_one_broken_reader_of_a_broadcast_harms_no_other_and_a_large_one_l
     assert bench.form.encoded == [[1]]
 
 
+async def test_a_notification_whose_audience_cannot_be_told_is_left_out(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another node, which is newer, may have targets of a kind that this one does not know."""
+    bench = Bench(nursery)
+    reader = bench.reader(job_channel("a"))
+
+    def audience(one: Update) -> list[Recorder]:
+        assert users_of(one) != ["x"], "unknown"
+        return [reader]
+
+    bench.hub._audience = audience  # type: ignore[assignment]
+    bench.deliver(notice(1, "x"), notice(2, "y"))
+    bench.next("a")
+    await wait_all_tasks_blocked()
+    assert reader.sent == [b"e:2 e:3 "]
+    assert "unknown" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("wanted", "always_s", "between"),
     [(False, 3600.0, False), (True, 3600.0, True), (False, -1.0, True)],

@@ -16,16 +16,13 @@ from trio.testing import assert_no_checkpoints, wait_all_tasks_blocked
 
 from protocol.watch import ANY, Filter
 from protocol.wire import Framing, wire_form
+from server import reader as reader_module
 from server.channel import Want
 from server.history import History
 from server.hub import Hub
 from server.wheel import Wheel
 from tests.server.reader_bench import FORM, Bench, Probe, ids
 from tests.support import PATIENCE_S
-
-if TYPE_CHECKING:
-    from _typeshed import TraceFunction
-
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -465,3 +462,49 @@ async def test_a_queue_that_fails_while_it_drains_ends_its_reader_only(
         await wait_all_tasks_blocked()
     assert (bench.reader.ended, bench.reader.ends) == ("broken", 1)
     assert "oops" in caplog.text
+
+
+@pytest.mark.parametrize("corked", [False, True])
+async def test_what_fails_as_it_is_posted_ends_its_reader_and_not_who_posts_it(
+    bench: Bench, corked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is a publisher who is answered, the wheel, or the hub that has the log begin anew."""
+
+    def failing() -> Iterator[bytes]:
+        yield b"x"
+        raise ValueError("oops")
+
+    bench.reader.corked = corked
+    bench.reader.post(failing())
+    bench.reader.finish("closed")
+    assert (bench.reader.ended, bench.reader.ends) == ("broken", 1)
+    assert "oops" in caplog.text
+
+
+async def test_of_many_with_much_to_send_one_goes_on_each_time(nursery: trio.Nursery, short_turns: None) -> None:
+    """What is queued is made as it is sent: of many who get a large snapshot each would take its turn in every pass."""
+    made: list[int] = []
+    benches = [Bench(nursery) for _ in range(20)]
+
+    def pieces(number: int) -> Iterator[bytes]:
+        for _ in range(10):
+            made.append(number)
+            yield b"x"
+
+    for number, bench in enumerate(benches):
+        bench.reader.post(pieces(number))
+    assert all(bench.reader._draining for bench in benches)
+    most, before = 0, len(made)
+    while any(bench.reader._draining for bench in benches):
+        await trio.lowlevel.checkpoint()
+        most, before = max(most, len(made) - before), len(made)
+    assert len(made) == 20 * 10
+    assert most <= 2, "one, and perhaps another as the order of tasks in a pass is random"
+    for bench in benches:
+        bench.close()
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn is over after a piece."""
+    monkeypatch.setattr(reader_module, "TURN_S", -1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import trio
 
+from protocol.update import Update
 from server import answers
 from server.app import drain
 from server.connection import Connection
+from server.history import History
 from server.socketio import RECEIVE_BYTES
 from server.transports import longpoll
 from server.transports.longpoll import WaitingPoll
@@ -296,6 +299,60 @@ async def test_polls_that_wait_for_the_same_are_told_the_same_and_others_what_is
     assert answers[0].headers["x-request-id"] != answers[1].headers["x-request-id"]
     assert "message" in answers[0].json["updates"][0]
     assert set(answers[3].json["updates"][0]) == {"type", "id", "jobId", "status", "version", "progress"}
+
+
+async def test_a_filter_makes_the_work_no_more_however_long_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came meanwhile and is not wanted is neither looked through again nor a loss when it is trimmed, and who came
+    later is told the same."""
+    looked_from: list[int] = []
+    missed_updates = longpoll.missed_updates
+
+    def noting(history: History, names: Sequence[str], after: int) -> list[Update]:
+        looked_from.append(after)
+        return missed_updates(history, names, after)
+
+    async with clean_server(history={"max_updates": 50}) as at, AsyncExitStack() as stack:
+        epoch = at.node.history.epoch
+        polls = []
+        for _ in range(3):
+            http = await stack.enter_async_context(connect(at))
+            await begin(at, http, f"kind=rare&last_seen={epoch}:{at.node.history.last}")
+            polls.append(http)
+            for number in range(40):
+                put(at, f"job_{number}")
+            await until(lambda: at.node.hub.given() == at.node.history.last)
+        monkeypatch.setattr(longpoll, "missed_updates", noting)
+        put(at, "rare", kind="rare")
+        for http in polls:
+            answer = await http.answer()
+            assert (jobs(answer), answer.json["reset"]) == (["rare"], False)
+            assert answer.json["last_seen"] == f"{epoch}:121"
+        assert looked_from == [120]
+        # Nor when the time is over.
+        at.node.reload(configure({"limits": {"poll_timeout": 0.05}}))
+        answer = await polls[0].request("GET", f"{POLL}?kind=rare&last_seen={epoch}:121")
+        assert (jobs(answer), answer.json["timedOut"]) == ([], True)
+
+
+async def test_a_log_that_is_lost_answers_many_in_turns(impatient: None) -> None:
+    async with clean_server() as at, AsyncExitStack() as stack:
+        put(at, "j")
+        polls = []
+        for _ in range(20):
+            http = await stack.enter_async_context(connect(at))
+            await begin(at, http, f"last_seen={at.node.history.epoch}:1")
+            polls.append(http)
+        at.node.history.restart("newepoch", 7)
+        at.node.log_lost("newepoch")
+        most, before = 0, len(at.node.polls)
+        assert before == 20
+        while at.node.polls:
+            await trio.lowlevel.checkpoint()
+            most, before = max(most, before - len(at.node.polls)), len(at.node.polls)
+        assert most == 1
+        for http in polls:
+            answer = await http.answer()
+            assert (jobs(answer), answer.json["reset"], answer.json["last_seen"]) == (["j"], True, "newepoch:7")
 
 
 async def test_what_is_kept_for_others_is_bounded_with_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:

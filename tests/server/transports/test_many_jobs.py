@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import trio
 
-from server import connection, jobs, reader, reading, turns
+from server import connection, jobs, limits, reader, reading, turns
 from server.transports import longpoll, websocket, websocket_messages
-from tests.streams import cursor, event_stream, put, session
-from tests.support import InProcess
+from tests.streams import connect, cursor, event_stream, put, session
+from tests.support import Ended, InProcess, request_bytes, until
 
 COUNT = 400
 PORTION = 8
@@ -149,3 +149,65 @@ async def test_a_poll_gives_many_jobs_in_the_order_of_the_log(many: InProcess) -
     assert len(found) == COUNT
     offsets = [int(update["id"].partition(":")[2]) for update in found]
     assert offsets == sorted(offsets)
+
+
+async def test_others_have_turns_while_polls_are_told_that_the_log_is_lost(many: InProcess) -> None:
+    answers: list[list[dict[str, Any]]] = []
+
+    async def ask() -> None:
+        answer = await many.get(f"/api/v2/jobs/poll?timeout=60&last_seen={cursor(many)}&client_id=c")
+        assert answer.json["reset"] is True
+        assert many.node.cursors._cursors
+        answers.append(answer.json["updates"])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await until(lambda: many.node.polls)
+        many.node.history.restart("newepoch", COUNT)
+        async with others() as taken:
+            many.node.log_lost("newepoch")
+            await until(lambda: answers)
+            assert taken[0] > PORTIONS
+    assert len(answers[0]) == COUNT
+    assert many.node.limits.unfinished == 0
+
+
+@pytest.mark.parametrize("read", [polled, listed])
+async def test_what_is_looked_through_for_many_at_once_is_bounded(
+    read: Any, many: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With copies of 100,000 jobs for each of a thousand admins there would be no memory left."""
+    monkeypatch.setattr(limits, "UNFINISHED_FREE", 0)
+    monkeypatch.setattr(many.node.limits, "max_unfinished", 10 * COUNT * longpoll.JOB_BYTES)
+    path = "/api/v2/jobs/poll?timeout=0" if read is polled else "/api/v2/jobs?kind=rare"
+    statuses: list[int] = []
+
+    async def ask() -> None:
+        answer = await many.get(path)
+        statuses.append(answer.status)
+        if answer.status == 503:
+            assert (answer.error, answer.headers["retry-after"]) == ("try_later", "1")
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(ask)
+    assert len(statuses) == 100
+    assert set(statuses) == {200, 503}
+    assert many.node.limits.unfinished == 0
+    assert len(await polled(many, "all=1")) == COUNT
+
+
+async def test_a_poll_for_which_there_is_no_room_when_the_log_is_lost_ends(
+    many: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer has begun by then, for all the client can tell."""
+    monkeypatch.setattr(limits, "UNFINISHED_FREE", 0)
+    async with connect(many) as http:
+        await http.send(request_bytes("GET", f"/api/v2/jobs/poll?timeout=60&last_seen={cursor(many)}"))
+        await until(lambda: many.node.polls)
+        monkeypatch.setattr(many.node.limits, "max_unfinished", 10)
+        many.node.history.restart("newepoch", COUNT)
+        many.node.log_lost("newepoch")
+        with pytest.raises(Ended):
+            await http.answer()
+    assert many.node.limits.unfinished == 0
