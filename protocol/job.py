@@ -17,7 +17,7 @@ from msgspec import UNSET, Raw, UnsetType
 from protocol.errors import ApiError, invalid_field
 from protocol.eta import advance, remaining_s
 from protocol.fields import Fields, time_ms
-from protocol.rollup import WEIGHT_UNIT, all_ended, mean_progress, outcome, steps_of
+from protocol.rollup import WEIGHT_UNIT, all_ended, end_of, mean_progress, steps_of
 from protocol.update import (
     CANCELLED,
     COMPLETED,
@@ -257,8 +257,8 @@ def roll_up(job: Job, parts: Parts | None, *, part_started: bool, offset: int, n
     record.steps = steps
     record.timestamp = now
     if ends and parts is not None:
-        status, record.error = outcome(parts)
-    eta = _settle(record, before.eta, status, now, now_ms)
+        status, record.error = end_of(parts)
+    eta = _set_status(record, before.eta, status, now, now_ms)
     return _entry(job, record, msgspec.structs.replace(before, parts=parts, eta=eta), offset, now_ms)
 
 
@@ -327,14 +327,14 @@ def _merge(
         record.steps = Raw(_encode(steps_of(parts)))
         record.progress = mean_progress(parts)
         if fields.auto_complete is True and fields.status is UNSET and not new_attempt and all_ended(parts):
-            status, record.error = outcome(parts)
+            status, record.error = end_of(parts)
     now = format_time(now_ms)
     record.timestamp = now if fields.timestamp is UNSET else format_time(time_ms(fields.timestamp, "timestamp"))
     link = private.link
     if link is not None and fields.weight is not UNSET:
         link = Link(link.parent_id, link.parent_created, max(1, round(fields.weight * WEIGHT_UNIT)), link.depth)
     eta = None if new_attempt or fields.reset is True else private.eta
-    eta = _settle(record, eta, status, now, now_ms)
+    eta = _set_status(record, eta, status, now, now_ms)
     remaining, completion = fields.estimated_time_remaining, fields.estimated_completion_time
     if (remaining is not UNSET or completion is not UNSET) and status not in ENDED:
         eta = _take_given_estimate(record, eta, remaining, completion, now_ms)
@@ -352,7 +352,7 @@ def _merge(
     return _entry(job, record, private, offset, now_ms)
 
 
-def _settle(record: Record, eta: Eta | None, status: str, now: str, now_ms: int) -> Eta | None:
+def _set_status(record: Record, eta: Eta | None, status: str, now: str, now_ms: int) -> Eta | None:
     """Set the status and what follows from it: times, 100 per cent, the estimate, whose state is returned."""
     record.status = status
     if status in ENDED:

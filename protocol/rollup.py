@@ -102,7 +102,7 @@ def all_ended(parts: Parts) -> bool:
     return parts.done + parts.failed == parts.total
 
 
-def outcome(parts: Parts) -> tuple[str, str | None]:
+def end_of(parts: Parts) -> tuple[str, str | None]:
     """Status and error of a parent that ends by itself."""
     if parts.failed:
         return FAILED, f"{parts.failed} of {parts.total} parts failed"

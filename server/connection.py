@@ -86,8 +86,8 @@ class Connection(Peer):
         "_deferred",
         "_due",
         "_first",
-        "_heeds",
         "_held",
+        "_listens_for",
         "_over",
         "_owed",
         "_timer",
@@ -120,7 +120,7 @@ class Connection(Peer):
         self._closed = False
         self._deferred: Deferred | None = None
         self._owed: _Owed | None = None
-        self._heeds = select.EPOLLIN  # of what the poller tells while a request waits
+        self._listens_for = select.EPOLLIN  # of what the poller tells while a request waits
         # Until when the next head, or more of it, has to be there; and the timer that will have a look, later at times:
         # it is not made anew for each request.
         self._deadline = math.inf
@@ -134,7 +134,7 @@ class Connection(Peer):
             if self._deferred is not None:
                 outcome = self._overhear(self._deferred)
             elif self._owed is not None:
-                outcome = await self._settle(self._owed)
+                outcome = await self._send_owed(self._owed)
             else:
                 outcome = await self._serve()
         except (OSError, Disconnected):
@@ -219,8 +219,8 @@ class Connection(Peer):
         """Answer it as far as the socket takes that now; what is left for a turn."""
         exchange, http = deferred.exchange, self.http
         response = _routes().late_answer(exchange, deferred, late)
-        if self._heeds != select.EPOLLIN:
-            self._heed(select.EPOLLIN)
+        if self._listens_for != select.EPOLLIN:
+            self._listen_for(select.EPOLLIN)
         if not http.pending and response.status != 200:
             raise Disconnected  # a 200 has begun: all that can be said is that it ends
         body = response.body
@@ -240,7 +240,7 @@ class Connection(Peer):
             self.node.poller.call(self.sock.fileno())
         return None if outcome in (_WAIT, _AGAIN) else _Owed(b"")
 
-    async def _settle(self, owed: _Owed) -> _Outcome:
+    async def _send_owed(self, owed: _Owed) -> _Outcome:
         """Send the rest of an answer, and go on."""
         try:
             if isinstance(owed.rest, tuple):
@@ -257,7 +257,7 @@ class Connection(Peer):
 
     def _overhear(self, deferred: Deferred) -> _Outcome:
         """The peer has said something while its request waits, or that it says no more, or it is gone."""
-        if self._heeds == select.EPOLLIN:
+        if self._listens_for == select.EPOLLIN:
             if not self.http.begun:
                 try:
                     data = self.sock.recv(RECEIVE_BYTES)
@@ -265,26 +265,26 @@ class Connection(Peer):
                     return _WAIT
                 self.http.receive(data)
             if self.http.begun:  # for after the answer; no more of it is taken before
-                self._heed(select.EPOLLRDHUP)
+                self._listen_for(select.EPOLLRDHUP)
                 return _WAIT
         else:
             is_now = condition(self.sock)
             if is_now & (select.POLLHUP | select.POLLERR):
                 return _CLOSE
-            if not self._heeds or not is_now & select.POLLRDHUP:
+            if not self._listens_for or not is_now & select.POLLRDHUP:
                 return _WAIT
         # It waits for its answer, or nobody is there any more: that shows only when something is sent. So the answer
         # begins now, unless something is on its way still; who is gone resets the connection.
-        self._heed(0)
+        self._listen_for(0)
         if deferred.headers is None or not condition(self.sock) & select.POLLOUT:
             return _WAIT
         headers = [*deferred.exchange.headers(), *deferred.headers]
         head = self.http.start_stream(200, headers, close=self.node.draining)
         return _WAIT if self.sock.send(head) == len(head) else _CLOSE
 
-    def _heed(self, events: int) -> None:
-        self._heeds = events
-        self.node.poller.heed(self.sock.fileno(), events)
+    def _listen_for(self, events: int) -> None:
+        self._listens_for = events
+        self.node.poller.listen_for(self.sock.fileno(), events)
 
     async def _next_request(self) -> Request | _Outcome:
         """The next request if it is there, else what is to be done now."""

@@ -113,7 +113,7 @@ class Poller:
         self.peers[fd] = peer
         self._ready[fd] = None
 
-    def heed(self, fd: int, events: int) -> None:
+    def listen_for(self, fd: int, events: int) -> None:
         """Give a peer its turns for these events only, until this is said again. Errors and hang-ups always count."""
         self._set.modify(fd, events)
 

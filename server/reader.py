@@ -231,7 +231,7 @@ class PushReader(Reader):
             self.post(*[self._release(keys) for keys in _pieces(list(self.held))])
         self.offset = history.last
 
-    def settle(self) -> None:
+    def wants_changed(self) -> None:
         """Work out whether the hub may write directly, after wants or interval changed."""
         wanted = self.wanted
         if isinstance(wanted, dict):  # with other filters or in other forms

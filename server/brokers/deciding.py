@@ -64,7 +64,7 @@ def owned(job: Job, owner: str) -> Job:
     return job
 
 
-def settled(operation: Publish, before: Job | None) -> Fields:
+def fields_for(operation: Publish, before: Job | None) -> Fields:
     """What is published comes to this, given the state it meets; ``View.settle`` says what is raised."""
     if operation.view is None or (before is not None and operation.create == "must"):
         return operation.fields
@@ -74,7 +74,7 @@ def settled(operation: Publish, before: Job | None) -> Fields:
 def create(operation: Publish, job_id: str, get: Callable[[str], Job | None], *, offset: int, now_ms: int) -> Job:
     """The first state of a new job; see ``protocol.job.create`` and ``owner_of`` for what is raised."""
     user_id = owner_of(operation, job_id)
-    fields = settled(operation, None)
+    fields = fields_for(operation, None)
     parent = get(fields.parent_id) if fields.parent_id is not UNSET else None
     return rules.create(fields, job_id=job_id, user_id=user_id, parent=parent, offset=offset, now_ms=now_ms)
 

@@ -37,12 +37,12 @@ from server.brokers.base import (
 from server.brokers.deciding import (
     ancestors_of,
     create,
+    fields_for,
     identify,
     job_exists,
     key_reused,
     new_target,
     owned,
-    settled,
     too_many_jobs,
 )
 from server.brokers.keys import Kept, Keys, digest_of, fingerprint_of, fingerprint_of_notice
@@ -247,7 +247,7 @@ class LocalBroker(ABC):
         offset = self._offset + 1
         if before is not None:
             if operation.view is not None:
-                fields = settled(operation, before)
+                fields = fields_for(operation, before)
             if fields.seq is not UNSET and rules.is_repeat(before, fields):
                 return self._unchanged(before)
             if operation.create == "must":

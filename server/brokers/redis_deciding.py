@@ -14,7 +14,7 @@ from protocol import job as rules
 from protocol.errors import job_not_found
 from protocol.update import Job, Update
 from server.brokers.base import Acknowledge, Cancel, Claim, Delete, Expire, Notify, Operation, Publish
-from server.brokers.deciding import ancestors_of, create, identify, job_exists, new_target, owned, settled
+from server.brokers.deciding import ancestors_of, create, fields_for, identify, job_exists, new_target, owned
 from server.brokers.keys import digest_of, fingerprint_of
 from server.brokers.redis_calls import Call, Change
 from server.brokers.redis_keys import shard_of
@@ -99,7 +99,7 @@ class Decider:
                 if before is None:
                     after = create(operation, job_id, partial(self._read_parent, call), offset=offset, now_ms=now_ms)
                 else:
-                    fields = settled(operation, before)
+                    fields = fields_for(operation, before)
                     if rules.is_repeat(before, fields):
                         return False
                     if operation.create == "must":

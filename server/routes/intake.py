@@ -129,7 +129,7 @@ def spooled(exchange: Exchange, accepted: Accepted) -> Response:
     return json_answer(202, {"spooled": True, "jobId": accepted.spooled}, location)
 
 
-def outcome(exchange: Exchange, accepted: Accepted) -> dict[str, Any]:
+def receipt(exchange: Exchange, accepted: Accepted) -> dict[str, Any]:
     """What a publisher is told of one update: ``{"id","version","duplicate"?,"cancelRequested"?}``."""
     answer: dict[str, Any] = {"id": position(exchange, accepted), "version": accepted.version}
     if accepted.duplicate:
@@ -141,7 +141,7 @@ def outcome(exchange: Exchange, accepted: Accepted) -> dict[str, Any]:
 
 def updated(exchange: Exchange, accepted: Accepted) -> Response:
     """The answer to one update."""
-    return spooled(exchange, accepted) if accepted.spooled else json_answer(200, outcome(exchange, accepted))
+    return spooled(exchange, accepted) if accepted.spooled else json_answer(200, receipt(exchange, accepted))
 
 
 def position(exchange: Exchange, accepted: Accepted) -> str:

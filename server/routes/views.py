@@ -142,7 +142,7 @@ def _created(view: View, exchange: Exchange, accepted: Accepted) -> Response:
     # To publish is not to read: what was there before is shown to those who may see it.
     if job is not None and (status == 201 or exchange.caller.may_read(job.latest.job_id, job.latest.user_id)):
         shown = Raw(view.state(job.latest))
-    answer = {view.noun: shown} | intake.outcome(exchange, accepted)
+    answer = {view.noun: shown} | intake.receipt(exchange, accepted)
     return json_answer(status, answer, ("Location", exchange.request.path))
 
 

@@ -173,7 +173,7 @@ class EventStream(SseReader):
         # Of another kind: that is settled by the form, so that all updates may take the direct way.
         wanted = ANY if self.form.kind else watch.filter
         node.hub.attach(self, self._names, Want(wanted, self.form))
-        self.settle()
+        self.wants_changed()
         self.offset = node.history.last
         if watch.job_ids is not None:
             self.open_jobs = self._still_open()

@@ -106,7 +106,7 @@ async def _auth(session: Session, message: AuthMessage) -> None:
             if allowed is not None and allowed not in session.wants:
                 session.hub.attach(session, [allowed], want)
     _leave(session, [channel for channel in session.channels if not may_join(session.node, identity, channel)])
-    session.settle()
+    session.wants_changed()
     expires = None if identity.expires_at is None else format_time(int(identity.expires_at * 1000))
     session.say("authenticated", userId=identity.user, expiresAt=expires, ref=message.ref)
 
@@ -168,7 +168,7 @@ async def _subscribe(session: Session, message: Subscribe) -> None:
             snapshot_parts((), "snapshot", encode(head), encode(scope | {"id": cursor, "recovered": True}))
         )
         session.post(part, replay(session.node, form, missed, wanted))
-    session.settle()
+    session.wants_changed()
 
 
 def _join(session: Session, channels: list[str], start: Start) -> list[Update]:
@@ -219,7 +219,7 @@ async def _unsubscribe(session: Session, message: Unsubscribe) -> None:
     session.catch_up()  # nothing of it may come after the answer
     session.hub.detach(session, names)
     _leave(session, channels)
-    session.settle()
+    session.wants_changed()
     session.say("unsubscribed", jobIds=message.job_ids, channels=message.channels, ref=message.ref)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.fields import decode_fields
 from protocol.job import apply, create, roll_up
-from protocol.rollup import WEIGHT_UNIT, all_ended, climb, mean_progress, moved, outcome, steps_of
+from protocol.rollup import WEIGHT_UNIT, all_ended, climb, end_of, mean_progress, moved, steps_of
 from protocol.update import ENDED, Job, Parts
 
 NOW = 1_700_000_000_000
@@ -224,7 +224,7 @@ def test_sums_start_and_end_empty(tree: Tree) -> None:
     assert moved(Parts(WEIGHT_UNIT, 0, 1, 0, 0), part, None) is None
     assert all_ended(Parts(1, 1, 2, 1, 1))
     assert not all_ended(Parts(1, 1, 2, 1, 0))
-    assert outcome(Parts(1, 1, 300, 298, 2)) == ("failed", "2 of 300 parts failed")
+    assert end_of(Parts(1, 1, 300, 298, 2)) == ("failed", "2 of 300 parts failed")
     assert steps_of(Parts(1, 1, 3, 2, 1)).failed == 1
 
 

@@ -59,7 +59,7 @@ class Bench:
 
     def watch(self, *names: str, filter: Filter = ANY) -> None:
         self.hub.attach(self.reader, names, Want(filter, FORM))
-        self.reader.settle()
+        self.reader.wants_changed()
 
     def put(
         self, job_id: str = "a", *, size: int = 0, ended: bool = False, urgent: bool = False, kind: str | None = None

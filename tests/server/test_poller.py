@@ -216,23 +216,23 @@ async def test_others_run_while_there_are_turns_if_it_is_urgent_or_has_been_long
     assert after - before > 100 if run else after == before
 
 
-async def test_who_heeds_only_some_events_has_turns_for_them_alone_or_when_called(poller: Poller) -> None:
+async def test_who_listens_for_only_some_events_has_turns_for_them_alone_or_when_called(poller: Poller) -> None:
     peer = added(poller)
     await wait_all_tasks_blocked()
     turns, fd = peer.turns, peer.sock.fileno()
-    poller.heed(fd, 0)
+    poller.listen_for(fd, 0)
     peer.far.send(b"a")
     await wait_all_tasks_blocked()
     assert peer.turns == turns
     poller.call(fd)
     await until(lambda: peer.turns == turns + 1)
-    poller.heed(fd, select.EPOLLRDHUP)
+    poller.listen_for(fd, select.EPOLLRDHUP)
     peer.far.send(b"b")
     await wait_all_tasks_blocked()
     assert peer.turns == turns + 1
     peer.far.shutdown(socket.SHUT_WR)
     await until(lambda: peer.turns > turns + 1)
-    poller.heed(fd, 0)
+    poller.listen_for(fd, 0)
     await wait_all_tasks_blocked()
     turns = peer.turns
     peer.far.close()  # a hang-up always counts

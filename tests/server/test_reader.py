@@ -58,7 +58,7 @@ async def test_only_what_is_wanted_alike_of_all_channels_goes_the_direct_way(
                 hub.detach(reader, names)
             else:
                 hub.attach(reader, names, want)
-            reader.settle()
+            reader.wants_changed()
             wants = set(reader.wants.values())
             assert reader.direct == (
                 len({want.form for want in wants}) < 2 and all(want.filter.is_any for want in wants)
@@ -93,9 +93,9 @@ async def test_one_more_channel_costs_the_same_however_many_there_are(bench: Ben
     def one_more() -> None:
         for want in (plain, filtered):
             bench.hub.attach(bench.reader, ["j/one"], want)
-            bench.reader.settle()
+            bench.reader.wants_changed()
             bench.hub.detach(bench.reader, ["j/one"])
-            bench.reader.settle()
+            bench.reader.wants_changed()
 
     costs = []
     for count in (10, 1000):
@@ -308,7 +308,7 @@ async def test_an_urgent_update_overtakes_without_taking_the_cursor_along(bench:
     reader = bench.reader
     bench.watch("u/u")
     reader.min_interval_s = 1000.0
-    reader.settle()
+    reader.wants_changed()
     bench.put("a")
     await wait_all_tasks_blocked()
     bench.put("b")

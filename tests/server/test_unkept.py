@@ -149,7 +149,9 @@ async def test_who_has_half_closed_gets_the_answer(tmp_path: Path, accepted: boo
         await it.begin(one, "a", userId="u", status="completed")
         await it.begin(http, "a", **({"attempt": 2} if accepted else {"progress": 1}))
         half_close(http)
-        await until(lambda: [peer for peer in it.at.node.poller.peers.values() if getattr(peer, "_heeds", 1) == 0])
+        await until(
+            lambda: [peer for peer in it.at.node.poller.peers.values() if getattr(peer, "_listens_for", 1) == 0]
+        )
         it.go.set()
         assert (await http.answer()).status == (200 if accepted else 409)
         assert await http.closed()

@@ -201,7 +201,7 @@ async def test_who_half_closes_while_the_socket_is_full_gets_the_answer() -> Non
                 filled += sock.send(bytes(1024))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # what is acknowledged a moment later makes no room
         half_close(http)
-        await until(lambda: connection._heeds == 0 or not at.node.polls)
+        await until(lambda: connection._listens_for == 0 or not at.node.polls)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
         put(at, "j", progress=5)
         await until(lambda: not at.node.polls)
