@@ -124,8 +124,10 @@ async def settle(marks: Marks) -> None:
         await wait_all_tasks_blocked(cushion=0.002)
 
 
-async def all_gone(node: Node, marks: Marks) -> None:
-    """Returns when the server is done with clients that have closed."""
+async def close(node: Node, marks: Marks, *clients: Client) -> None:
+    """End these, all there are; returns when the server is done with them."""
+    for client in clients:
+        client.socket.close()
     for _ in range(PATIENCE):
         await settle(marks)
         if not node.connections:
@@ -191,8 +193,7 @@ async def publishes(node: Node, port: int, marks: Marks, times: int) -> None:
     for _ in range(times):
         await client.give(ONE, b"HTTP/1.1 200")
     marks.keep("publish", times)
-    client.socket.close()
-    await all_gone(node, marks)
+    await close(node, marks, client)
 
 
 async def batches(node: Node, port: int, marks: Marks, times: int) -> None:
@@ -203,8 +204,7 @@ async def batches(node: Node, port: int, marks: Marks, times: int) -> None:
     for _ in range(times):
         await client.give(data, b'"accepted":%d' % BATCH)
     marks.keep("publish in a batch", times * BATCH)
-    client.socket.close()
-    await all_gone(node, marks)
+    await close(node, marks, client)
 
 
 async def over_websocket(node: Node, port: int, marks: Marks, times: int) -> None:
@@ -219,8 +219,7 @@ async def over_websocket(node: Node, port: int, marks: Marks, times: int) -> Non
     for _ in range(times):
         await client.give(data, b'"ref":%d' % (TOGETHER - 1))
     marks.keep("publish, ws", times * TOGETHER)
-    client.socket.close()
-    await all_gone(node, marks)
+    await close(node, marks, client)
 
 
 async def connections(node: Node, port: int, marks: Marks, transport: str, times: int) -> None:
@@ -228,8 +227,7 @@ async def connections(node: Node, port: int, marks: Marks, transport: str, times
     marks.clear()
     for _ in range(times):
         client = await TRANSPORTS[transport](port, marks)
-        client.socket.close()
-        await all_gone(node, marks)
+        await close(node, marks, client)
     marks.keep(f"connection, {transport}", times)
 
 
@@ -249,9 +247,7 @@ async def deliveries(node: Node, port: int, marks: Marks, transport: str, reader
             client.look(b"status_update")
     marks.keep(f"{transport} {readers}", updates)
     marks.rest()
-    for client in (*clients, publisher):
-        client.socket.close()
-    await all_gone(node, marks)
+    await close(node, marks, *clients, publisher)
     marks.begin()
 
 
@@ -276,9 +272,7 @@ async def channels(node: Node, port: int, marks: Marks, updates: int) -> None:
                 client.look(b"status_update")
         marks.keep(f"channels {readers}", updates)
         marks.rest()
-    for client in (*clients, publisher):
-        client.socket.close()
-    await all_gone(node, marks)
+    await close(node, marks, *clients, publisher)
     marks.begin()
 
 
@@ -312,9 +306,7 @@ async def polls(node: Node, port: int, marks: Marks, readers: int, updates: int)
             await settle(marks)
     marks.keep(f"poll {readers}", updates)
     marks.rest()
-    for client in (*clients, publisher):
-        client.socket.close()
-    await all_gone(node, marks)
+    await close(node, marks, *clients, publisher)
     marks.begin()
 
 

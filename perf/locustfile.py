@@ -59,6 +59,13 @@ def parts(url: str) -> tuple[str, int]:
     return found.hostname or "127.0.0.1", found.port or 80
 
 
+def report(environment: Environment, kind: str, name: str, ms: float, error: Exception | None = None) -> None:
+    """One Locust event."""
+    environment.events.request.fire(
+        request_type=kind, name=name, response_time=ms, response_length=0, exception=error, context={}
+    )
+
+
 @events.test_start.add_listener
 def watch_oneself(environment: Environment, **_: object) -> None:
     """How late Locust itself is, where there are users: what is below that was not measured of the server."""
@@ -68,14 +75,7 @@ def watch_oneself(environment: Environment, **_: object) -> None:
             began = time.perf_counter()
             gevent.sleep(LATE_EVERY_S)
             late = max(0.0, time.perf_counter() - began - LATE_EVERY_S)
-            environment.events.request.fire(
-                request_type="LOCUST",
-                name="late",
-                response_time=late * 1e3,
-                response_length=0,
-                exception=None,
-                context={},
-            )
+            report(environment, "LOCUST", "late", late * 1e3)
 
     if not isinstance(environment.runner, MasterRunner):
         gevent.spawn(look)
@@ -100,12 +100,6 @@ class Reader(User):
         self.since_ns = 0
         self.blocked = False
 
-    def report(self, kind: str, name: str, ms: float, error: Exception | None = None) -> None:
-        """One Locust event."""
-        self.environment.events.request.fire(
-            request_type=kind, name=name, response_time=ms, response_length=0, exception=error, context={}
-        )
-
     @contextmanager
     def connected(self, transport: Transport) -> Iterator[WebSocket | Stream | Poll | None]:
         """A connection with its snapshot, or None if there is none to be had."""
@@ -115,10 +109,10 @@ class Reader(User):
             connection = transport(self)
         except TROUBLE as error:
             if not self.blocked:
-                self.report(kind, name, (time.perf_counter() - began) * 1e3, error)
+                report(self.environment, kind, name, (time.perf_counter() - began) * 1e3, error)
             yield None
             return
-        self.report(kind, name, (time.perf_counter() - began) * 1e3)
+        report(self.environment, kind, name, (time.perf_counter() - began) * 1e3)
         self.since_ns = time.monotonic_ns()
         try:
             yield connection
@@ -136,10 +130,10 @@ class Reader(User):
                     for message in connection.messages():
                         self.take(transport.type, message)
                 except Cut:
-                    self.report(transport.type, "cut", 0)
+                    report(self.environment, transport.type, "cut", 0)
                     gevent.sleep(random.uniform(0, SPREAD_S))
                 except TROUBLE as error:
-                    self.report(transport.type, "stream", 0, error)
+                    report(self.environment, transport.type, "stream", 0, error)
         return True
 
     def take(self, kind: str, message: dict[str, Any]) -> None:
@@ -155,13 +149,13 @@ class Reader(User):
             self.version = message["version"]
             sent = int(message["message"].removeprefix("t="))
             name = "delivery" if sent >= self.since_ns else "catch-up"
-            self.report(kind, name, max(0.0, (time.monotonic_ns() - sent) / 1e6))
+            report(self.environment, kind, name, max(0.0, (time.monotonic_ns() - sent) / 1e6))
 
     def follow(self, kind: str, version: int) -> None:
         """The next version; those that were left out are lost."""
         if self.version is not None:
             for missing in range(self.version + 1, version):
-                self.report(kind, "delivery", 0, Lost(f"version {missing} of {self.job}"))
+                report(self.environment, kind, "delivery", 0, Lost(f"version {missing} of {self.job}"))
         self.version = max(self.version or 0, version - 1)
 
     def on_start(self) -> None:
@@ -262,14 +256,7 @@ class Publisher(User):
         except (OSError, HTTPException, ValueError) as trouble:
             error = trouble
             self.connection.close()
-        self.environment.events.request.fire(
-            request_type="HTTP",
-            name="publish",
-            response_time=(time.perf_counter() - began) * 1e3,
-            response_length=0,
-            exception=error,
-            context={},
-        )
+        report(self.environment, "HTTP", "publish", (time.perf_counter() - began) * 1e3, error)
 
 
 class Cutter(User):
@@ -297,14 +284,7 @@ class Cutter(User):
             error = trouble
         finally:
             connection.close()
-        self.environment.events.request.fire(
-            request_type="HTTP",
-            name="cut all",
-            response_time=(time.perf_counter() - began) * 1e3,
-            response_length=0,
-            exception=error,
-            context={},
-        )
+        report(self.environment, "HTTP", "cut all", (time.perf_counter() - began) * 1e3, error)
 
 
 def user_of(token: str) -> str:

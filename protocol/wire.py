@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Final
 
 import msgspec
 
@@ -50,12 +51,6 @@ class Framing(Enum):
 
 
 _LINES = frozenset({Framing.WEBSOCKET_LINES, Framing.WEBSOCKET_LINES_DEFLATE, Framing.WEBSOCKET_LINES_DEFLATE_SMALL})
-_DEFLATE_BITS = {
-    Framing.WEBSOCKET_DEFLATE: WINDOW_BITS,
-    Framing.WEBSOCKET_LINES_DEFLATE: WINDOW_BITS,
-    Framing.WEBSOCKET_DEFLATE_SMALL: SMALL_WINDOW_BITS,
-    Framing.WEBSOCKET_LINES_DEFLATE_SMALL: SMALL_WINDOW_BITS,
-}
 
 
 class WireForm:
@@ -68,7 +63,7 @@ class WireForm:
         kind: jobs of other kinds do not exist in it: their updates come to nothing. "" for none such.
     """
 
-    __slots__ = ("_deflate_bits", "_lines", "fields", "framing", "kind", "view")
+    __slots__ = ("_chunked", "_frame", "_lines", "fields", "framing", "kind", "view")
 
     def __init__(self, framing: Framing, fields: frozenset[str] | None, view: View = JOBS, kind: str = "") -> None:
         self.framing = framing
@@ -76,7 +71,8 @@ class WireForm:
         self.view = view
         self.kind = kind
         self._lines = framing in _LINES
-        self._deflate_bits = _DEFLATE_BITS.get(framing, 0)
+        self._frame = _FRAMES.get(framing)  # None for event streams: an event has its cursor beside the message
+        self._chunked = framing is Framing.SSE_CHUNKED
 
     def updates(self, updates: Sequence[Update], epoch: str) -> bytes:
         """Frame several updates, each with its own position, to be sent in one go."""
@@ -84,7 +80,6 @@ class WireForm:
             (update,) = updates
             return self.update(update, f"{epoch}:{update.offset}")
         cursors = [f"{epoch}:{update.offset}" for update in updates]
-        framing = self.framing
         if self.view.render is not None:
             framed = [
                 framed
@@ -94,48 +89,31 @@ class WireForm:
             return self._joined(framed)
         fields = self.fields
         messages = [update_message(update, at, fields) for update, at in zip(updates, cursors, strict=True)]
-        if framing is Framing.WEBSOCKET:
-            return b"".join([text_frame(message) for message in messages])
         if self._lines:
             return text_frame(b"\n".join(messages))
-        if self._deflate_bits:
-            return b"".join([_deflated(message, self._deflate_bits) for message in messages])
-        if framing is Framing.JSON:
-            return b",".join(messages)
-        events = b"".join(map(_event, updates, cursors, messages))
-        return encode_chunk(events) if framing is Framing.SSE_CHUNKED else events
+        return self._joined(map(self._frame, messages) if self._frame else map(_event, updates, cursors, messages))
 
     def update(self, update: Update, cursor: str) -> bytes:
         """Frame one update under any cursor: with held-back delivery it is not the update's own position."""
         if self.view.render is not None:
             return self._joined(self._rendered(update, cursor))
-        framing = self.framing
         message = update_message(update, cursor, self.fields)
-        if framing is Framing.WEBSOCKET or framing is Framing.WEBSOCKET_LINES:
-            return text_frame(message)
-        if self._deflate_bits:
-            return _deflated(message, self._deflate_bits)
-        if framing is Framing.JSON:
-            return message
+        if self._frame is not None:
+            return self._frame(message)
         event = _event(update, cursor, message)
-        return encode_chunk(event) if framing is Framing.SSE_CHUNKED else event
+        return encode_chunk(event) if self._chunked else event
 
     def message(
         self, message: bytes, cursor: str | None = None, retry_ms: int | None = None, event: str | None = None
     ) -> bytes:
         """Frame any one message (JSON text). ``cursor``, ``retry_ms`` and ``event`` only show on event streams."""
-        framing = self.framing
-        if framing is Framing.WEBSOCKET or framing is Framing.WEBSOCKET_LINES:
-            return text_frame(message)
-        if self._deflate_bits:
-            return _deflated(message, self._deflate_bits)
-        if framing is Framing.JSON:
-            return message
+        if self._frame is not None:
+            return self._frame(message)
         if event is None:
             text = encode_message(message, cursor, retry_ms)
         else:
             text = encode_event(message, id=cursor, event=event, retry_ms=retry_ms)
-        return encode_chunk(text) if framing is Framing.SSE_CHUNKED else text
+        return encode_chunk(text) if self._chunked else text
 
     def _rendered(self, update: Update, cursor: str) -> list[bytes]:
         """The view's messages for one update, framed but not put into chunks."""
@@ -153,23 +131,15 @@ class WireForm:
         return framed
 
     def _unchunked(self, message: Message, cursor: str) -> bytes:
-        if self.framing is Framing.WEBSOCKET:
-            return text_frame(message.text)
-        if self._deflate_bits:
-            return _deflated(message.text, self._deflate_bits)
-        if self.framing is Framing.JSON:
-            return message.text
+        if self._frame is not None:
+            return self._frame(message.text)
         if message.event is None:
             return encode_update(cursor.encode(), message.text)
         return encode_event(message.text, id=cursor, event=message.event)
 
-    def _joined(self, framed: Sequence[bytes]) -> bytes:
-        if not framed:
-            return b""
-        if self.framing is Framing.JSON:
-            return b",".join(framed)
-        joined = b"".join(framed)
-        return encode_chunk(joined) if self.framing is Framing.SSE_CHUNKED else joined
+    def _joined(self, framed: Iterable[bytes]) -> bytes:
+        joined = (b"," if self.framing is Framing.JSON else b"").join(framed)
+        return encode_chunk(joined) if self._chunked else joined
 
 
 @lru_cache(maxsize=4096)
@@ -229,5 +199,20 @@ def json_list(parts: Iterable[bytes], before: bytes, after: bytes, piece_bytes: 
     yield b"".join(pending)
 
 
-def _deflated(message: bytes, window_bits: int) -> bytes:
+def _bare(message: bytes) -> bytes:
+    return message
+
+
+def _deflated(message: bytes, *, window_bits: int) -> bytes:
     return deflated_text_frame(message, window_bits) if len(message) >= DEFLATE_FROM_BYTES else text_frame(message)
+
+
+_FRAMES: Final[dict[Framing, Callable[[bytes], bytes]]] = {
+    Framing.JSON: _bare,
+    Framing.WEBSOCKET: text_frame,
+    Framing.WEBSOCKET_DEFLATE: partial(_deflated, window_bits=WINDOW_BITS),
+    Framing.WEBSOCKET_DEFLATE_SMALL: partial(_deflated, window_bits=SMALL_WINDOW_BITS),
+    Framing.WEBSOCKET_LINES: text_frame,
+    Framing.WEBSOCKET_LINES_DEFLATE: partial(_deflated, window_bits=WINDOW_BITS),
+    Framing.WEBSOCKET_LINES_DEFLATE_SMALL: partial(_deflated, window_bits=SMALL_WINDOW_BITS),
+}

@@ -322,9 +322,14 @@ def _raise_descriptor_limit(connections: int) -> int | None:
 async def _check_health(node: Node) -> None:
     """Look at the live connections from time to time, and end those that are stale."""
     while True:
-        await trio.sleep(node.config.health.check_interval)
+        interval = node.config.health.check_interval
+        due = trio.current_time() + interval
+        await trio.sleep_until(due)
+        now = trio.current_time()
+        deaf_s = now - due if now - due > interval else 0.0  # stopped, as a machine may be: nobody could be heard then
         for count, stream in enumerate(list(node.streams), 1):
             if stream in node.streams:
+                stream.heard_at = min(now, stream.heard_at + deaf_s)
                 stream.check_health()
             if count % HEALTH_PORTION == 0:
                 await trio.lowlevel.checkpoint()

@@ -160,7 +160,8 @@ class Limits(Struct, frozen=True, kw_only=True):
         publishes_per_second: published updates per user.
         max_message: bytes of the largest incoming WebSocket message.
         backlog: bytes that may wait for one slow reader before it is closed to resume later.
-        unfinished: bytes of large bodies and messages that are being received, over all connections.
+        unfinished: bytes of large bodies and messages that are being received, and of what large answers are made
+            from, over all connections.
         jobs_per_connection: jobs that one WebSocket connection may watch by name.
         head_timeout: seconds for the head of a request, from its first byte; of a new connection from the beginning.
         body_timeout: seconds between two pieces of a body.

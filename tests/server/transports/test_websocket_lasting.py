@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import suppress
 
 import trio
@@ -59,6 +60,22 @@ async def test_a_client_that_answers_no_ping_is_stale_and_closed() -> None:
                 received += data
         assert close_frame(1008, "no ping was answered") in received
         await until(lambda: not server.node.streams)
+
+
+async def test_a_server_that_was_stopped_ends_nobody_for_it() -> None:
+    """A machine that sleeps hears nobody: that time does not count."""
+
+    def stop() -> None:
+        time.sleep(1.5)
+
+    async with clean_server(server={"heartbeat": 0.1}, health=NO_PATIENCE) as server, session(server) as ws:
+        await ws.subscribe()
+        (reader,) = server.node.streams
+        for _ in range(3):
+            stop()
+            for _ in range(3):
+                assert (await ws.receive())["type"] == "heartbeat"
+        assert reader in server.node.streams
 
 
 async def test_a_slow_reader_that_reads_is_not_stale() -> None:
