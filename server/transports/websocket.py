@@ -283,19 +283,19 @@ class Session(LiveReader):
                 self.finish("closed")
                 return False
         now = self.wheel.now
-        self.heard_at = now()
+        self.heard_at = began = now()
         try:
             events = self._incoming.receive(data)
             failure = None
         except WebSocketError as error:
             events, failure = error.events, error
-        spent_s = now() - self.heard_at
+        spent_s = now() - began
         if len(events) > 1:
             self.corked = True  # the answers to publishes, which are short, go out together
         await self._take_events(events)
         self.uncork()
         if slowed or self.node.poller.unbroken(self):  # else it has waited, and others have had the time
-            spent_s = now() - self.heard_at
+            spent_s = now() - began
         self._heavy_s = spent_s if spent_s > HEAVY_TURN_S else 0.0
         if failure is not None:
             self.close_with(failure.code, failure.reason)
