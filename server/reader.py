@@ -360,9 +360,17 @@ class PushReader(Reader):
     # Sending
 
     def pump(self) -> None:
-        """Write what the socket takes now; a drain task does the rest."""
-        if not self._draining and not self.ended and not self._write_turn():
-            self._start_drain()
+        """Write what the socket takes now; a drain task does the rest. Raises nothing: whoever has posted something is
+        somebody else, a publisher, the wheel, the hub."""
+        if self._draining or self.ended:
+            return
+        try:
+            done = self._write_turn()
+        except Exception as error:
+            self._give_up(error)
+        else:
+            if not done:
+                self._start_drain()
 
     def _start_drain(self) -> None:
         if not self._draining and not self._nursery.cancel_scope.cancel_called:  # else the server stops
@@ -393,27 +401,25 @@ class PushReader(Reader):
             self._resume()
 
     def _write_turn(self) -> bool:
-        """Write until nothing is owed (True), or the socket is full or the turn is over (False)."""
+        """Write until nothing is owed (True), or the socket is full or the turn is over (False). Raises OSError, and
+        whatever the making of it does."""
         budget = TURN_BYTES
         until = perf_counter() + TURN_S if self.queue else 0.0
         while budget > 0:
+            data = self.tail or self._piece(until)
+            if data is None:
+                if self.open_jobs is not None and not self.open_jobs:
+                    self.open_jobs = self.reopened()
+                    if not self.open_jobs:
+                        self.finish("finished")
+                self._resume()
+                return True
+            if not data:
+                break
             try:
-                data = self.tail or self._piece(until)
-                if data is None:
-                    if self.open_jobs is not None and not self.open_jobs:
-                        self.open_jobs = self.reopened()
-                        if not self.open_jobs:
-                            self.finish("finished")
-                    self._resume()
-                    return True
-                if not data:
-                    break
                 sent = self.sock_send(data)
             except BlockingIOError:
                 sent = 0
-            except Exception as error:  # whoever has posted this is somebody else: a publisher, the wheel, the hub
-                self._give_up(error)
-                return True
             budget -= sent
             if sent < len(data):
                 self.tail = memoryview(data)[sent:]

@@ -210,9 +210,9 @@ async def test_others_run_between_many_things_to_be_done_soon(bench: Bench, impa
     while len(called) < 50:
         before = len(called)
         await trio.lowlevel.checkpoint()
-        assert len(called) <= before + 1
+        assert len(called) <= before + 2, "one, and perhaps another as the order of tasks in a pass is random"
         turns += 1
-    assert turns >= 50
+    assert turns >= 25
     assert called == list(range(50))
 
 

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from protocol.update import Update
-from server import answers
+from server import answers, hub
 from server.app import drain
 from server.connection import Connection
 from server.history import History
@@ -334,7 +334,8 @@ async def test_a_filter_makes_the_work_no_more_however_long_it_waits(monkeypatch
         assert (jobs(answer), answer.json["timedOut"]) == ([], True)
 
 
-async def test_a_log_that_is_lost_answers_many_in_turns(impatient: None) -> None:
+async def test_a_log_that_is_lost_answers_many_in_turns(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "YIELD_ALWAYS_S", -1.0)
     async with clean_server() as at, AsyncExitStack() as stack:
         put(at, "j")
         polls = []
@@ -349,7 +350,7 @@ async def test_a_log_that_is_lost_answers_many_in_turns(impatient: None) -> None
         while at.node.polls:
             await trio.lowlevel.checkpoint()
             most, before = max(most, before - len(at.node.polls)), len(at.node.polls)
-        assert most == 1
+        assert most <= 2, "one, and perhaps another as the order of tasks in a pass is random"
         for http in polls:
             answer = await http.answer()
             assert (jobs(answer), answer.json["reset"], answer.json["last_seen"]) == (["j"], True, "newepoch:7")
