@@ -160,10 +160,13 @@ class PushReader(Reader):
         self.finish("broken")
 
     def log_lost(self) -> None:
-        """What was held belongs to a log that is gone: begin anew, behind the answers that are on their way."""
+        """What was held belongs to a log that is gone: begin anew, behind the answers that are on their way. That is
+        posted at once, and sent soon: there are many."""
         self._drop_held()
         self.offset = self.hub.history.last
+        self.corked = True
         self.on_log_lost()
+        self.hub.soon(self, self.uncork)
 
     # What transports call
 

@@ -257,19 +257,16 @@ class Told(NamedTuple):
 
 
 def _response(node: Node, question: Question, told: Told) -> Response:
-    return Response(200, WaitingPoll.headers, told.body, partial(_sent, node, question, told))
-
-
-def _sent(node: Node, question: Question, told: Told) -> None:
     node.counters.polled += told.updates
-    if question.client is not None:  # what was not sent was not seen
-        node.remember(question.client, told.cursor)
+    # Remembered once all of it has been sent: what was not sent was not seen.
+    then = None if question.client is None else partial(node.remember, question.client, told.cursor)
+    return Response(200, WaitingPoll.headers, told.body, then)
 
 
 def _made_as_it_is_sent(exchange: Exchange, question: Question, begin: Start, *, timed_out: bool) -> Response:
     """An answer for which many are looked through, where nothing can be awaited: others have turns as it is sent."""
     node = exchange.node
-    told: list[Told] = []
+    made: list[Response] = []
 
     def pieces() -> Iterator[bytes]:
         found: list[Found] = []
@@ -278,10 +275,15 @@ def _made_as_it_is_sent(exchange: Exchange, question: Question, begin: Start, *,
                 yield b""
         except ApiError as error:
             raise Disconnected from error  # it has begun: all that can be said is that it ends
-        told.append(_told(node, question, begin, found[0], timed_out=timed_out))
-        yield from (told[0].body,) if isinstance(told[0].body, bytes) else told[0].body
+        response = _response(node, question, _told(node, question, begin, found[0], timed_out=timed_out))
+        made.append(response)
+        yield from (response.body,) if isinstance(response.body, bytes) else response.body
 
-    return Response(200, WaitingPoll.headers, pieces(), lambda: _sent(node, question, told[0]))
+    def sent() -> None:
+        if made[0].then is not None:
+            made[0].then()
+
+    return Response(200, WaitingPoll.headers, pieces(), sent)
 
 
 def _tell(node: Node, question: Question, begin: Start, *, timed_out: bool = False) -> Told:

@@ -233,6 +233,7 @@ async def test_what_is_to_be_done_soon_is_done_though_the_beat_ends_in_the_middl
         await trio.lowlevel.checkpoint()
     bench.next("a")
     bench.next("b")
+    await wait_all_tasks_blocked()
     for callback in (last_longer, partial(called.append, True), partial(called.append, True)):
         bench.hub.soon(a, callback)
     await until(lambda: b.sent)

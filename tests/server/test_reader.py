@@ -427,6 +427,19 @@ async def test_a_lost_log_voids_what_is_held_behind_what_is_on_its_way(bench: Be
     assert shown == ["e:1", 1, "reset", "f:1"]
 
 
+async def test_a_lost_log_is_told_in_the_readers_own_turn(bench: Bench) -> None:
+    """Of ten thousand readers each may have a snapshot to be made and sent."""
+    bench.watch("j/a")
+    bench.history.restart("f", 7)
+    bench.hub.log_lost()
+    with pytest.raises(BlockingIOError):
+        bench.peer.recv(1)
+    bench.put()
+    assert not bench.reader.caught_up, "no heartbeat goes ahead of it, either"
+    events = await bench.received("f:8")
+    assert [event.get("type", event.get("jobId")) for event in events] == ["reset", "status_update"]
+
+
 async def test_a_closed_peer_ends_the_reader(bench: Bench) -> None:
     bench.watch("j/a")
     bench.peer.close()
