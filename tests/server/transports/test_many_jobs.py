@@ -197,6 +197,17 @@ async def test_what_is_looked_through_for_many_at_once_is_bounded(
     assert len(await polled(many, "all=1")) == COUNT
 
 
+async def test_a_poll_that_waits_holds_nothing_of_what_it_looked_through(
+    many: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "UNFINISHED_FREE", 0)
+    async with connect(many) as http:
+        await http.send(request_bytes("GET", "/api/v2/jobs/poll?timeout=60&kind=rare"))
+        await until(lambda: many.node.limits.unfinished)
+        await until(lambda: many.node.polls)
+        assert many.node.limits.unfinished == 0
+
+
 async def test_a_poll_for_which_there_is_no_room_when_the_log_is_lost_ends(
     many: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
