@@ -18,6 +18,7 @@ from server.brokers.redis_client import (
     make_client,
     open_client,
 )
+from tests.support import PATIENCE_S
 
 IMPATIENT = Options(start_patience_s=0.0)
 
@@ -41,7 +42,7 @@ class Witness:
 async def witnessed(url: str, options: Options | None = None) -> AsyncIterator[Witness]:
     """A client whose callbacks are recorded."""
     witness = Witness()
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE_S):
         async with open_client(
             url,
             options=options,
@@ -57,6 +58,6 @@ async def witnessed(url: str, options: Options | None = None) -> AsyncIterator[W
 
 async def refusal(url: str, options: Options = IMPATIENT) -> str:
     """Why a client does not start."""
-    with trio.fail_after(10), pytest.raises(RedisStartError) as caught:
+    with trio.fail_after(PATIENCE_S), pytest.raises(RedisStartError) as caught:
         await make_client(url, options=options).start()
     return str(caught.value)

@@ -31,11 +31,11 @@ from server.brokers.redis_client import (
     open_client,
     parse_redis_url,
 )
+from server.brokers.redis_doubts import find_written
 from server.brokers.redis_follower import Follower, unavailable
 from server.brokers.redis_keys import (
     BEGIN,
     LEASES,
-    LOGS,
     META,
     PROBE,
     SCHEMA,
@@ -43,7 +43,6 @@ from server.brokers.redis_keys import (
     TICK,
     WHERE,
     cursor_key,
-    decode_message,
     mark_key,
     stored_of,
 )
@@ -64,7 +63,6 @@ TICK_S: Final = 1.0
 # Leases that run out are looked at this much later at most: not all nodes at once, so that most find it done.
 _LEASE_JITTER_S: Final = 0.05
 _LEASES_AT_ONCE: Final = 500
-_ENTRIES_AT_ONCE: Final = 500
 # A clock that differs less from Redis' is left as it is.
 _CLOCK_OFF_S: Final = 1.0
 # How often those who wait are looked through for some that have waited too long.
@@ -177,23 +175,12 @@ class RedisBroker:
         Raises:
             RedisClientError, RedisError: Redis does not say.
         """
-        assert self._client is not None
-        starts: dict[int, int] = {}
+        floors: dict[int, int] = {}
         for doubt in doubts:
             # Under another name the log may have gone on from an earlier place.
             floor = doubt.floor if doubt.epoch == self.epoch else 0
-            starts[doubt.shard] = min(floor, starts.get(doubt.shard, floor))
-        found: set[str] = set()
-        for shard, floor in starts.items():
-            start = f"({floor}-0"
-            while True:
-                page = await self._client.call("XRANGE", LOGS[shard], start, "+", "COUNT", _ENTRIES_AT_ONCE)
-                for _, fields in page:
-                    found.update(write.rev for write in decode_message(fields[1]).writes)
-                if len(page) < _ENTRIES_AT_ONCE:
-                    break
-                start = "(" + page[-1][0].decode()
-        return found.intersection(doubt.rev for doubt in doubts)
+            floors[doubt.shard] = min(floor, floors.get(doubt.shard, floor))
+        return set(await find_written(self.client, floors, {doubt.rev for doubt in doubts}))
 
     async def start(self) -> None:
         """Check that Redis can be used, and see where its log stands. Raises StoreError with what to do."""

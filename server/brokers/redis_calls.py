@@ -8,25 +8,21 @@ from typing import Final
 import msgspec
 
 from protocol.errors import ApiError
+from protocol.resp import Argument
 from protocol.update import Job, Update
 from server.brokers.base import Claim, Operation, Publish, Result, Submission
 from server.brokers.redis_client import Client, Reply
 from server.brokers.redis_keys import (
     CLAIM,
-    LOGS,
     LOOK,
     META,
     PUBLISH,
+    PUBLISH_KEYS,
     WHERE,
     Kind,
-    Message,
-    decode_message,
     idempotency_key,
     write_of,
 )
-
-# Entries read from a log at a time.
-_PAGE: Final = 1000
 
 
 class Change(msgspec.Struct, gc=False):
@@ -100,8 +96,9 @@ class Call:
         digest, fingerprint: of its idempotency key; empty without one.
         reads: the states it was decided on: job id -> token, "" for none.
         changes: what it writes; empty while it is only a look.
+        places: what an acknowledgement takes away, as ``redis_notices.LET_GO`` is given it.
         verdict: what the look is to confirm: a refusal, or None for "this changes nothing".
-        keys, arguments: the script call, to be sent again as it is after a lost connection.
+        script, keys, arguments: what is sent, and after a lost connection sent again as it is.
         in_doubt: it may have been executed although no answer came; ``floor`` is where to look for it.
         floor: an offset below any that the call can have been given.
         gives_up: when it is refused (Trio's clock).
@@ -123,7 +120,9 @@ class Call:
         "keys",
         "number",
         "operation",
+        "places",
         "reads",
+        "script",
         "shard",
         "verdict",
     )
@@ -138,9 +137,11 @@ class Call:
         self.digest = self.fingerprint = b""
         self.reads: dict[str, str] = {}
         self.changes: list[Change] = []
+        self.places: Sequence[str] = ()
         self.verdict: ApiError | None = None
+        self.script = LOOK
         self.keys: Sequence[bytes] = ()
-        self.arguments: Sequence[bytes | str | int | float] = ()
+        self.arguments: Sequence[Argument] = ()
         self.epoch = ""
         self.shard = 0
         self.in_doubt = False
@@ -186,19 +187,24 @@ class Waiting:
 
 
 def send(client: Client, call: Call) -> Reply:
-    """Send what a call writes, or else the look that its answer rests on. Raises RedisClientError."""
-    if call.changes:
-        return client.send_script(PUBLISH, call.keys, call.arguments)
+    """Send what was filled in. Raises RedisClientError."""
+    return client.send_script(call.script, call.keys, call.arguments)
+
+
+def fill_in_look(call: Call) -> None:
+    """Fill in the look that the answer rests on; a claim is one that leaves something."""
+    key = (idempotency_key(call.digest),) if call.digest else ()
     if isinstance(call.operation, Claim):
-        return client.send_script(CLAIM, (META, idempotency_key(call.digest)), (call.fingerprint,))
-    keys = (META, WHERE, idempotency_key(call.digest)) if call.digest else (META, WHERE)
-    return client.send_script(LOOK, keys, list(call.reads))
+        call.script, call.keys, call.arguments = CLAIM, (META, *key), (call.fingerprint,)
+    else:
+        call.script, call.keys, call.arguments = LOOK, (META, WHERE, *key), list(call.reads)
 
 
-def arguments_of(call: Call, max_updates: int, max_jobs: int, publish: str) -> list[bytes | str | int | float]:
-    """What the script ``redis_keys.PUBLISH`` is given for a call."""
+def fill_in_publish(call: Call, max_updates: int, max_jobs: int, publish: str) -> None:
+    """Fill in what writes the changes of jobs."""
+    keys = PUBLISH_KEYS[call.shard]
     lasting = isinstance(call.operation, Publish) and call.operation.lasting
-    arguments: list[bytes | str | int | float] = [
+    arguments: list[Argument] = [
         call.epoch,
         call.changes[0].update.at_ms,
         max_updates,
@@ -220,7 +226,8 @@ def arguments_of(call: Call, max_updates: int, max_jobs: int, publish: str) -> l
             change.update.version,
             write_of(change.after, change.update, change.rev, entry=change.entry),
         )
-    return arguments
+    call.script, call.arguments = PUBLISH, arguments
+    call.keys = (*keys, idempotency_key(call.digest)) if call.digest else keys
 
 
 def lease_of(change: Change) -> int | None:
@@ -240,21 +247,3 @@ def _ended_of(change: Change) -> str:
     if change.entry and after is not None and after.latest.ended:
         return "1"
     return "0" if before is not None and before.latest.ended and (after is None or not after.latest.ended) else ""
-
-
-async def find_written(client: Client, call: Call, start: str) -> Message | None:
-    """What a call has written to its shard's log, from the entry id ``start`` on; None if it was not executed.
-
-    Raises:
-        RedisClientError, RedisError: Redis does not say.
-    """
-    own = call.changes[0]
-    while True:
-        page = await client.call("XRANGE", LOGS[call.shard], start, "+", "COUNT", _PAGE)
-        for _, fields in page:
-            message = decode_message(fields[1])
-            if any(write.rev == own.rev for write in message.writes):
-                return message
-        if len(page) < _PAGE:
-            return None
-        start = "(" + page[-1][0].decode()

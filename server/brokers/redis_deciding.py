@@ -78,7 +78,7 @@ class Decider:
         self.at_ms = 0
 
     def decide(self, call: Call) -> bool:
-        """Fill ``changes``. False if nothing changes.
+        """Fill ``changes``. False if nothing changes, or nothing of a job.
 
         Raises:
             ApiError: it is refused.
@@ -86,6 +86,8 @@ class Decider:
             BlockedError: one is being created just now.
         """
         operation, job_id = call.operation, call.job_id
+        if isinstance(operation, Claim | Acknowledge):
+            return False
         now_ms = max(self.at_ms, int(self._clock() * 1000))
         if isinstance(operation, Notify):
             decide_notice(call, operation, self._new_rev(), now_ms)

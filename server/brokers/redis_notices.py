@@ -139,16 +139,14 @@ def address_notice(call: Call, operation: Notify) -> None:
         call.fingerprint = fingerprint_of_notice(operation.notice).hex().encode()
 
 
-def arguments_of_notice(
-    call: Call, operation: Notify, max_updates: int, publish: str
-) -> tuple[Sequence[bytes], list[bytes | str | int | float]]:
-    """What the script ``NOTIFY`` is given: keys and arguments."""
-    keys = (*_KEYS, idempotency_key(call.digest)) if call.digest else _KEYS
+def fill_in_notice(call: Call, operation: Notify, max_updates: int, publish: str) -> None:
+    """Fill in what writes a notification."""
     (change,) = call.changes
     entry, store = change.update, operation.notice.store
-    write = write_of_notice(entry, change.rev, store=store)
+    write = encode_write(write_of_notice(entry, change.rev, store=store))
     users = operation.notice.target.ids if store else ()
-    return keys, [call.epoch, entry.at_ms, max_updates, publish, call.fingerprint, encode_write(write), *users]
+    call.script, call.keys = NOTIFY, (*_KEYS, idempotency_key(call.digest)) if call.digest else _KEYS
+    call.arguments = [call.epoch, entry.at_ms, max_updates, publish, call.fingerprint, write, *users]
 
 
 def write_of_notice(entry: Update, rev: str, *, store: bool) -> NoticeWrite:
@@ -172,23 +170,21 @@ def store_commands(
     yield "ZADD", STORED, notice.at_ms, notice.offset
 
 
-def address_acknowledgement(call: Call, places: Iterable[Place]) -> None:
-    """Fill in what an acknowledgement takes away; it does no harm to send it twice."""
-    call.arguments = [f"{place.user}/{place.offset}" for place in places]
+def fill_in_acknowledgement(call: Call, max_updates: int, publish: str) -> None:
+    """Fill in what lets go of an acknowledgement's places; it does no harm to send it twice."""
+    call.script, call.keys, call.arguments = LET_GO, _KEYS, [call.epoch, max_updates, publish, *call.places]
 
 
-def let_go_arguments(
-    epoch: str, max_updates: int, publish: str, places: Sequence[bytes | str | int | float]
-) -> tuple[Sequence[bytes], list[bytes | str | int | float]]:
-    """What the script ``LET_GO`` is given: keys and arguments."""
-    return _KEYS, [epoch, max_updates, publish, *places]
+def texts_of(places: Iterable[Place]) -> list[str]:
+    """Places as ``LET_GO`` is given them; the opposite of ``places_of``."""
+    return [f"{place.user}/{place.offset}" for place in places]
 
 
 def drop(client: Client, epoch: str, places: Sequence[Place]) -> None:
     """Tell Redis of stored ones that every node lets go of by itself. Raises RedisClientError."""
-    texts = [f"{place.user}/{place.offset}" for place in places]
+    texts = texts_of(places)
     for start in range(0, len(texts), _DROP):
-        client.send_script(LET_GO, *let_go_arguments(epoch, 0, "", texts[start : start + _DROP]))
+        client.send_script(LET_GO, _KEYS, [epoch, 0, "", *texts[start : start + _DROP]])
 
 
 def places_of(gone: Iterable[str]) -> list[Place]:

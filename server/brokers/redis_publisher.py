@@ -20,25 +20,33 @@ import trio
 
 from protocol.errors import ApiError
 from protocol.resp import RedisError
-from server.brokers.base import Accepted, Acknowledge, Claim, Delete, Notify, Operation, Submission
+from server.brokers.base import Accepted, Acknowledge, Claim, Notify, Operation, Result, Submission
 from server.brokers.deciding import key_reused, too_many_jobs
 from server.brokers.redis_answers import Answers, settled
-from server.brokers.redis_calls import Batch, Call, Waiting, arguments_of, find_written, lease_of, send
+from server.brokers.redis_calls import (
+    Batch,
+    Call,
+    Waiting,
+    fill_in_look,
+    fill_in_publish,
+    lease_of,
+    send,
+)
 from server.brokers.redis_client import Client, ConnectionLostError, OverloadedError, RedisClientError, Reply
 from server.brokers.redis_deciding import BlockedError, Decider, address
+from server.brokers.redis_doubts import Doubts
 from server.brokers.redis_follower import Follower, unavailable
 from server.brokers.redis_keys import (
     CONFLICT,
     DONE,
     FULL,
     OTHER_EPOCH,
-    PUBLISH_KEYS,
     REPEATED,
+    Message,
     Stored,
-    idempotency_key,
     stored_of,
 )
-from server.brokers.redis_notices import LET_GO, NOTIFY, address_acknowledgement, arguments_of_notice, let_go_arguments
+from server.brokers.redis_notices import fill_in_acknowledgement, fill_in_notice, texts_of
 from server.brokers.redis_states import States, UnknownError
 from server.history import History
 from server.inbox import Inboxes
@@ -98,12 +106,12 @@ class Publisher:
         self._flying: dict[str, int] = {}  # job id -> calls under way
         self._waiting = Waiting()
         self._again: list[Call] = []  # to be sent again, as they are
+        self._doubts = Doubts(lambda call: self._again.append(call))
         self._over = ""  # an epoch that Redis says is over
         # Jobs of which an update was given up, up to which number later ones were there by then, and until when that
         # matters: those are given up as well, or they would come first when both are sent again.
         self._given_up: dict[str, tuple[int, float]] = {}
         self._pump = trio.Event()
-        self._nursery: trio.Nursery | None = None
 
     # Taking operations
 
@@ -149,10 +157,10 @@ class Publisher:
             self.answers.settle(call, Accepted(operation.offset, 0, True, False, None))
             return False
         self._inboxes.remove(places)
-        address_acknowledgement(call, places)
+        call.places = texts_of(places)
         return True
 
-    # Deciding
+    # Deciding and sending
 
     def _try(self, call: Call) -> bool:
         """Decide it now, and send what follows. False if it has to wait."""
@@ -165,93 +173,70 @@ class Publisher:
         call.changes = []
         call.verdict = None
         try:
-            decided = not isinstance(call.operation, Claim | Acknowledge) and self._decider.decide(call)
+            if self._decide(call):
+                self._send(call)
+            else:
+                self._look(call)
         except UnknownError as unknown:
             self._states.want(unknown.job_id)
             self._pump.set()
             return False
         except BlockedError:
             return False
-        except ApiError as error:
-            call.verdict = error
-            decided = False
-        except Exception:
-            # What Redis has cannot be read, say; that must stay the trouble of this one operation.
-            log.exception("an operation on job %r cannot be decided", call.job_id)
-            self.answers.settle(call, ApiError(500, "internal", "something went wrong here"))
-            return True
-        try:
-            if decided:
-                self._send(call)
-            else:
-                self._look(call)
         except OverloadedError:
-            call.changes = []
             self.answers.settle(call, ApiError(503, "overloaded", "Redis cannot keep up, try again", retry_after=1))
         except RedisClientError:
-            call.changes = []
             return False
+        except Exception:
+            call.changes = []
+            self._broken(call)
         return True
 
-    # Sending
+    def _decide(self, call: Call) -> bool:
+        """False if nothing is to be written, and only to be looked whether that is right."""
+        try:
+            return self._decider.decide(call)
+        except ApiError as error:
+            call.verdict = error
+            call.changes = []
+            return False
 
     def _send(self, call: Call) -> None:
-        call.epoch = self._history.epoch
-        call.floor = max(self._top, self._history.last)
-        if isinstance(call.operation, Notify):
-            call.keys, call.arguments = arguments_of_notice(
-                call, call.operation, self._history.max_updates, self._publish_command
-            )
-            reply = self._send_written(call)
-            self._fly(call)
-        else:
-            keys = PUBLISH_KEYS[call.shard]
-            call.keys = (*keys, idempotency_key(call.digest)) if call.digest else keys
-            call.arguments = arguments_of(call, self._history.max_updates, self._jobs.max_jobs, self._publish_command)
-            for change in call.changes:
-                lease_ms = lease_of(change)
-                if lease_ms:
-                    self._on_lease(lease_ms / 1000)
-            reply = self._send_written(call)
-            self._fly(call)
-            for change in call.changes:
-                self._states.expect(change, call.number)
-        reply.when_settled(partial(self._sent, call))
+        operation, history = call.operation, self._history
+        call.epoch = history.epoch
+        call.floor = max(self._top, history.last)
+        publish = "SPUBLISH" if self.client.sharded else "PUBLISH"
+        if isinstance(operation, Notify):
+            fill_in_notice(call, operation, history.max_updates, publish)
+            self._dispatch(call)
+            return
+        fill_in_publish(call, history.max_updates, self._jobs.max_jobs, publish)
+        self._dispatch(call)
+        for change in call.changes:
+            lease_ms = lease_of(change)
+            if lease_ms:
+                self._on_lease(lease_ms / 1000)
+            self._states.expect(change, call.number)
 
     def _look(self, call: Call) -> None:
         """Ask for the states that the verdict rests on."""
-        self._ask(call)
-        self._fly(call)
-
-    @property
-    def _publish_command(self) -> str:
-        return "SPUBLISH" if self.client.sharded else "PUBLISH"
-
-    def _send_written(self, call: Call) -> Reply:
-        if isinstance(call.operation, Notify):
-            return self.client.send_script(NOTIFY, call.keys, call.arguments)
-        return send(self.client, call)
-
-    def _ask(self, call: Call) -> None:
         call.epoch = self._history.epoch
         if isinstance(call.operation, Acknowledge):
-            keys, arguments = let_go_arguments(
-                call.epoch, self._history.max_updates, self._publish_command, call.arguments
-            )
-            self.client.send_script(LET_GO, keys, arguments).when_settled(partial(self._acknowledged, call))
-            return
-        take = self._claimed if isinstance(call.operation, Claim) else self._looked
-        send(self.client, call).when_settled(partial(take, call))
-
-    def _send_again(self, call: Call) -> None:
-        """After a lost connection: the same call with the same tokens, so that it cannot have an effect twice."""
-        if call.changes:
-            self._send_written(call).when_settled(partial(self._sent, call))
+            publish = "SPUBLISH" if self.client.sharded else "PUBLISH"
+            fill_in_acknowledgement(call, self._history.max_updates, publish)
         else:
-            self._ask(call)
+            fill_in_look(call)
+        self._dispatch(call)
 
-    def _fly(self, call: Call) -> None:
+    def _dispatch(self, call: Call) -> None:
+        send(self.client, call).when_settled(partial(self._answered, call))
         self._flying[call.job_id] = self._flying.get(call.job_id, 0) + 1
+
+    def _broken(self, call: Call) -> None:
+        """What Redis has cannot be read, say: that must stay the trouble of this one operation."""
+        log.exception("an operation on job %r cannot be seen through", call.job_id)
+        self._states.drop(call)
+        self.answers.settle(call, ApiError(500, "internal", "something went wrong here"))
 
     def _land(self, call: Call) -> None:
         left = self._flying.pop(call.job_id) - 1
@@ -262,26 +247,37 @@ class Publisher:
 
     # Replies
 
-    def _sent(self, call: Call, reply: Reply) -> None:
+    def _answered(self, call: Call, reply: Reply) -> None:
+        """Redis has answered, or there will be no answer. Whatever can fail below comes before ``_land``."""
         outcome = reply.outcome
-        if not isinstance(outcome, list):
-            self._failed(call, outcome)
-            return
+        try:
+            if not isinstance(outcome, list):
+                self._failed(call, outcome)
+            elif call.changes:
+                self._written(call, outcome)
+            elif isinstance(call.operation, Claim):
+                self._claimed(call, *outcome)
+            elif isinstance(call.operation, Acknowledge):
+                self._acknowledged(call, call.operation, outcome)
+            else:
+                self._looked(call, *outcome)
+        except Exception:
+            self._land(call)
+            self._broken(call)
+
+    def _written(self, call: Call, outcome: Sequence[Any]) -> None:
         code = outcome[0]
         if code == DONE:
             self.refusing = None
             self._done(call, outcome[1], outcome[2], outcome[3:])
-        elif code == REPEATED and not call.in_doubt:
-            self._states.drop(call)
-            self._repeated(call, outcome[1], stored_of(outcome[3], outcome[2]))
         elif code == FULL:
             self._states.drop(call)
             self._land(call)
             self.answers.settle(call, too_many_jobs(self._jobs.max_jobs))
         else:
             # Within our epoch it can only have come behind what was known then; another one is read as a whole.
-            start = f"({call.floor}-0" if code == CONFLICT else "-"
-            self._resolve(call, start, partial(self._undone, call, outcome))
+            floor = 0 if code == OTHER_EPOCH else call.floor
+            self._resolve(call, floor, partial(self._undone, call, outcome))
 
     def _undone(self, call: Call, outcome: Sequence[Any]) -> None:
         """Redis did not execute it."""
@@ -296,8 +292,7 @@ class Publisher:
             assert outcome[0] == CONFLICT
             for change, blob in zip(call.changes, outcome[2:], strict=True):
                 self._states.told(change.job_id, stored_of(blob, outcome[1]), call.number)
-        self._wait(call)
-        self._land(call)
+        self._decide_again(call)
 
     def _done(self, call: Call, first: int, at_ms: int, created: Sequence[int]) -> None:
         self._decider.at_ms = max(self._decider.at_ms, at_ms)
@@ -308,74 +303,49 @@ class Publisher:
                 change.update.offset = stamp
                 change.update.at_ms = at_ms
         self._top = max(self._top, stamp)
-        if isinstance(call.operation, Notify):
-            self._land(call)
-            self.answers.answer(call, Accepted(stamp, 0, False, False, None), stamp)
-            if self._waiting.held:
-                self._pump.set()
-            return
-        for change, born in zip(call.changes, created, strict=True):
-            self._states.done(change, born, call.shard, stamp)
-        own = call.changes[0]
+        accepted = Accepted(stamp, 0, False, False, None)
+        if not isinstance(call.operation, Notify):
+            for change, born in zip(call.changes, created, strict=True):
+                self._states.done(change, born, call.shard, stamp)
+            own = call.changes[0]
+            requested = own.after is not None and own.after.private.cancel_requested
+            accepted = Accepted(own.update.offset, own.update.version, False, requested, own.after)
         self._land(call)
-        requested = own.after is not None and own.after.private.cancel_requested
-        if isinstance(call.operation, Delete):
-            requested = False
-        accepted = Accepted(own.update.offset, own.update.version, False, requested, own.after)
         self.answers.answer(call, accepted, stamp)
         if self._waiting.held:
             self._pump.set()
 
     def _repeated(self, call: Call, value: bytes, state: Stored) -> None:
         """The idempotency key was used before: the first answer again, and the job as it is now."""
-        self._land(call)
         fingerprint, _, offset, version = value.split(b" ")
+        requested = state.job is not None and state.job.private.cancel_requested
+        first = Accepted(int(offset), int(version), True, requested, state.job)
+        self._land(call)
         if fingerprint != call.fingerprint:
             self.answers.settle(call, key_reused())
             return
         call.shard = state.shard
-        requested = state.job is not None and state.job.private.cancel_requested
-        self.answers.answer(call, Accepted(int(offset), int(version), True, requested, state.job), state.stamp)
+        self.answers.answer(call, first, state.stamp)
 
-    def _claimed(self, call: Call, reply: Reply) -> None:
-        outcome = reply.outcome
-        if not isinstance(outcome, list):
-            self._failed(call, outcome)
-            return
-        self._land(call)
-        offset, value = outcome
+    def _claimed(self, call: Call, offset: int, value: bytes | None) -> None:
         if value is None:
+            self._land(call)
             self.answers.settle(call, Accepted(offset, 0, False, False, None))
-            return
-        fingerprint, _, first, version = value.split(b" ")
-        if fingerprint == call.fingerprint:
-            self.answers.settle(call, Accepted(int(first), int(version), True, False, None))
         else:
-            self.answers.settle(call, key_reused())
+            self._repeated(call, value, stored_of(None, offset))
 
-    def _acknowledged(self, call: Call, reply: Reply) -> None:
-        outcome = reply.outcome
-        if not isinstance(outcome, list):
-            self._failed(call, outcome)
-        elif outcome[0] == OTHER_EPOCH:
+    def _acknowledged(self, call: Call, operation: Acknowledge, outcome: Sequence[Any]) -> None:
+        if outcome[0] == OTHER_EPOCH:
             self._other_epoch(call.epoch)
-            self._wait(call)
-            self._land(call)
+            self._decide_again(call)
         else:
             self._land(call)
-            assert isinstance(call.operation, Acknowledge)
-            self.answers.settle(call, Accepted(call.operation.offset, 0, False, False, None))
+            self.answers.settle(call, Accepted(operation.offset, 0, False, False, None))
 
-    def _looked(self, call: Call, reply: Reply) -> None:
-        outcome = reply.outcome
-        if not isinstance(outcome, list):
-            self._failed(call, outcome)
-            return
-        epoch, offset, value, *blobs = outcome
+    def _looked(self, call: Call, epoch: bytes | None, offset: int, value: bytes | None, *blobs: bytes | None) -> None:
         if epoch is None or epoch.decode() != call.epoch:
             self._other_epoch(call.epoch)
-            self._wait(call)
-            self._land(call)
+            self._decide_again(call)
             return
         states = [stored_of(blob, offset) for blob in blobs]
         if value is not None:
@@ -384,20 +354,20 @@ class Publisher:
         if [state.rev for state in states] != list(call.reads.values()):
             for job_id, state in zip(call.reads, states, strict=True):
                 self._states.told(job_id, state, call.number)
-            self._wait(call)
-            self._land(call)
+            self._decide_again(call)
             return
-        self._land(call)
         stamp = max((state.stamp for state in states if state.job is not None), default=0)
+        verdict: Result
         if call.verdict is not None:
             call.shard = max((state.shard for state in states), default=-1)
-            self.answers.answer(call, call.verdict, stamp)
+            verdict = call.verdict
         else:
             job = states[0].job
             assert job is not None
             call.shard = states[0].shard
-            accepted = Accepted(job.latest.offset, job.latest.version, True, job.private.cancel_requested, job)
-            self.answers.answer(call, accepted, stamp)
+            verdict = Accepted(job.latest.offset, job.latest.version, True, job.private.cancel_requested, job)
+        self._land(call)
+        self.answers.answer(call, verdict, stamp)
 
     def _failed(self, call: Call, outcome: object) -> None:
         """No answer, or an error instead of one."""
@@ -406,7 +376,7 @@ class Publisher:
             if self.refusing is None:
                 log.error("Redis refuses to write: %s", outcome.message)
             self.refusing = f"Redis refuses to write: {outcome.message}"
-            self._resolve(call, f"({call.floor}-0", partial(self._refused, call, unavailable(self.refusing)))
+            self._resolve(call, call.floor, partial(self._refused, call, unavailable(self.refusing)))
             return
         if isinstance(outcome, ConnectionLostError) and outcome.sent:
             call.in_doubt = True
@@ -422,24 +392,23 @@ class Publisher:
         if call.job_id in self._flying or call.job_id in self._waiting.held:
             self._given_up[call.job_id] = next(self._numbers), trio.current_time() + 2 * PATIENCE_S
 
-    def _resolve(self, call: Call, start: str, undone: Callable[[], object]) -> None:
+    def _resolve(self, call: Call, floor: int, undone: Callable[[], object]) -> None:
         """Redis did not execute it just now: ``undone``. Unless it was sent before, and had been executed then."""
-        if call.in_doubt and call.changes and self._nursery is not None:
-            self._nursery.start_soon(self._search, call, start, undone)
+        if call.in_doubt and call.changes:
+            self._doubts.add(call, floor, partial(self._looked_up, call, undone))
         else:
             undone()
 
-    async def _search(self, call: Call, start: str, undone: Callable[[], object]) -> None:
+    def _looked_up(self, call: Call, undone: Callable[[], object], message: Message | None) -> None:
         try:
-            message = await find_written(self.client, call, start)
-        except (RedisClientError, RedisError):
-            self._again.append(call)
-            return
-        if message is None:
-            undone()
-        else:
-            call.in_doubt = False
-            self._done(call, message.first, message.at_ms, message.created)
+            if message is None:
+                undone()
+            else:
+                call.in_doubt = False
+                self._done(call, message.first, message.at_ms, message.created)
+        except Exception:
+            self._land(call)
+            self._broken(call)
 
     # Epochs, and what was not known
 
@@ -460,29 +429,34 @@ class Publisher:
         call.changes = []
         self._waiting.add(call)
 
+    def _decide_again(self, call: Call) -> None:
+        """It was decided on what does not hold any more."""
+        self._wait(call)
+        self._land(call)
+
     async def run(self) -> None:
         """Decide again what had to wait, until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
+            nursery.start_soon(self._doubts.run, self.client)
             while True:
                 await self._pump.wait()
                 self._pump = trio.Event()
-                self._resend()
-                self._try_waiting()
-                self._states.look_up(self.client, self.wake)
+                if self.client.away is None:
+                    self._resend()
+                    self._try_waiting()
+                    self._states.look_up(self.client, self.wake)
 
     def wake(self) -> None:
         """Redis is back, or another epoch has been loaded."""
         self._pump.set()
 
     def _resend(self) -> None:
-        if not self._again or self.client.away is not None:
-            return
+        """The same calls with the same tokens, so that none can have an effect twice."""
         again, self._again = self._again, []
         again.sort(key=lambda call: call.number)
         for position, call in enumerate(again):
             try:
-                self._send_again(call)
+                send(self.client, call).when_settled(partial(self._answered, call))
             except RedisClientError:
                 self._again += again[position:]
                 return
@@ -517,4 +491,5 @@ class Publisher:
         """Refuse what has no answer yet."""
         self.closing = True
         self.answers.release_all()
+        self._again += self._doubts.take()
         self.give_up(float("inf"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -14,6 +15,8 @@ from server.brokers.redis_client import Client, RedisClientError, Reply
 from server.brokers.redis_follower import Follower
 from server.brokers.redis_keys import LOOK, META, SHARDS, WHERE, Stored, shard_of, stored_of
 from server.jobs import Jobs
+
+log = logging.getLogger("statuswire.broker")
 
 # Jobs remembered that are not shown here: some 20 MB.
 MAX_KNOWN: Final = 20_000
@@ -132,7 +135,7 @@ class States:
             _, offset, _, *blobs = reply.outcome
             for job_id, blob in zip(ids, blobs, strict=True):
                 if job_id not in self._working:
-                    self.remember(job_id, stored_of(blob, offset))
+                    self.remember(job_id, _readable(job_id, blob, offset))
         then()
 
     def remember(self, job_id: str, stored: Stored) -> None:
@@ -153,3 +156,12 @@ class States:
         """The log began anew: nothing holds."""
         self._working.clear()
         self._known.clear()
+
+
+def _readable(job_id: str, blob: bytes | None, offset: int) -> Stored:
+    """What Redis has of a job. If that cannot be read, none: deciding on that is refused by Redis, alone of all."""
+    try:
+        return stored_of(blob, offset)
+    except Exception:
+        log.exception("what Redis has of job %r cannot be read", job_id)
+        return stored_of(None, offset)

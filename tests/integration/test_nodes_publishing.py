@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from protocol.errors import ApiError
+from protocol.fields import decode_fields
 from server.brokers import redis_broker
-from server.brokers.base import Accepted, Cancel, Delete
+from server.brokers.base import Accepted, Cancel, Delete, Publish
+from server.brokers.redis_client import Client, Reply, Script
 from tests.pacing import for_a_while
 from tests.redis_nodes import nodes, publish, under_load
 from tests.redis_servers import RedisServer, running_server
@@ -182,7 +186,8 @@ async def test_workers_get_their_lease_anew_when_redis_comes_back(tmp_path: Path
             await for_a_while(1.5)  # longer than the lease, which is all that is left of it when Redis is back
             await trio.to_thread.run_sync(redis.start)
             await publish(one, "a", progress=1)
-            assert [(await ws.receive())["status"] for _ in range(4)] == ["queued", "queued", "stalled", "failed"]
+            told = [message["status"] for message in await ws.updates("a", 4) if "status" in message]
+            assert told == ["queued", "queued", "stalled", "failed"]
 
 
 async def test_what_cannot_be_read_in_redis_ends_no_server(
@@ -196,3 +201,37 @@ async def test_what_cannot_be_read_in_redis_ends_no_server(
         await until(lambda: "cannot be looked at" in caplog.text)
         await publish(one, "a", userId="u")
         assert (await one.get("/ready")).status == 200
+        # Whoever asks for it is told so, at once, and nobody else.
+        bodies: list[dict[str, Any]] = [{"userId": "u"}, {"progress": 1}]
+        for body in bodies:
+            assert await outcomes(one, "x", "a", **body) == ["internal", "accepted"]
+        assert one.node.broker.figures()["waiting"] == 0
+
+
+async def outcomes(at: InProcess, *job_ids: str, **fields: object) -> list[str]:
+    """What becomes of the same update of several jobs: accepted, or the code of the refusal."""
+    data = decode_fields(json.dumps(fields).encode())
+    submission = at.node.broker.submit([Publish(job_id, data, "may", "worker") for job_id in job_ids])
+    with trio.fail_after(PATIENCE_S):
+        await submission.wait_kept()
+    return [result.code if isinstance(result, ApiError) else "accepted" for result in submission.results]
+
+
+async def test_a_mistake_of_ours_is_the_trouble_of_one_operation(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with server(store={"url": redis.url}) as one:
+        await publish(one, "a", userId="u")
+        send_script = Client.send_script
+
+        def mistaken(client: Client, script: Script, keys: Any, arguments: Any, **more: Any) -> Reply:
+            if "bad" in arguments:
+                raise TypeError("a mistake")
+            return send_script(client, script, keys, arguments, **more)
+
+        monkeypatch.setattr(Client, "send_script", mistaken)
+        assert await outcomes(one, "a", "bad", "b", userId="u") == ["accepted", "internal", "accepted"]
+        assert "TypeError: a mistake" in caplog.text
+        monkeypatch.undo()
+        assert await outcomes(one, "bad", "a", userId="u") == ["accepted", "accepted"]
+        assert one.node.broker.figures()["waiting"] == 0
