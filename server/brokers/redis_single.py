@@ -245,7 +245,6 @@ class Client:
         return self.subscription_kind(
             connect,
             self.options,
-            on_up=lambda node: None,
             on_down=lambda reason: log.info("The subscriptions are interrupted: %s", reason),
             sharded=self.sharded,
             group=self._group,
@@ -321,7 +320,6 @@ class Client:
         link = SubscriptionLink(
             any_sentinel,
             self.options,
-            on_up=lambda node: None,
             on_down=lambda reason: log.info("No sentinel to listen to: %s", reason),
             sharded=False,
             group=self._group,

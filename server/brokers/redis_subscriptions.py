@@ -26,6 +26,7 @@ class SubscriptionLink(Link):
 
     Attributes:
         prefix: of the commands, where it is not that of sharded channels.
+        place: of the channel in a message; behind it comes the payload.
 
     Args:
         sharded: SSUBSCRIBE, for a cluster.
@@ -37,13 +38,13 @@ class SubscriptionLink(Link):
     """
 
     prefix = ""
+    place = 1
 
     def __init__(
         self,
         connect: Connect,
         options: Options,
         *,
-        on_up: Callable[[NodeInfo], object],
         on_down: Callable[[str], object],
         sharded: bool,
         group: Callable[[Iterable[bytes]], Iterable[Sequence[bytes]]],
@@ -52,7 +53,7 @@ class SubscriptionLink(Link):
         on_lost: Callable[[frozenset[bytes]], object],
         on_refused: Callable[[], object],
     ) -> None:
-        super().__init__(connect, options, on_up=on_up, on_down=on_down)
+        super().__init__(connect, options, on_up=lambda node: None, on_down=on_down)
         prefix = "s" if sharded else self.prefix
         self._subscribe, self._unsubscribe = f"{prefix}subscribe", f"{prefix}unsubscribe"
         self._message = f"{prefix}message".encode()
@@ -140,13 +141,14 @@ class SubscriptionLink(Link):
         """Measured: see ``Replies.feed`` for parsing; 0.2 µs more per message until the callback."""
         iterator = iter(values)
         message, on_message, fresh = self._message, self._on_message, self._fresh
+        channel, payload = self.place, self.place + 1
         while True:
             try:
                 for value in iterator:
                     if value.__class__ is list and value[0] == message:
                         if fresh:
                             self._announce()
-                        on_message(value[1], value[2])
+                        on_message(value[channel], value[payload])
                     else:
                         self._take_other(value)
                 break
@@ -204,15 +206,4 @@ class PatternLink(SubscriptionLink):
     """The same with patterns (PSUBSCRIBE): ``on_message`` is told the channel, not the pattern. Not for clusters."""
 
     prefix = "p"
-
-    def _take(self, values: list[Value]) -> None:
-        fresh = self._fresh
-        for value in values:
-            if value.__class__ is list and value[0] == self._message:
-                if fresh:
-                    self._announce()
-                guarded(self._on_message, value[2], value[3])
-            else:
-                self._take_other(value)
-        if fresh:
-            self._announce()
+    place = 2
