@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from server.brokers.base import StoreError
-from server.brokers.sqlite_file import chunks, opening
+from server.brokers.database import begin_alone, chunks, make_durable, opening, transaction, trouble
 
 SCHEMA_VERSION: Final = 1
 # Moved from one file to another at a time.
@@ -60,7 +60,7 @@ class SpoolFile:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def open(self) -> Held:
+    def open(self) -> None:
         """Open or create the file, lock it and check it.
 
         Raises:
@@ -70,14 +70,12 @@ class SpoolFile:
         if not directory.is_dir():
             raise StoreError(f"store.spool_path: {self.path}: the directory {directory} does not exist; create it")
         with opening(self.path, self._unusable) as self._db:
-            return self._prepare()
+            self._prepare()
 
-    def _prepare(self) -> Held:
+    def _prepare(self) -> None:
         db = self._db
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file; a long outage's room is given back
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("BEGIN EXCLUSIVE")
-        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = begin_alone(db)
         if not tables:
             for statement in _TABLES:
                 db.execute(statement)
@@ -94,42 +92,34 @@ class SpoolFile:
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(f"malformed: {verdict}")
-        # FULL: what was answered is on disk.
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA journal_size_limit = 67108864")
-        count, size, last = db.execute(
-            "SELECT count(*), coalesce(sum(length(data)), 0), coalesce(max(seq), 0) FROM waiting"
-        ).fetchone()
-        return Held(count, size, last)
+        make_durable(db)
+
+    def held(self) -> Held:
+        """What there is in it."""
+        row = self._db.execute("SELECT count(*), coalesce(sum(length(data)), 0), coalesce(max(seq), 0) FROM waiting")
+        return Held(*row.fetchone())
 
     def _unusable(self, error: sqlite3.Error) -> StoreError:
-        text, path = str(error), self.path
-        if "locked" in text or "busy" in text:
-            return StoreError(
-                f"store.spool_path: {path} is in use by another server; give each server a file of its own"
-            )
-        if "not a database" in text or "malformed" in text or "disk image" in text:
-            return StoreError(
-                f"store.spool_path: {path} is damaged or no database ({text}); updates that were answered with 202 may "
-                "be in it: restore what can be read with sqlite3's .recover, or move the file away to do without them"
-            )
-        if "readonly" in text or "unable to open" in text:
-            return StoreError(f"store.spool_path: {path} cannot be written ({text}); check its owner and permissions")
-        return StoreError(f"store.spool_path: {path} cannot be used ({text})")
+        match trouble(error):
+            case "in use":
+                advice = "is in use by another server; give each server a file of its own"
+            case "damaged":
+                advice = (
+                    f"is damaged or no database ({error}); updates that were answered with 202 may be in it: restore "
+                    "what can be read with sqlite3's .recover, or move the file away to do without them"
+                )
+            case "not writable":
+                advice = f"cannot be written ({error}); check its owner and permissions"
+            case "other":
+                advice = f"cannot be used ({error})"
+        return StoreError(f"store.spool_path: {self.path} {advice}")
 
     def append(self, rows: Sequence[tuple[int, bytes]]) -> None:
         """Keep operations under their numbers; on disk when this returns, all or none."""
-        db = self._db
-        try:
-            db.execute("BEGIN IMMEDIATE")
+        with transaction(self._db):
             for some in chunks(rows):
                 places = ", ".join(["(?, ?)"] * len(some))
-                db.execute(f"INSERT INTO waiting VALUES {places}", [value for row in some for value in row])
-            db.execute("COMMIT")
-        except BaseException:
-            self._roll_back()
-            raise
+                self._db.execute(f"INSERT INTO waiting VALUES {places}", [value for row in some for value in row])
 
     def first(self, count: int, size: int) -> list[tuple[int, bytes]]:
         """The first operations: at most so many, and at most so many bytes, but one at least if there is any."""
@@ -141,18 +131,18 @@ class SpoolFile:
             found.append((seq, data))
         return found
 
-    def take_over(self, path: str) -> Held:
+    def take_over(self, path: str) -> int:
         """Move what waits in another file behind what is in this one; both are open to nobody else meanwhile.
 
-        Cut off in the middle it leaves some in both: they have keys, and count once.
+        Cut off in the middle it leaves some in both: they have keys, and count once. Returns how many there were.
 
         Raises:
             StoreError: the other file cannot be used.
         """
         other = SpoolFile(path)
-        moved = other.open()
+        other.open()
         try:
-            (last,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM waiting").fetchone()
+            count, last = other.held().operations, self.held().last
             while rows := other.first(_ROWS, _BYTES):
                 self.append([(last + place, data) for place, (_, data) in enumerate(rows, 1)])
                 other.remove([number for number, _ in rows])
@@ -160,20 +150,14 @@ class SpoolFile:
             other.shrink()
         finally:
             other.close()
-        return Held(moved.operations, moved.bytes, last)
+        return count
 
     def remove(self, numbers: Sequence[int]) -> None:
         """Forget operations."""
-        db = self._db
-        try:
-            db.execute("BEGIN IMMEDIATE")
+        with transaction(self._db):
             for some in chunks([(number,) for number in numbers]):
                 places = ", ".join("?" * len(some))
-                db.execute(f"DELETE FROM waiting WHERE seq IN ({places})", [number for (number,) in some])
-            db.execute("COMMIT")
-        except BaseException:
-            self._roll_back()
-            raise
+                self._db.execute(f"DELETE FROM waiting WHERE seq IN ({places})", [number for (number,) in some])
 
     def shrink(self) -> None:
         """Give the room of what was removed back to the file system."""
@@ -183,7 +167,3 @@ class SpoolFile:
     def close(self) -> None:
         """Release the file."""
         self._db.close()
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:  # some errors roll back by themselves
-            self._db.execute("ROLLBACK")

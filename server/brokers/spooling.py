@@ -29,7 +29,7 @@ from server.brokers.redis_calls import Batch, Doubt
 from server.brokers.redis_client import RedisClientError
 from server.brokers.redis_follower import unavailable
 from server.brokers.spool_entry import Entry, decode_entry, encode_entry, entry_of, operation_of, target_of, with_id
-from server.brokers.spool_file import Held, SpoolFile
+from server.brokers.spool_file import SpoolFile
 from server.inbox import Inboxes
 
 log = logging.getLogger("statuswire.spool")
@@ -142,11 +142,12 @@ class SpoolingBroker:
 
     async def start(self) -> None:
         """Open the file, see what waits in it, and reach Redis. Raises StoreError with what to do."""
-        held = await trio.to_thread.run_sync(self._file.open)
+        await trio.to_thread.run_sync(self._file.open)
         self._open = True
         try:
             for path in self._left:
-                held = await self._take_over(path, held)
+                await self._take_over(path)
+            held = await trio.to_thread.run_sync(self._file.held)
             await self._inner.start()
         except BaseException:
             await self._close_file()
@@ -157,15 +158,14 @@ class SpoolingBroker:
             self._waiting = True
             log.warning("%d updates of an earlier run wait in %s for Redis", held.operations, self._file.path)
 
-    async def _take_over(self, path: str, held: Held) -> Held:
+    async def _take_over(self, path: str) -> None:
         try:
-            more = await trio.to_thread.run_sync(self._file.take_over, path)
+            moved = await trio.to_thread.run_sync(self._file.take_over, path)
         except (StoreError, sqlite3.Error) as error:
             log.error("what may wait in %s is not passed on: %s", path, error)
-            return held
-        if more.operations:
-            log.warning("%d updates that waited in %s, which nobody uses, wait here now", more.operations, path)
-        return Held(held.operations + more.operations, held.bytes + more.bytes, more.last)
+        else:
+            if moved:
+                log.warning("%d updates that waited in %s, which nobody uses, wait here now", moved, path)
 
     async def run(self) -> None:
         """Keep and pass on, until cancelled."""

@@ -217,6 +217,7 @@ class SqliteBroker(LocalBroker):
         for update in loaded.tail:
             self._history.skip(update.offset - 1)
             self._history.append(update)
+        self._history.skip(loaded.last)
         self._keys.load(loaded.keys)
         self._let_go(self.inboxes.load(loaded.stored))
         self._started(at_ms=loaded.at_ms)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import merge
 from operator import attrgetter
 from pathlib import Path
@@ -23,6 +22,7 @@ import msgspec
 from protocol.notice import notice_entry, users_of
 from protocol.update import JOB_DELETED, Job, Update
 from server.brokers.base import StoreError
+from server.brokers.database import begin_alone, chunks, make_durable, opening, transaction, trouble
 from server.brokers.keys import KEEP_MS, Kept
 from server.brokers.local import Group
 from server.brokers.sqlite_formats import (
@@ -35,13 +35,6 @@ from server.brokers.sqlite_formats import (
     unpack_entries,
     unpack_job,
 )
-
-# Rows of one statement. The sqlite3 module releases the GIL around every step; with executemany that is once per row,
-# and a busy main thread gives it back only after the switch interval. Measured, 1,000 rows while the main thread
-# computes (median of 15, CPython 3.11, 2 cores): executemany 23 to 520 ms from one run to the next, statements of 256
-# rows 36 to 59 ms; with a switch interval of 1 ms 29 and 9 to 25 ms (main thread idle: 3 to 5 ms either way). A few
-# fixed sizes keep the statements in the module's cache.
-_ROWS: Final = (256, 32, 4, 1)
 
 # Jobs whose newest state is in the log only, and entries that are to be read for it: some 3 ms of a commit then, and
 # 20 ms of a start.
@@ -59,9 +52,9 @@ _decode_targets = msgspec.json.Decoder(tuple[str, ...]).decode
 class Loaded(NamedTuple):
     """All that a file remembers.
 
-    ``jobs`` by ``created``; ``tail``, ``keys`` and ``stored`` oldest first. ``tail`` has no gaps but those that came
-    with an import: offsets that had no entry where it came from. ``stored``: notifications and who has not acknowledged
-    them.
+    ``jobs`` by ``created``; ``tail``, ``keys`` and ``stored`` oldest first. ``tail`` has no gaps, and reaches ``last``,
+    but for what came with an import: offsets that had no entry where it came from. ``stored``: notifications and those
+    who have not acknowledged them.
     """
 
     epoch: str
@@ -80,28 +73,6 @@ class Standing(NamedTuple):
     last: int
     at_ms: int
     first: int
-
-
-@contextmanager
-def opening(path: str, unusable: Callable[[sqlite3.Error], StoreError]) -> Iterator[sqlite3.Connection]:
-    """Open a file for a block that prepares it, and close it again if that fails.
-
-    Raises:
-        StoreError: the block's own, or for what sqlite says, in the words of ``unusable``.
-    """
-    try:
-        # The server may be restarting: give its predecessor a moment to let go of the file.
-        db = sqlite3.connect(path, timeout=0.5, isolation_level=None, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise unusable(error) from error
-    try:
-        yield db
-    except sqlite3.Error as error:
-        db.close()
-        raise unusable(error) from error
-    except StoreError:
-        db.close()
-        raise
 
 
 class SqliteFile:
@@ -143,10 +114,7 @@ class SqliteFile:
 
     def _prepare(self, epoch: str) -> None:
         db = self._db
-        # A second server on this file fails at once instead of forking the log, and no shared memory is needed.
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("BEGIN EXCLUSIVE")
-        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = begin_alone(db)
         if not tables:
             for statement in TABLES:
                 db.execute(statement)
@@ -154,33 +122,36 @@ class SqliteFile:
             db.execute("INSERT INTO meta VALUES ('schema', ?), ('epoch', ?), ('settled', '0')", values)
         elif not {"meta", "log", "jobs", "keys"} <= tables:
             raise StoreError(f"store.url: {self.path} is a database of another application; name another file")
-        found = migrate(db, self._meta("schema"))
+        try:
+            found = migrate(db, self._meta("schema"))
+        except msgspec.MsgspecError as error:
+            raise self._damaged(error) from error
         db.execute("COMMIT")
         if found != str(SCHEMA_VERSION):
             raise StoreError(
                 f"store.url: {self.path} has format {found}, this version reads format {SCHEMA_VERSION}; "
                 "use the version that wrote it, or another file"
             )
-        # WAL: one sync per commit. FULL: an answered update is on disk.
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA journal_size_limit = 67108864")
+        make_durable(db)
 
     def _meta(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return row[0] if row else None
 
     def _unusable(self, error: sqlite3.Error) -> StoreError:
-        text = str(error)
-        if "locked" in text or "busy" in text:
-            return StoreError(f"store.url: {self.path} is in use by another server; stop it, or name another file")
-        if "not a database" in text or "malformed" in text:
-            return StoreError(
-                f"store.url: {self.path} is damaged or no database ({text}); restore a copy, or move it away"
-            )
-        if "readonly" in text or "unable to open" in text:
-            return StoreError(f"store.url: {self.path} cannot be written ({text}); check its owner and permissions")
-        return StoreError(f"store.url: {self.path} cannot be used ({text})")
+        match trouble(error):
+            case "in use":
+                advice = "is in use by another server; stop it, or name another file"
+            case "damaged":
+                advice = f"is damaged or no database ({error}); restore a copy, or move it away"
+            case "not writable":
+                advice = f"cannot be written ({error}); check its owner and permissions"
+            case "other":
+                advice = f"cannot be used ({error})"
+        return StoreError(f"store.url: {self.path} {advice}")
+
+    def _damaged(self, what: object) -> StoreError:
+        return StoreError(f"store.url: {self.path} is damaged ({what}); restore a copy, or move it away")
 
     def load(self, *, renew_epoch: str | None = None, new_epoch: str) -> Loaded:
         """Read everything.
@@ -195,7 +166,7 @@ class SqliteFile:
         try:
             return self._load(renew_epoch, new_epoch)
         except (sqlite3.DatabaseError, msgspec.MsgspecError, UnicodeError) as error:
-            raise StoreError(f"store.url: {self.path} is damaged ({error}); restore a copy, or move it away") from error
+            raise self._damaged(error) from error
 
     def _load(self, renew_epoch: str | None, new_epoch: str) -> Loaded:
         db = self._db
@@ -207,16 +178,16 @@ class SqliteFile:
             db.execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (renew_epoch,))
         epoch = self._meta("epoch")
         if epoch is None:
-            raise StoreError(f"store.url: {self.path} is damaged (no epoch); restore a copy, or move it away")
+            raise self._damaged("no epoch")
         tail: dict[int, Update] = {}
         gaps_until = self._gaps_until()
         previous = last - self.max_updates
         for update in self.entries(previous + 1):
-            if update.offset != previous + 1 and update.offset > gaps_until:
+            if update.offset - 1 > max(previous, gaps_until):
                 tail.clear()
             tail[update.offset] = update
             previous = update.offset
-        if previous != last:
+        if last > max(previous, gaps_until):
             tail.clear()
         self._first = db.execute("SELECT coalesce(min(last), 1) FROM log").fetchone()[0]
         self._last = last
@@ -278,14 +249,14 @@ class SqliteFile:
         """Where the log stands. Raises StoreError: the file is damaged."""
         epoch, last, gaps_until = self._meta("epoch"), self.last_offset(), self._gaps_until()
         if epoch is None:
-            raise StoreError(f"store.url: {self.path} is damaged (no epoch); restore a copy, or move it away")
+            raise self._damaged("no epoch")
         (at_ms,) = self._db.execute("SELECT coalesce(max(at_ms), 0) FROM log").fetchone()
         first, previous = last + 1, 0
         for update in self.entries(last - self.max_updates + 1):
-            if first > last or (update.offset != previous + 1 and update.offset > gaps_until):
+            if first > last or update.offset - 1 > max(previous, gaps_until):
                 first = update.offset
             previous = update.offset
-        return Standing(epoch, last, at_ms, first if previous == last else last + 1)
+        return Standing(epoch, last, at_ms, last + 1 if last > max(previous, gaps_until) else first)
 
     def entries(self, first: int) -> Iterator[Update]:
         """The log from an offset on."""
@@ -301,20 +272,22 @@ class SqliteFile:
         self, jobs: Sequence[Job], updates: Sequence[Update], stored: Sequence[tuple[Update, list[str]]]
     ) -> None:
         """Put something into a file that is being filled."""
-        with self._transaction():
+        with transaction(self._db):
             self._append([entry(update, None) for update in updates])
             self._insert("INSERT INTO jobs VALUES", 2, [(job.created, pack(job)) for job in jobs])
             self._insert("INSERT INTO notices VALUES", 5, [_notice_row(notice) for notice, _ in stored])
             places = [(user, notice.offset) for notice, users in stored for user in users]
             self._insert("INSERT INTO inbox VALUES", 2, places)
 
-    def complete(self, gaps_until: int) -> None:
-        """The file is filled; up to this offset its log may have gaps."""
+    def complete(self, last: int, at_ms: int, *, gaps: bool) -> None:
+        """The file is filled; its log stands at ``last``, with gaps up to there or without."""
         db = self._db
-        if gaps_until:
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('gaps_until', ?)", (str(gaps_until),))
-        newest = [job.latest.offset for job in self.jobs()]
-        self._set_settled(max(self.last_offset(), *newest, 0))
+        with transaction(db):
+            if gaps:
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('gaps_until', ?)", (str(last),))
+            if self.last_offset() < last:  # what came last had no entry
+                db.execute("INSERT INTO log VALUES (?, ?, ?)", (last, at_ms, pack([])))
+            self._set_settled(max(last, *(job.latest.offset for job in self.jobs()), 0))
 
     def last_offset(self) -> int:
         """Highest offset of any kept entry, 0 without one."""
@@ -335,7 +308,7 @@ class SqliteFile:
             or last - self._settled > _UNSETTLED_ENTRIES
         )
         if trims or settles or len(items) > ENTRIES_PER_ROW or group.keys or group.stored or group.gone:
-            with self._transaction():
+            with transaction(self._db):
                 self._append(items)
                 self._insert(
                     "REPLACE INTO keys (digest, fingerprint, job_id, offset, version, at_ms) VALUES",
@@ -361,20 +334,9 @@ class SqliteFile:
     def settle(self) -> None:
         """Have every job in the table. Raises sqlite3.Error, and nothing is lost then."""
         if self._unsettled:
-            with self._transaction():
+            with transaction(self._db):
                 self._write_jobs(self._unsettled, self._last)
             self._settled, self._unsettled = self._last, {}
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # some errors roll back by themselves
-                self._db.execute("ROLLBACK")
-            raise
 
     def _append(self, items: Sequence[Job]) -> None:
         for start in range(0, len(items), ENTRIES_PER_ROW):
@@ -424,7 +386,7 @@ class SqliteFile:
 
     def probe(self) -> None:
         """Find out whether a commit works: one that needs some room. Raises sqlite3.Error."""
-        with self._transaction():
+        with transaction(self._db):
             self._db.execute("INSERT INTO probe VALUES (zeroblob(65536))")
             self._db.execute("DELETE FROM probe")
 
@@ -480,15 +442,6 @@ def _changes(group: Group) -> dict[int, Job | None]:
     if group.deleted or group.forgotten:
         changes |= dict.fromkeys((*group.deleted.values(), *group.forgotten))
     return changes
-
-
-def chunks(rows: Sequence[tuple[object, ...]]) -> Iterator[Sequence[tuple[object, ...]]]:
-    """Rows in portions of a few fixed sizes, one statement each."""
-    start = 0
-    for size in _ROWS:
-        while len(rows) - start >= size:
-            yield rows[start : start + size]
-            start += size
 
 
 def _notice_row(notice: Update) -> tuple[object, ...]:

@@ -73,7 +73,8 @@ def import_(config: Config, reader: Reader) -> None:
                     portion.clear()
             _insert(file, portion)
             header = reader.header
-            file.complete(0 if reader.updates == header.offset - header.first + 1 else header.offset)
+            gaps = reader.updates != header.offset - header.first + 1
+            file.complete(header.offset, header.at, gaps=gaps)
         _remove(path)  # nothing was in it; with what is beside it
         os.rename(unfinished, path)
         directory = os.open(path.parent, os.O_RDONLY)

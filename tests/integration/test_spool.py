@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import trio
 
 from server.app import StartError
 from server.brokers import redis_publisher
-from server.brokers.spool_file import left_by_others
+from server.brokers.spool_file import SpoolFile, left_by_others
 from server.brokers.spooling import SpoolingBroker
 from tests.pacing import for_a_while
 from tests.redis_servers import Proxy, RedisServer, running_proxy, running_server
@@ -252,6 +252,35 @@ async def test_what_waits_in_files_of_fewer_workers_is_passed_on(redis: RedisSer
     assert left_by_others(base, 1, 4) == [base, f"{base}.12", f"{base}.5"]
     assert left_by_others(base, 2, 4) == []
     assert left_by_others(str(tmp_path / "nowhere" / "spool"), 1, 4) == []
+
+
+async def test_what_is_taken_over_half_way_is_in_nobodys_way(
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_proxy(redis.port) as proxy:
+        url = f"redis://127.0.0.1:{proxy.port}"
+        async with spooling(url, tmp_path, spool_path=str(tmp_path / "spool.3")) as at:
+            await at.publish("a", userId="u", message="0")
+            await outage(at, proxy)
+            for number in range(1, 4):
+                await at.post("/api/v2/jobs/a/updates", {"message": str(number)})
+        proxy.pass_again()
+        remove = SpoolFile.remove
+
+        def cannot(file: SpoolFile, numbers: Sequence[int]) -> None:
+            if file.path.endswith(".3"):
+                raise sqlite3.OperationalError("disk I/O error")
+            remove(file, numbers)
+
+        monkeypatch.setattr(SpoolFile, "remove", cannot)
+        async with spooling(url, tmp_path) as at:
+            await passed_on(at)
+            await outage(at, proxy)
+            waits = await at.post("/api/v2/jobs/a/updates", {"message": "4"})
+            assert waits.status == 202, waits
+            proxy.pass_again()
+            await passed_on(at)
+            assert await messages(at, "a") == ["0", "1", "2", "3", "4"]
 
 
 async def test_killed_half_way_through_passing_on(redis: RedisServer, tmp_path: Path) -> None:

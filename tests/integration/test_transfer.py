@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from server.app import StartError
+from server.brokers.base import Acknowledge
 from server.cli import main
 from tests.redis_servers import RedisServer
 from tests.streams import event_stream, session, stream_at
@@ -204,6 +205,32 @@ async def test_stored_notifications_and_marks_come_along(
         async with stream_at(at, f"/api/sse?userId=a&last_seen={end}") as stream:
             assert (await stream.event()).name == "connected"
         await until(lambda: at.node.broker.inboxes.places == 1)
+
+
+@pytest.mark.parametrize("target", KINDS)
+async def test_what_came_last_had_no_entry(store_of: Callable[[str, str], str], tmp_path: Path, target: str) -> None:
+    """In Redis an acknowledgement takes an offset: a reader that stands there misses nothing of what comes next."""
+    old, new, lines = store_of("redis", "source"), store_of(target, "target"), str(tmp_path / "lines")
+    async with server(store={"url": old}) as at:
+        await at.publish("j", userId="u")
+        body = {"target": "user", "targetId": "a", "event": "e", "data": {"x": 1}, "store": True}
+        assert (await at.post("/api/sse/message", body)).status == 200
+        await at.node.broker.follow(["*"])
+        await at.node.broker.submit([Acknowledge("a", at.node.history.last)]).wait_kept()
+        await until(lambda: at.node.history.last == 3)
+        epoch = at.node.history.epoch
+    assert await run("export", "--store", old, lines) == 0
+    assert await run("import", "--store", new, lines) == 0
+    for version in (2, 3):
+        async with server(store={"url": new}) as at:
+            await at.node.broker.follow(["*"])
+            assert (at.node.history.epoch, at.node.history.last) == (epoch, version + 1)
+            await at.publish("j", progress=version)
+            for offset, count in ((1, version - 1), (3, version - 1), (version + 1, 1)):
+                answer = await at.get(f"/api/v2/jobs/poll?timeout=0&last_seen={epoch}:{offset}")
+                assert answer.json["reset"] is False
+                assert [update["version"] for update in answer.json["updates"]][-1:] == [version]
+                assert len(answer.json["updates"]) <= count
 
 
 async def test_a_backup_is_put_back_under_a_new_name(tmp_path: Path) -> None:
