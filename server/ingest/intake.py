@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,6 +28,10 @@ _SHOWN: Final = 200  # characters of a message in a log line
 
 _LOG: Final = logging.getLogger("statuswire.ingest")
 _decode = msgspec.json.Decoder().decode
+
+
+class TurnLostError(Exception):
+    """Another node takes the source in by now: what was read or heard here is the past."""
 
 
 @dataclass(slots=True)
@@ -108,13 +112,20 @@ def _may_be_left_out(error: ApiError) -> bool:
     return error.code == "unknown_field" or error.field == "timestamp"
 
 
-async def publish(node: Node, items: Sequence[Item]) -> None:
-    """Publish and wait until each has its ``outcome``. Being cancelled takes nothing back."""
+async def publish(node: Node, items: Sequence[Item], is_turn: Callable[[], bool] = lambda: True) -> None:
+    """Publish and wait until each has its ``outcome``. Being cancelled takes nothing back.
+
+    Raises:
+        TurnLostError: it is not this node's turn any more; what has no outcome then was not published.
+    """
     # Past the spool: what Redis has already is not to be moved to a local disk.
     broker = node.broker if node.shared is None else node.shared
     for start in range(0, len(items), AT_ONCE):
         part = items[start : start + AT_ONCE]
         await node.hub.wait_room()
+        # Somebody else may have gone on from there while this node was waiting, or frozen.
+        if not is_turn():
+            raise TurnLostError("it is another server's turn")
         submission = broker.submit([Publish(None, item.fields, "may", item.sub, item.key) for item in part])
         with suppress(ApiError):  # every result says so
             await submission.wait_kept()

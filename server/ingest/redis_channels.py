@@ -206,11 +206,7 @@ class RedisChannels:
             return
         self._held.append(_Heard(self._beat_ms if self._since_ms else 0, channel, payload))
         self._held_bytes += len(payload)
-        if len(self._held) > MAX_HELD or self._held_bytes > MAX_HELD_BYTES:
-            self._pop()
-            if self.takes:
-                self.counters.dropped += 1
-                self._complaints.add("ingest_dropped", "more is published than can be accepted")
+        self._make_room()
         self._wake.set()
 
     def _take_beat(self, payload: bytes) -> None:
@@ -238,6 +234,13 @@ class RedisChannels:
             if heard.at_ms < since_ms + _SLACK_MS:
                 self._orphans.append(heard)
                 self._wake.set()
+
+    def _make_room(self) -> None:
+        while len(self._held) > MAX_HELD or self._held_bytes > MAX_HELD_BYTES:
+            self._pop()
+            if self.takes:
+                self.counters.dropped += 1
+                self._complaints.add("ingest_dropped", "more is published than can be accepted")
 
     def _pop(self) -> _Heard:
         heard = self._held.popleft()
@@ -303,6 +306,7 @@ class RedisChannels:
             if left:
                 self._held.extendleft(reversed(left))
                 self._held_bytes += sum(len(heard.payload) for heard in left)
+                self._make_room()
                 await trio.sleep(_AGAIN_S)
 
     def _next(self) -> list[_Heard]:

@@ -28,7 +28,16 @@ from server.brokers.keys import digest_of
 from server.brokers.redis_client import RedisClientError, RedisUrl, Reply, Script, make_client
 from server.brokers.redis_keys import PREFIX
 from server.brokers.redis_lease import Lease
-from server.ingest.intake import AT_ONCE, Complaints, Counters, Item, postponed, publish, read_item
+from server.ingest.intake import (
+    AT_ONCE,
+    Complaints,
+    Counters,
+    Item,
+    TurnLostError,
+    postponed,
+    publish,
+    read_item,
+)
 from server.ingest.spent import Spent
 from server.node import Node
 
@@ -175,6 +184,8 @@ class RedisStream:
                 continue
             try:
                 await self._read_while_held()
+            except TurnLostError:
+                pass  # whoever takes now has claimed what was in hand
             except (RedisClientError, RedisError) as error:
                 self._complaints.add("ingest_interrupted", str(error))
             except Exception:
@@ -309,11 +320,15 @@ class RedisStream:
     # Taking up
 
     async def _take(self, entries: Sequence[_Entry]) -> None:
-        """Publish what waits and what is in these entries, and acknowledge what is settled by that."""
+        """Publish what waits and what is in these entries, and acknowledge what is settled by that.
+
+        Raises:
+            TurnLostError: before all of it was published.
+        """
         todo = [*self._postponed, *((entry, item) for entry in entries for item in entry.items)]
-        if not todo or not self.takes:
-            return  # whoever takes now has claimed them
-        await publish(self._node, [item for _, item in todo])
+        if not todo:
+            return
+        await publish(self._node, [item for _, item in todo], lambda: self.takes)
         again = postponed([item for _, item in todo])
         self._postponed = deque((entry, item) for entry, item in todo if id(item) in again)
         settled: list[_Entry] = []

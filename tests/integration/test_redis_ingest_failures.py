@@ -246,6 +246,31 @@ async def test_what_cannot_be_held_is_counted(
         assert version(one, "a") + counters.dropped == 32
 
 
+async def test_what_is_held_has_a_bound_of_bytes(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large message takes the place of many small ones, also of those that wait to be tried again."""
+    async with nodes(redis.url, 1) as (one,):
+        oracle.publish(CHANNELS[0], text(jobId="a", userId="u", message="before"))
+        await until(lambda: version(one, "a") == 1)
+        channels = channels_of(one)
+        monkeypatch.setattr(redis_channels, "MAX_HELD_BYTES", 100_000)
+        oracle.config_set("maxmemory", "1mb")
+        for number in range(200):
+            oracle.publish(CHANNELS[0], text(jobId="a", message=f"step {number}"))
+        await until(lambda: channels.counters.received == 201)
+        most = 0
+        for number in range(20):
+            oracle.publish(CHANNELS[0], text(jobId="a", message=f"large {number}", metadata={"x": "x" * 45_000}))
+            await until(lambda number=number: channels.counters.received + channels.counters.dropped > 201 + number)  # type: ignore[misc]
+            most = max(most, channels._held_bytes)
+        assert most <= 100_000
+        oracle.config_set("maxmemory", "0")
+        oracle.publish(CHANNELS[0], text(jobId="a", message="last"))
+        await until(lambda: record(one, "a")["message"] == "last")
+        assert channels._held_bytes == 0
+
+
 async def test_a_user_of_redis_may_do_what_the_documentation_says(redis: RedisServer, oracle: redis_py.Redis) -> None:
     oracle.execute_command("ACL", "SETUSER", "app", "on", ">secret", *NEEDED.split())
     async with nodes(redis.url.replace("//", "//app:secret@"), 1) as (one,):

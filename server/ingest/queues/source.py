@@ -24,7 +24,8 @@ from server.brokers.redis_lease import Lease
 from server.brokers.redis_listener import PatternListener
 from server.config import Queue
 from server.ids import new_id
-from server.ingest.queues.taker import Taker, TurnLostError
+from server.ingest.intake import TurnLostError
+from server.ingest.queues.taker import Taker
 from server.logs import log_event
 from server.node import Node
 

@@ -19,7 +19,7 @@ from protocol.job import Record, record_of
 from protocol.queues.sighting import Known, Sighting, adopts, inherit, job_id, known_of, moved, settle, skipped
 from protocol.update import ENDED, PROCESSING, STALLED, Job
 from server.brokers.base import Accepted, Broker, Delete, Operation, Publish, Submission
-from server.ingest.intake import AT_ONCE, Complaints, Counters
+from server.ingest.intake import AT_ONCE, Complaints, Counters, TurnLostError
 from server.node import Node
 
 # Who publishes: no id, so nobody's keys.
@@ -27,10 +27,6 @@ SUB: Final = "(queue)"
 # Jobs of one source that have not ended; beyond, the longest unheard are not looked after any more.
 MAX_OPEN: Final = 100_000
 _AGAIN_S: Final = 0.25
-
-
-class TurnLostError(Exception):
-    """Another node takes the source in by now: what was heard here is the past."""
 
 
 _decode = msgspec.json.Decoder().decode

@@ -10,7 +10,7 @@ import pytest
 import redis as redis_py
 
 from protocol.queues.sighting import Sighting
-from server.ingest.queues.taker import TurnLostError
+from server.ingest.intake import TurnLostError
 from tests.queueing import shown, until_status, until_up
 from tests.redis_servers import RedisServer
 from tests.support import InProcess, server, until
