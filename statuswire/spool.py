@@ -13,6 +13,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -165,7 +166,8 @@ class Journal:
         """Give it up; the file goes with it unless there is something in it."""
         with self._lock:
             if not self._waiting:
-                self.path.unlink(missing_ok=True)
+                with suppress(OSError):  # one that stays is looked into again, and there is nothing in it
+                    self.path.unlink()
             self.abandon()
 
     def abandon(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -135,3 +136,23 @@ def test_a_spool_that_was_closed_goes_on_with_another_journal(tmp_path: Path) ->
     one.keep(entry("c"))
     assert len(list(tmp_path.iterdir())) == 2
     one.close()
+
+
+def test_a_file_that_cannot_be_removed_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = Spool(tmp_path)
+    place = left.keep(entry("a"))
+    left.done(place, "a")
+    left.abandon()
+
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        heir = Spool(tmp_path)
+        assert adopted(heir) == []
+        heir.keep(entry("b"))
+        heir.close()
+    later = Spool(tmp_path)
+    assert adopted(later) == ["b"]
+    later.close()
