@@ -184,6 +184,10 @@ def running_sentinels(directory: Path, *, down_after_ms: int = 500, count: int =
     try:
         for server in everyone:
             server.start()
+        for sentinel in sentinels:
+            # One that was starved for two seconds would do nothing for thirty ("TILT mode").
+            with sentinel.oracle() as oracle:
+                oracle.execute_command("SENTINEL", "DEBUG", "tilt-trigger", 60_000, "tilt-period", 1000)
         wait_for(running._settled)
         yield running
     finally:
@@ -297,6 +301,7 @@ class Proxy:
         self.target = target  # of new connections
         self._passing = trio.Event()
         self._passing.set()
+        self._answering = self._passing
         self._streams: set[trio.SocketStream] = set()
         self.port = 0
         self.connections = 0  # ever accepted
@@ -307,9 +312,14 @@ class Proxy:
         """Connections stay, and new ones are accepted, but nothing comes through: a dead link."""
         self._passing = trio.Event()
 
+    def stop_answering(self) -> None:
+        """What the client says goes through, and nothing comes back."""
+        self._answering = trio.Event()
+
     def pass_again(self) -> None:
-        """The end of ``stop_passing``; what was held back goes through."""
+        """The end of ``stop_passing`` and ``stop_answering``; what was held back goes through."""
         self._passing.set()
+        self._answering.set()
 
     def cut(self) -> None:
         """Reset every connection."""
@@ -345,6 +355,8 @@ class Proxy:
                     self.chunks.append(len(data))
                 elif self.replace is not None:
                     data = data.replace(*self.replace)
+                if answers:
+                    await self._answering.wait()
                 await self._passing.wait()
                 await sink.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
