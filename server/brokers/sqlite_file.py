@@ -124,7 +124,7 @@ class SqliteFile:
             raise StoreError(f"store.url: {self.path} is a database of another application; name another file")
         try:
             found = migrate(db, self._meta("schema"))
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeError) as error:
             raise self._damaged(error) from error
         db.execute("COMMIT")
         if found != str(SCHEMA_VERSION):
