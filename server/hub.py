@@ -30,10 +30,10 @@ from server.logs import log_event
 LOG: Final = logging.getLogger("statuswire")
 
 # After about this long the flusher looks whether a socket has something to read, and lets other tasks run if one has:
-# short enough that nobody notices a large channel being served.
-YIELD_AFTER_S: Final = 0.001
-# And after this long in any case, for tasks that wait for something else. A pass through Trio's loop costs more than
-# its own 20 µs, since the caches are cold after it; looking costs 1 µs.
+# short enough that nobody notices a large channel being served. A pass through Trio's loop costs more than its own
+# 20 µs, since the caches are cold after it; looking costs 1 µs.
+YIELD_AFTER_S: Final = 0.002
+# And after this long in any case, for tasks that wait for something else.
 YIELD_ALWAYS_S: Final = 0.005
 # Looking at the clock costs 50 ns; once in 16 sends (about 100 µs) is often enough.
 LOOK_EVERY: Final = 16
@@ -224,6 +224,8 @@ class Hub:
             # One channel is not put off: there, what comes during a flush joins anyhow.
             if len(self._dirty) > 1 and (left := self._beat.left(perf_counter())):
                 await self._gather(left)
+            if (self._dirty or self._notices) and self._wanted():
+                await self._take_along()
             if self._dirty or self._notices:
                 began = perf_counter()
                 await self._flush()
@@ -233,6 +235,16 @@ class Hub:
         await self._wake.wait()
         self._wake = trio.Event()
         await self._call_soon()
+
+    async def _take_along(self) -> None:
+        """Have what can be read by now read before a flush, so that its updates are joined.
+
+        Whether the flusher or the poller's leader comes first in a pass of Trio's loop is chance, and every second
+        flush would go without what came during the one before. It is one pass, and an update that comes alone finds
+        nothing to read, so nothing is held.
+        """
+        self._wake.set()  # who reads meanwhile should know that this waits
+        await self._woken()
 
     async def _call_soon(self) -> None:
         """What is there now; if this is cancelled, the rest of it stays there."""

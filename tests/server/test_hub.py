@@ -336,6 +336,28 @@ async def test_what_arrives_during_a_flush_goes_together_in_the_next(bench: Benc
     assert readers[-1].sent == [b"e:1 ", b"e:2 e:3 "]
 
 
+async def test_what_can_be_read_before_a_flush_goes_along(bench: Bench, nursery: trio.Nursery) -> None:
+    """Whoever comes first in a pass of the loop, the flusher or who reads."""
+    reader = bench.reader("j/a")
+    unread = 0
+
+    async def read() -> None:
+        nonlocal unread
+        assert bench.hub.urgent()
+        unread = 0
+        bench.next()
+        bench.hub.soon(reader, partial(reader.sent.append, b"soon "))
+
+    bench.hub._wanted = lambda: unread > 0
+    for first in range(1, 41, 2):
+        bench.next()
+        unread = 1
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        assert reader.sent == [b"soon ", b"e:%d e:%d " % (first, first + 1)]
+        reader.sent.clear()
+
+
 @pytest.fixture
 def beat(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The flusher counts as busy, and the next beat is an hour away."""
