@@ -21,7 +21,7 @@ from tests.redis_servers import RedisServer, running_cluster
 from tests.server.test_auth_hook import application
 from tests.server.test_presence import Someone, presence, told_of_comings_and_goings
 from tests.streams import event_stream, session, websocket
-from tests.support import AUTH, InProcess, bearer, server, spawned, token, until, until_so
+from tests.support import AUTH, InProcess, bearer, request_bytes, server, spawned, token, until, until_so
 
 pytestmark = pytest.mark.slow
 
@@ -160,6 +160,15 @@ async def test_disconnecting_works_from_any_node(redis: RedisServer) -> None:
             assert (await second.closed()).code == 1008
             assert [event.data.get("code") for event in await stream.rest()] == ["disconnected"]
             await other.quiet()
+
+
+async def test_polls_of_whoever_is_sent_away_are_answered_wherever_they_wait(redis: RedisServer) -> None:
+    async with nodes(redis.url, 2, auth=AUTH) as (one, two), two.connect() as http:
+        await http.send(request_bytes("GET", "/api/v2/jobs/poll?jobIds=j&timeout=60", headers=bearer("ann")))
+        await until(lambda: two.node.polls and joined(one) and joined(two))
+        assert await one.node.presence.disconnect_user("ann") == 0
+        assert (await http.answer()).json["updates"] == []
+        assert not two.node.polls
 
 
 async def test_no_node_remembers_the_sessions_of_whoever_is_sent_away(redis: RedisServer) -> None:
