@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -54,7 +53,17 @@ class Batch:
         next_index: index of the update that would come next.
     """
 
-    __slots__ = ("_at", "_counters", "_indexes", "_malformed", "_source", "next_index", "operations", "submission")
+    __slots__ = (
+        "_at",
+        "_counters",
+        "_indexes",
+        "_malformed",
+        "_outcome",
+        "_source",
+        "next_index",
+        "operations",
+        "submission",
+    )
 
     submission: Submission
 
@@ -98,6 +107,7 @@ class Batch:
         self._source = source
         self._indexes = indexes
         self._malformed = rejected
+        self._outcome: Outcome | None = None
 
     def submitted(self, submission: Submission, at: int) -> None:
         """Its results are there, from this one on."""
@@ -116,12 +126,20 @@ class Batch:
         self._counters.publishes(self._source, 1, 0, 0)
         return result.offset
 
-    def lost(self) -> None:
-        """Its publisher is told that nothing of it is kept; to be counted once, in place of ``outcome``."""
-        self._counters.publishes(self._source, 0, 0, len(self._indexes) + len(self._malformed))
+    def settled(self, error: ApiError | None) -> None:
+        """Count what became of it: it is kept, or with an error nothing of it is."""
+        if error is None:
+            self.outcome()
+        else:
+            self._counters.publishes(self._source, 0, 0, len(self._indexes) + len(self._malformed))
 
     def outcome(self) -> Outcome:
-        """What became of it, counted; to be asked once, and only once ``submission`` is kept."""
+        """What became of it, once ``submission`` is kept; counted when it is first asked for."""
+        if self._outcome is None:
+            self._outcome = self._settle()
+        return self._outcome
+
+    def _settle(self) -> Outcome:
         results = self.submission.results
         if len(results) != len(self._indexes):  # there are others' among them
             results = results[self._at : self._at + len(self._indexes)]
@@ -161,33 +179,15 @@ def check_count(count: int) -> None:
 async def take_in(
     node: Node, identity: Identity, batches: list[Batch], items: Sequence[bytes], *, key: str | None, source: str
 ) -> None:
-    """Decide some more updates of a batch, at most ``PORTION``, when others have had their turn."""
+    """Decide some more updates of a batch, at most ``PORTION``, when others have had their turn. They are counted as
+    soon as they are kept: the last may come hours later."""
     if batches:
         await trio.lowlevel.checkpoint()
     await node.hub.wait_room()
     first = batches[-1].next_index if batches else 0
     batch = Batch(node, identity, items, first_index=first, key=key, source=source)
-    submit(node, [batch])
+    submit(node, [batch]).when_kept(batch.settled)
     batches.append(batch)
-
-
-async def wait_all_kept(batches: Sequence[Batch]) -> None:
-    """Wait until all portions of a batch are kept; raises what ``wait_kept`` raises, and counts it as refused then."""
-    with suppress(ApiError):  # raised again below
-        for batch in batches:
-            await wait_kept(batch.submission)
-    check_all_kept(batches)
-
-
-def check_all_kept(batches: Sequence[Batch]) -> None:
-    """The same without waiting: what is not settled by now is in doubt."""
-    try:
-        for batch in batches:
-            check_kept(batch.submission)
-    except ApiError:
-        for batch in batches:
-            batch.lost()
-        raise
 
 
 def check_kept(submission: Submission) -> None:

@@ -17,17 +17,7 @@ from protocol.wire import json_list, select_fields, update_message
 from server.answers import JSON, NO_STORE, Response, json_answer
 from server.brokers.base import Accepted, Cancel, Claim, Delete, Publish
 from server.exchange import Deferred, Exchange
-from server.publishing import (
-    HELD_PER_UPDATE,
-    PORTION,
-    Batch,
-    check_all_kept,
-    check_count,
-    summary,
-    take_in,
-    wait_all_kept,
-    wait_kept,
-)
+from server.publishing import HELD_PER_UPDATE, PORTION, Batch, check_count, check_kept, summary, take_in, wait_kept
 from server.reading import channel_of_job
 from server.routes.intake import (
     JSON_TYPES,
@@ -130,7 +120,8 @@ async def publish_batch(exchange: Exchange) -> Response | Deferred:
 
 
 def _summed(exchange: Exchange, batches: list[Batch]) -> Response:
-    check_all_kept(batches)
+    for batch in batches:
+        check_kept(batch.submission)
     answer = summary(batches, exchange.node)
     return json_answer(202 if "spooled" in answer else 200, answer)
 
@@ -157,7 +148,8 @@ async def _publish_lines(exchange: Exchange, batches: list[Batch], key: str | No
         finally:
             intakes.discard(scope)
     if scope.cancelled_caught:
-        await wait_all_kept(batches)
+        for batch in batches:
+            await wait_kept(batch.submission)
         read = batches[-1].next_index if batches else 0
         raise ApiError(
             503, "try_later", f"this server is going away; {read} updates of this request were read", retry_after=1

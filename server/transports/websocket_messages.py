@@ -46,7 +46,7 @@ from server.publishing import (
     submit,
     summary,
     take_in,
-    wait_all_kept,
+    wait_kept,
 )
 from server.reading import (
     Start,
@@ -239,6 +239,7 @@ async def _publish(session: Session, message: PublishMessage) -> None:
     if not identity.can("publish"):
         raise ApiError(403, "forbidden", "publishing needs the capability 'publish'")
     session.node.check_accepting()
+    check_count(len(message.updates))
     if session.node.limits.on_publishes:
         await session.node.limits.check_publish(identity.user, trio.current_time(), len(message.updates))
     if len(message.updates) > PORTION or (isinstance(message.ref, str) and len(message.ref) > LONG_REF):
@@ -262,7 +263,6 @@ async def _publish(session: Session, message: PublishMessage) -> None:
 async def _publish_alone(session: Session, identity: Identity, message: PublishMessage) -> None:
     """So large a message, or answer, that what follows waits until it is answered; others have turns in between."""
     node, updates = session.node, message.updates
-    check_count(len(updates))
     hand_over(session)
     held = len(updates) * HELD_PER_UPDATE
     node.limits.hold(0, held)
@@ -271,7 +271,8 @@ async def _publish_alone(session: Session, identity: Identity, message: PublishM
         for start in range(0, len(updates), PORTION):
             items = [bytes(update) for update in updates[start : start + PORTION]]
             await take_in(node, identity, batches, items, key=None, source="websocket")
-        await wait_all_kept(batches)
+        for batch in batches:
+            await wait_kept(batch.submission)
         session.say("published", ref=message.ref, **summary(batches, node))
     finally:
         node.limits.hold(held, 0)
@@ -295,7 +296,7 @@ def _answer(session: Session, gathered: Gathered, error: ApiError | None) -> Non
     node, message = session.node, session.form.message
     if error is not None:
         for batch, _ in gathered:
-            batch.lost()
+            batch.settled(error)
         answers = [message(error_message(error, ref)) for _, ref in gathered]
     else:
         answers = [message(published(batch, node, ref)) for batch, ref in gathered]

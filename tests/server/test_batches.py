@@ -68,8 +68,10 @@ async def test_ndjson_is_shown_while_it_still_comes() -> None:
         for position in range(len(rest)):
             await chunk(http, rest[position : position + 1])
         await until(lambda: at.node.history.last == 2)
+        assert at.node.counters.updates["http", "accepted"] == 2
         await http.send(b"0\r\n\r\n")
         answer = await http.answer()
+        assert at.node.counters.updates["http", "accepted"] == 3
         assert (answer.json["accepted"], answer.json["rejected"], offset(answer)) == (3, [], 3)
         assert (await record(at, "a"))["progress"] == 41
         assert (await http.request("GET", "/health")).status == 200, "the connection goes on"

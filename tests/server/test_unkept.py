@@ -254,7 +254,8 @@ async def test_a_disk_that_takes_too_long_is_a_503(
         assert (answer.status, answer.json["error"]["code"]) == (503, "store_unavailable")
         assert "0.1 s" in answer.json["error"]["message"]
         counters = it.at.node.counters
-        assert counters.updates["http", "rejected"] + counters.notices["rejected"] == 1
+        if target != "/api/v2/updates":  # a batch is counted when it is known what became of it
+            assert counters.updates["http", "rejected"] + counters.notices["rejected"] == 1
         it.go.set()
         await until(lambda: it.at.node.history.last == 2)  # which it could not know
         assert await http.alive()
