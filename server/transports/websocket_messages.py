@@ -274,6 +274,7 @@ async def _publish_alone(session: Session, identity: Identity, message: PublishM
         for batch in batches:
             await wait_kept(batch.submission)
         session.say("published", ref=message.ref, **summary(batches, node))
+        await session.wait_drained()  # the answer may be larger than the message
     finally:
         node.limits.hold(held, 0)
 
