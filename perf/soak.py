@@ -116,7 +116,7 @@ async def connect(soak: Soak) -> trio.SocketStream:
 
 
 async def ask(soak: Soak, method: str, path: str, body: object = None, headers: str = WORKER) -> tuple[int, bytes]:
-    """One request on a connection of its own: status and body."""
+    """One request on a connection of its own: status and body. Raises OSError if there is no answer."""
     text = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n{headers}"  # 1.0: answers without chunks
     if text:
@@ -127,6 +127,8 @@ async def ask(soak: Soak, method: str, path: str, body: object = None, headers: 
         await stream.send_all(head.encode() + b"\r\n" + text)
         async for data in stream:
             answer += data
+    if not answer:
+        raise ConnectionResetError("no answer")
     return int(answer[9:12]), answer.partition(b"\r\n\r\n")[2]
 
 
@@ -256,7 +258,12 @@ async def worker(soak: Soak) -> None:
                     "eventId": f"{soak.random.randrange(10**12)}",
                 }
             )
-        status, body = await ask(soak, "POST", "/api/v2/updates", updates)
+        with trio.fail_after(HANGS_S):
+            status, body = await ask(soak, "POST", "/api/v2/updates", updates)
+            while status == 503:  # a store that has stood still, too: workers send it again
+                soak.done["batches sent again"] += 1
+                await trio.sleep(1)
+                status, body = await ask(soak, "POST", "/api/v2/updates", updates)
         if status != 200:
             raise AssertionError(f"a batch was answered with {status}: {body[:200]!r}")
         soak.done["updates"] += json.loads(body)["accepted"]

@@ -17,6 +17,10 @@ _log = logging.getLogger("statuswire.wheel")
 RESOLUTION: Final = 0.01
 # How long callbacks may hold the loop before it gets a turn: a full slot of heartbeats must not delay deliveries.
 _TURN: Final = 0.001
+# Later than this nothing is unless the whole process stood still: it was stopped, or its machine was. What came
+# meanwhile waits in the sockets, and its senders are not to be given up unheard: so it is read first, for so long.
+_STOOD_STILL: Final = 2.0
+_CATCH_UP: Final = 0.2
 # Empty slots are dropped together once there are this many and they are the majority.
 _EMPTY_FROM: Final = 1024
 
@@ -53,11 +57,13 @@ class Wheel:
 
     Attributes:
         now: the time.
+        resumed: when the process last went on after it had stood still; at first, long ago.
     """
 
     def __init__(self) -> None:
         # ``trio.current_time``, found once: that looks for the clock anew each time, for 0.3 µs more.
         self.now = trio.lowlevel.current_clock().current_time
+        self.resumed = -math.inf
         self._slots: dict[int, dict[Timer, None]] = {}
         self._due: list[int] = []  # heap of the keys of _slots
         self._empty = 0
@@ -87,6 +93,9 @@ class Wheel:
     async def run(self) -> None:
         """Fire what is due, until cancelled."""
         while True:
+            if self._due and trio.current_time() - self._due[0] * RESOLUTION > _STOOD_STILL:
+                await trio.sleep(_CATCH_UP)
+                self.resumed = trio.current_time()
             turn_ends = trio.current_time() + _TURN
             while self._due and self._due[0] * RESOLUTION <= trio.current_time():
                 timers = self._slots.pop(heappop(self._due))

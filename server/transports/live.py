@@ -241,7 +241,7 @@ class LiveReader(PushReader, Peer):
         """Note a sign of life if there is one; without one for too long, end it."""
         if self.alive():
             self.heard_at = trio.current_time()
-        elif trio.current_time() - self.heard_at > stale_after(self.node.config):
+        elif trio.current_time() - max(self.heard_at, self.wheel.resumed) > stale_after(self.node.config):
             self.finish("stale")
 
     def _beat(self) -> None:

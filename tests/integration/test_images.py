@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from compose_spec import PyCompose
 
 from server.app import STOP_S
 from server.config_load import load_config
@@ -158,7 +159,16 @@ def test_the_steps_of_the_image(tmp_path: Path) -> None:
 # --- the compose file -----------------------------------------------------------------------------------------------
 
 
-def test_the_compose_file() -> None:
+def test_the_compose_file_is_good() -> None:
+    text = COMPOSE.read_text()
+    PyCompose.from_yaml(text).validate()
+    for right, wrong in (("depends_on:", "depend_on:"), ("service_healthy", "healthy"), ("- jwt_key\n", "- jwt\n")):
+        assert right in text
+        with pytest.raises(ValueError, match="statuswire"):
+            PyCompose.from_yaml(text.replace(right, wrong)).validate()
+
+
+def test_the_compose_file_fits_the_server() -> None:
     document = yaml.safe_load(COMPOSE.read_text())
     service = document["services"]["statuswire"]
     assert document["services"]["redis"]["healthcheck"]["test"]

@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from server.app import StartError
+from tests.pacing import for_a_while
 from tests.streams import event_stream, handshake_bytes, session, websocket
 from tests.support import (
     AUTH,
@@ -25,6 +26,7 @@ from tests.support import (
     Spawned,
     bearer,
     command,
+    request_bytes,
     server,
     spawned,
     token,
@@ -216,6 +218,41 @@ async def reload(at: Spawned, words: str) -> None:
     times = at.log().count(words) + 1
     at.signal(signal.SIGHUP)
     await at.logged(words, times)
+
+
+# --- standing still -----------------------------------------------------------------------------------------------
+
+
+async def test_who_was_not_heard_while_the_process_stood_still_is_not_given_up(tmp_path: Path) -> None:
+    """A machine that slept, or a process that was stopped: what came meanwhile counts as in time."""
+    short, long = 4, 5
+    tables = {
+        "server": {"heartbeat": 0.5},
+        "health": {"check_interval": 0.1, "stale_after": short},
+        "limits": {"head_timeout": short, "idle_timeout": short},
+    }
+    async with (
+        spawned(tmp_path, **tables) as at,
+        session(at) as ws,
+        event_stream(at) as stream,
+        at.connect() as begun,
+        at.connect() as idle,
+    ):
+        await ws.subscribe()
+        await stream.until("snapshot")
+        assert await idle.alive()
+        head = request_bytes("GET", "/health")
+        await begun.send(head[:10])
+        at.signal(signal.SIGSTOP)
+        await for_a_while(long)
+        await begun.send(head[10:])
+        await idle.send(head)
+        at.signal(signal.SIGCONT)
+        assert (await begun.answer()).status == 200
+        assert (await idle.answer()).status == 200
+        await at.publish("job_1", userId="alice")
+        await ws.updates("job_1", 1)
+        await stream.updates("job_1", 1)
 
 
 # --- sudden death -------------------------------------------------------------------------------------------------

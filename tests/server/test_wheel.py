@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -38,6 +39,29 @@ async def test_timers_fire_in_order_and_never_early(autojump_clock: MockClock, w
     for (_, at), due in zip(fired, [0, 0.5, 5, 5], strict=True):
         assert due - 1e-9 <= at <= due + RESOLUTION + 1e-9
     assert len(wheel) == 0
+
+
+def stand_still(seconds: float) -> None:
+    """The whole process does nothing for so long."""
+    time.sleep(seconds)
+
+
+async def test_after_a_stop_others_come_first(wheel: Wheel) -> None:
+    fired: list[str] = []
+    late = trio.Event()
+    wheel.after(0.1, late.set)
+    assert wheel.resumed < 0
+    stand_still(2.5)
+
+    async def read() -> None:
+        fired.append("read")
+
+    async with trio.open_nursery() as nursery:
+        wheel.after(0, lambda: fired.append("timer"))
+        nursery.start_soon(read)
+        await late.wait()
+    assert fired == ["read", "timer"]
+    assert trio.current_time() - wheel.resumed < 1
 
 
 async def test_cancelled_timers_do_not_fire_and_leave_nothing(autojump_clock: MockClock, wheel: Wheel) -> None:
