@@ -113,9 +113,7 @@ def accept_handshake(
         raise _bad_handshake("a WebSocket handshake has no body")
 
     offered = _offered_protocols(headers.get("sec-websocket-protocol"))
-    protocol = next((name for name in protocols if name in offered), None)
-    if protocol is None and echo_prefix is not None:
-        protocol = next((name for name in offered if name.startswith(echo_prefix)), None)
+    protocol = _choose(offered, protocols, echo_prefix) if offered else None
     parameters = _accept_deflate(headers.get("sec-websocket-extensions", "")) if deflate else None
 
     accept = base64.b64encode(hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest()).decode()
@@ -125,6 +123,17 @@ def accept_handshake(
     if parameters is not None:
         answer.append(("Sec-WebSocket-Extensions", parameters.header()))
     return Handshake(answer, protocol, offered, parameters)
+
+
+def _choose(offered: Sequence[str], protocols: Sequence[str], echo_prefix: str | None) -> str | None:
+    for name in protocols:
+        if name in offered:
+            return name
+    if echo_prefix is not None:
+        for name in offered:
+            if name.startswith(echo_prefix):
+                return name
+    return None
 
 
 def _bad_handshake(message: str) -> ApiError:

@@ -45,8 +45,8 @@ class Exchange:
         self.connection = connection
         self.node = connection.node
         self.request = request
-        given = request.headers.get("x-request-id", "")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else new_id()
+        given = request.headers.get("x-request-id")
+        self.request_id = given if given and _REQUEST_ID.fullmatch(given) else new_id()
         self.address = client_address(connection.peer, request, connection.node.proxies)
         self.identity: Identity | None = None
         self.params: dict[str, str] = {}

@@ -28,7 +28,7 @@ class Opening(Peer):
 
     __slots__ = ("_closed", "_node", "_peer", "_place", "_proxied", "_refusal", "_said", "_sock", "_timer", "_tls")
 
-    def __init__(self, node: Node, sock: socket.socket, peer: str, refusal: ApiError | None, place: str) -> None:
+    def __init__(self, node: Node, sock: socket.SocketType, peer: str, refusal: ApiError | None, place: str) -> None:
         self._node = node
         self._sock = sock
         self._peer = peer

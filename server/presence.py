@@ -92,17 +92,18 @@ class Presence:
 
     def enter(self, connected: Connected) -> None:
         """It is live and its user known."""
+        user = connected.user
         self.clients[connected.client_id] = connected
-        others = self.users.get(connected.user)
+        others = self.users.get(user)
         if others is None:
-            self.users[connected.user] = (connected,)
+            self.users[user] = (connected,)
         elif isinstance(others, dict):
             others[connected] = None
         else:
-            self.users[connected.user] = dict.fromkeys((*others, connected))
+            self.users[user] = dict.fromkeys((*others, connected))
         self._changed(connected)
         if others is None:
-            self._tell("join", connected.user, None, 1)
+            self._tell("join", user, None, 1)
 
     def leave(self, connected: Connected) -> None:
         """It is over; again, or without ``enter``, does nothing."""
@@ -113,12 +114,13 @@ class Presence:
         connected.channels = ()
         self._changed(connected)
         del self.clients[connected.client_id]
-        left = self.users[connected.user]
+        user = connected.user
+        left = self.users[user]
         if isinstance(left, dict) and len(left) > 1:
             del left[connected]
         else:
-            del self.users[connected.user]
-            self._tell("leave", connected.user, None, 0)
+            del self.users[user]
+            self._tell("leave", user, None, 0)
 
     def join(self, connected: Connected, channel: str) -> None:
         """It wants what is sent to a channel. How many it may join is for the caller to bound."""

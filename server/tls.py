@@ -93,7 +93,7 @@ class TlsSocket:
 
     __slots__ = ("_ahead", "_empty", "_ended", "_incoming", "_outgoing", "_rest", "_shut", "_sock", "_tls")
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+    def __init__(self, sock: socket.SocketType, context: ssl.SSLContext) -> None:
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
