@@ -73,12 +73,13 @@ class Celery(Source):
                 await self.save_mark(msgspec.json.encode(Mark(self._at_ms, self._attended())).decode())
                 await self._look_for_the_dead()
 
-    async def _listen(self, seconds: float) -> bool:
-        """Take in what was said, waiting so long for something. False if there was nothing."""
+    async def _listen(self, seconds: float) -> list[Told] | None:
+        """Take in what was said, waiting so long for something; None if there was nothing."""
         messages = [message for heard in self._heard for message in await heard.take(seconds)]
         self._at_ms = at_ms = round(time.time() * 1000)
-        await self._take([one for channel, payload in messages for one in self._hear(channel, payload, at_ms)])
-        return bool(messages)
+        told = [one for channel, payload in messages for one in self._hear(channel, payload, at_ms)]
+        await self._take(told)
+        return told if messages else None
 
     def _hear(self, channel: str, payload: bytes, at_ms: int) -> list[Told]:
         if channel.startswith(self._results):
@@ -135,16 +136,25 @@ class Celery(Source):
         await self._read(client, [one.job for one in self.taker.open.values()], 0)
 
     async def _read(self, client: Client, tasks: list[str], since_ms: int) -> None:
-        """Take in what is kept of tasks. What was said before it was read comes first, as it is older."""
+        """Take in what is kept of tasks.
+
+        What was said before it was read comes first, as it is older. What was said after that may come first as well:
+        of a task of which something came, what is kept is left to the next time.
+        """
         now_ms = round(time.time() * 1000)
         for start in range(0, len(tasks), _AT_ONCE):
             part = tasks[start : start + _AT_ONCE]
             answers = await ask(client, [("GETRANGE", self._results + task, 0, MAX_READ) for task in part])
+            spoken_of: set[str] = set()
             for _ in range(_ROUNDS):
-                if not await self._listen(0):
+                heard = await self._listen(0)
+                if heard is None:
                     break
+                spoken_of.update(one.seen.job for one in heard)
             told: list[Told] = []
             for task, data in zip(part, answers, strict=True):
+                if task in spoken_of:
+                    continue
                 one = read_result(data or b"", now_ms, self._user, results=self.config.results, large=task)
                 if one is None or (since_ms and (one.seen.at_ms < since_ms or len(data) > MAX_READ)):
                     continue

@@ -312,6 +312,37 @@ async def test_of_celery_what_was_said_before_a_result_was_read_is_older(
         assert [number for number, _ in itertools.groupby(seen)] == [50, 25, 60, 100]
 
 
+async def test_of_celery_what_was_said_after_a_result_was_read_is_newer(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task is revoked in the moment after what is kept of it was read: it had begun, which is no new attempt."""
+
+    def say(state: str) -> None:
+        result = {"status": state, "result": {}, "traceback": None, "children": [], "task_id": "a"}
+        oracle.set("celery-task-meta-a", json.dumps(result))
+        oracle.publish("celery-task-meta-a", json.dumps(result))
+
+    async def early(client: Any, commands: Any) -> Any:
+        answers = await ask(client, commands)
+        if any(answers):
+            say("REVOKED")
+            revoked.set()
+        return answers
+
+    ask, revoked = celery.ask, trio.Event()
+    monkeypatch.setattr(celery, "_REPAIR_S", 0.1)
+    async with server(store={"url": "memory:"}, **table(redis, "celery")) as at:
+        await until_up(at.node)
+        say("STARTED")
+        await until_status(at.node, "a", "processing")
+        monkeypatch.setattr(celery, "ask", early)
+        await revoked.wait()
+        await until_status(at.node, "a", "cancelled")
+        oracle.publish("celery-task-meta-b", json.dumps({"status": "STARTED", "result": {}, "task_id": "b"}))
+        await until_status(at.node, "b", "processing")  # so all before it has been taken in
+        assert (shown(at.node, "a")["status"], shown(at.node, "a")["attempt"]) == ("cancelled", 1)
+
+
 async def test_celery_results_that_came_while_nobody_listened(
     redis: RedisServer, oracle: redis_py.Redis, tmp_path: Path
 ) -> None:
