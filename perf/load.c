@@ -19,9 +19,10 @@
  *        batch 0: one update a request to /api/v2/jobs/{job}/updates, else batches to /api/v2/updates; rate: updates per second,
  *        0 as fast as answered; jobs above 1: updates go in turn to {job}-{first}, {job}-{first + step}, ...,
  *        and {n} in fields is that number; lockstep: at most so many updates that have not reached every reader of this process;
- *        feed: for servers that only pass messages on, whole messages to them: "lines": "<job>\t<message>\n", nothing is answered; "frames": the
- *        same as WebSocket messages to /feed; "post": one HTTP request each to /pub/<job>; spin: until the end this process
- *        looks for events without ever sleeping, so that nobody who sends to it has to wake it
+ *        feed: "messages": over a WebSocket to /ws/jobs instead of HTTP, a message for each request. For servers that only pass
+ *        messages on, whole messages to them: "lines": "<job>\t<message>\n", nothing is answered; "frames": the same as
+ *        WebSocket messages to /feed; "post": one HTTP request each to /pub/<job>.
+ *        spin: until the end this process looks for events without ever sleeping, so that nobody who sends to it has to wake it
  *   {"cmd":"close"}   closes the readers                                     -> {"event":"closed"}
  *   {"cmd":"quit"}
  */

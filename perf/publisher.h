@@ -1,5 +1,6 @@
 /* Publisher: HTTP/1.1 over keep-alive connections, one update a request or in batches, each update stamped with the time it
- * was written ("message":"t=<nanoseconds of CLOCK_MONOTONIC>"). Other servers are fed whole messages, see "feed" in load.c.
+ * was written ("message":"t=<nanoseconds of CLOCK_MONOTONIC>"); or the same over WebSocket, a message each. Other servers are
+ * fed whole messages, see "feed" in load.c.
  *
  * Three ways to decide when: at a fixed rate (a schedule that never waits for answers as long as the pipeline has room; how
  * late it ran is reported), as fast as answered, or in lockstep with the readers of this process: the next update leaves when
@@ -22,7 +23,7 @@ struct publisher {
 };
 
 static struct {
-    bool active, ndjson, spin, lines, frames, post; /* spin: look for events all the time, never sleep */
+    bool active, ndjson, spin, lines, frames, post, messages; /* spin: look for events all the time, never sleep */
     unsigned connections, depth, batch, lockstep, jobs, turn, first_number, step;
     char *host, *job, *fields, *headers;
     int port, schedule;
@@ -80,6 +81,12 @@ static int write_channel(char *to) {
     return P.jobs > 1 ? sprintf(to, "%s-%u", P.job, job_number()) : sprintf(to, "%s", P.job);
 }
 
+/* The head of a client's text frame, masked with zeros. Returns its length. */
+static size_t write_frame_head(char *to, size_t length) {
+    memcpy(to, (char[8]){(char)0x81, (char)0xfe, (char)(length >> 8), (char)length}, 8);
+    return 8;
+}
+
 /* One request with a message, or a batch of lines, for servers that only pass messages on. */
 static void publish_feed(struct publisher *p) {
     unsigned times = P.batch ? P.batch : 1;
@@ -96,9 +103,8 @@ static void publish_feed(struct publisher *p) {
         if (P.post)
             p->out_length += (size_t)sprintf(to, "POST /pub/%s HTTP/1.1\r\nHost: %s:%d\r\nContent-Length: %d\r\n%s\r\n%s", channel, P.host, P.port, length, P.headers, message);
         else if (P.frames) { /* masked with zeros */
-            int text = sprintf(to + 8, "%s\t%s", channel, message);
-            memcpy(to, (char[8]){(char)0x81, (char)0xfe, (char)(text >> 8), (char)text}, 8);
-            p->out_length += 8 + (size_t)text;
+            size_t text = (size_t)sprintf(to + 8, "%s\t%s", channel, message);
+            p->out_length += write_frame_head(to, text) + text;
         } else p->out_length += (size_t)sprintf(to, "%s\t%s\n", channel, message);
         if (P.post) p->sent_ns[(p->head + p->waiting++) % DEPTH] = stamp;
         else P.accepted++;
@@ -118,7 +124,14 @@ static void publish_one(struct publisher *p) {
     char *body = p->out + p->out_length + 500 + strlen(P.headers), *to = body;
     uint64_t stamp = now_ns();
     char path[200];
-    if (!P.batch) {
+    if (P.messages) {
+        to += sprintf(to, "{\"type\":\"publish\",\"updates\":[");
+        for (unsigned i = 0; i < (P.batch ? P.batch : 1); i++, P.published++) {
+            if (i) *to++ = ',';
+            to += write_update(to, true, stamp);
+        }
+        to = stpcpy(to, "]}");
+    } else if (!P.batch) {
         if (P.jobs > 1) snprintf(path, sizeof path, "/api/v2/jobs/%s-%u/updates", P.job, job_number());
         else snprintf(path, sizeof path, "/api/v2/jobs/%s/updates", P.job);
         to += write_update(to, false, stamp);
@@ -133,7 +146,9 @@ static void publish_one(struct publisher *p) {
         *to++ = P.ndjson ? '\n' : ']';
     }
     size_t length = (size_t)(to - body);
-    int head = sprintf(p->out + p->out_length, "POST %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: %s\r\nContent-Length: %zu\r\n%s\r\n", path, P.host,
+    int head;
+    if (P.messages) head = (int)write_frame_head(p->out + p->out_length, length);
+    else head = sprintf(p->out + p->out_length, "POST %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: %s\r\nContent-Length: %zu\r\n%s\r\n", path, P.host,
                        P.port, P.batch && P.ndjson ? "application/x-ndjson" : "application/json", length, P.headers);
     memmove(p->out + p->out_length + head, body, length);
     p->out_length += (size_t)head + length;
@@ -215,8 +230,45 @@ static void publish_more(void) {
     if (complete && (late || (!waiting_answers() && !unsent() && (!P.lockstep || R.deliveries >= P.expected_deliveries)))) publish_done();
 }
 
+static void answered(struct publisher *p) {
+    histogram_add(&P.answer, now_ns() - p->sent_ns[p->head], 1);
+    p->head = (p->head + 1) % DEPTH;
+    p->waiting--;
+    P.answered++;
+}
+
+/* What became of a batch. */
+static void accepted(const char *text, size_t length, unsigned wanted) {
+    size_t hint = 0;
+    int64_t accepted = number_after(text, length, "\"accepted\":", 11, &hint);
+    hint = 0;
+    int64_t duplicates = number_after(text, length, "\"duplicates\":", 13, &hint);
+    P.accepted += accepted > 0 ? (uint64_t)accepted : 0;
+    P.duplicates += duplicates > 0 ? (uint64_t)duplicates : 0;
+    if (accepted != (int64_t)wanted) keep_text(P.error_text, sizeof P.error_text, text, length);
+}
+
+/* One message over WebSocket, answers and others. */
+static size_t take_message(struct publisher *p, const char *at, size_t n) {
+    if (n < 4) return 0;
+    size_t size = (uint8_t)at[1], head = size == 126 ? 4 : 2;
+    if (size == 126) size = (size_t)(uint8_t)at[2] << 8 | (uint8_t)at[3];
+    if (head + size > n) return 0;
+    const char *text = at + head;
+    if (memmem(text, size, "\"type\":\"published\"", 18)) {
+        answered(p);
+        accepted(text, size, P.batch ? P.batch : 1);
+    } else if (memmem(text, size, "\"type\":\"error\"", 14)) {
+        answered(p);
+        P.failed++;
+        keep_text(P.error_text, sizeof P.error_text, text, size);
+    }
+    return head + size;
+}
+
 /* Takes in one answer if it is there whole: its length, or 0. */
 static size_t take_answer(struct publisher *p, const char *at, size_t n) {
+    if (P.messages) return take_message(p, at, n);
     const char *end = memmem(at, n, "\r\n\r\n", 4);
     if (!end) return 0;
     size_t head = (size_t)(end + 4 - at), body = 0;
@@ -224,21 +276,12 @@ static size_t take_answer(struct publisher *p, const char *at, size_t n) {
         if (!strncasecmp(line, "content-length:", 15)) body = strtoul(line + 15, NULL, 10);
     if (head + body > n) return 0;
     int status = atoi(at + 9);
-    histogram_add(&P.answer, now_ns() - p->sent_ns[p->head], 1);
-    p->head = (p->head + 1) % DEPTH;
-    p->waiting--;
-    P.answered++;
+    answered(p);
     if (status / 100 != 2) {
         P.failed++;
         keep_text(P.error_text, sizeof P.error_text, at + head, body);
     } else if (P.batch) {
-        size_t hint = 0;
-        int64_t accepted = number_after(at + head, body, "\"accepted\":", 11, &hint);
-        hint = 0;
-        int64_t duplicates = number_after(at + head, body, "\"duplicates\":", 13, &hint);
-        P.accepted += accepted > 0 ? (uint64_t)accepted : 0;
-        P.duplicates += duplicates > 0 ? (uint64_t)duplicates : 0;
-        if (accepted != (int64_t)P.batch) keep_text(P.error_text, sizeof P.error_text, at + head, body);
+        accepted(at + head, body, P.batch);
     } else {
         P.accepted++;
     }
@@ -284,6 +327,7 @@ static void publish_start(const char *command) {
     P.lines = !strcmp(feed, "lines");
     P.frames = !strcmp(feed, "frames");
     P.post = !strcmp(feed, "post");
+    P.messages = !strcmp(feed, "messages");
     free(feed);
     double seconds = json_number(command, "seconds", 0);
     if (!P.connections || P.connections > PUBLISHERS || !P.depth || P.depth > DEPTH || !(P.wanted || seconds > 0) || strlen(P.job) > 100) {
@@ -303,11 +347,15 @@ static void publish_start(const char *command) {
         int one = 1;
         setsockopt(p->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
         if (connect(p->fd, (struct sockaddr *)&peer, sizeof peer) < 0) die("connect (publisher)");
-        if (P.frames) {
-            dprintf(p->fd, "GET /feed HTTP/1.1\r\nHost: %s:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n", P.host, P.port);
+        if (P.frames || P.messages) {
+            dprintf(p->fd, "GET %s HTTP/1.1\r\nHost: %s:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n", P.frames ? "/feed" : "/ws/jobs", P.host, P.port);
             char answer[2048] = "";
-            if (recv(p->fd, answer, sizeof answer - 1, 0) < 12 || atoi(answer + 9) != 101) die("the feed's handshake");
+            ssize_t n = recv(p->fd, answer, sizeof answer - 1, 0);
+            char *rest = strstr(answer, "\r\n\r\n");
+            if (n < 12 || atoi(answer + 9) != 101 || !rest) die("the feed's handshake");
+            p->in_length = (size_t)(answer + n - (rest + 4)); /* a greeting may have come with it */
+            memcpy(p->in, rest + 4, p->in_length);
         }
         fcntl(p->fd, F_SETFL, O_NONBLOCK);
         watch(p->fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, TAG_PUBLISHER, i);

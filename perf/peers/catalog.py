@@ -32,9 +32,9 @@ class Peer:
     Attributes:
         name: as the tables have it.
         what: one line on its form here.
-        runs: `python`, `node`, `c` or `nchan`.
+        runs: `python`, `node`, `c` or `nchan`; `statuswire` for this server itself.
         source: the file in servers/.
-        feed: how updates come in, see load.c: `lines`, `frames` or `post`.
+        feed: how updates come in, see load.c: `lines`, `frames` or `post`; `messages` to this server.
         transports: of `ws`, `sse` and `poll`, what it has.
         package: the distribution whose version is shown.
         debian: where Debian's package lies instead, in `.venv/peers`.
@@ -54,6 +54,7 @@ ALL: Final = ("ws", "sse", "poll")
 PUSHPIN: Final = "C++ and Rust, five processes and the application that answers them in Python; all of their CPU counts"
 
 PEERS: Final = (
+    Peer("statuswire fed by WebSocket", "as uWebSockets is", "statuswire", "", "messages"),
     Peer("bare loop, C", "`send` for each reader, no library, checks nothing", "c", "loop.c"),
     Peer("bare loop, Python", "the same in Python", "python", "loop", transports=ALL),
     Peer(
@@ -100,6 +101,8 @@ def free_ports(number: int) -> list[int]:
 
 def command(peer: Peer, port: int, feed: int, directory: Path) -> list[str]:
     """How it is started. Raises Unavailable."""
+    if peer.runs == "statuswire":
+        return [str(ROOT / ".venv/bin/statuswire"), "serve", "--port", str(port), "--store", "memory:"]
     ports = ["--port", str(port), "--feed", str(feed)]
     if peer.runs == "c":
         program = directory / "loop"
@@ -139,6 +142,7 @@ def started(peer: Peer) -> Iterator[Running]:
     feed = feed if peer.feed == "lines" else port
     directory = Path(tempfile.mkdtemp(prefix="statuswire-peer-"))
     log = directory / "log"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("STATUSWIRE_")}
     try:
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -147,7 +151,7 @@ def started(peer: Peer) -> Iterator[Running]:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=directory,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "NODE_ENV": "production"},
+                env=environment | {"PYTHONPATH": str(ROOT), "NODE_ENV": "production"},
                 preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
             )
         try:

@@ -51,6 +51,11 @@ class Side:
     transport: str
     running: Running | None  # None: ours
 
+    @property
+    def ours(self) -> bool:
+        """Whether this server is on it, fed in whatever way."""
+        return self.running is None or self.running.peer.runs == "statuswire"
+
     def options(self, channels: int) -> dict[str, object]:
         """What a reader asks for."""
         name = f"{JOB}-{{n}}" if channels > 1 else JOB
@@ -61,7 +66,7 @@ class Side:
             "check": False,
             "sources": SOURCES,
         }
-        if self.running is None:
+        if self.running is None or self.ours:
             if self.transport != "ws":
                 way = "stream" if self.transport == "sse" else "poll"
                 return common | {"path": f"/api/v2/jobs/{way}?jobIds={name}&fields=message"}
@@ -97,7 +102,7 @@ class Side:
                     self._channel(name, "DELETE")
                 kind = "subscribed" if self.transport == "ws" else "snapshot"
                 self._channel(name, "POST", b'{"type":"%b"}' % kind.encode())
-        if self.running is None:
+        if self.ours:
             many = {"jobs": channels, "requests": channels} if channels > 1 else {"requests": 1}
             self.client.ask("publish", "published", port=self.target.port, job=JOB, **many)
 
@@ -114,6 +119,8 @@ class Side:
         else:
             feed = self.running.peer.feed
             more = {"port": self.running.feed_port, "feed": feed} | more
+            if feed == "messages":
+                more |= {"depth": 64}
             if feed == "post":
                 more |= {"batch": 0, "connections": 2, "depth": 128}
         return self.client.ask("publish", "published", seconds + 30, job=JOB, seconds=seconds, **more)

@@ -60,7 +60,9 @@ def draw(result: dict[str, Any], directory: Path) -> list[Path]:
 def _panel(axes: Any, found: list[tuple[str, float | None]], title: str, measure: Measure) -> None:
     names = [name for name, _ in found]
     numbers = [number or 0 for _, number in found]
-    colours = [COLOURS["ours" if name == OURS else "bare" if name.startswith("bare") else "peer"] for name in names]
+    colours = [
+        COLOURS["ours" if name.startswith(OURS) else "bare" if name.startswith("bare") else "peer"] for name in names
+    ]
     axes.barh(range(len(names)), numbers, color=colours)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()

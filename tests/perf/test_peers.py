@@ -20,6 +20,7 @@ from perf.peers.measures import SINGLE, SPREAD
 from perf.peers.rounds import pairs
 from perf.peers.servers.common import Kept, Lines
 
+FED = next(peer for peer in PEERS if peer.feed == "messages")
 LOOPS = [peer for peer in PEERS if peer.name.startswith("bare loop")]
 
 
@@ -52,9 +53,9 @@ def result() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("peer", "transport"),
-    [pytest.param(peer, way, id=f"{peer.runs}-{way}") for peer in LOOPS for way in peer.transports],
+    [pytest.param(peer, way, id=f"{peer.runs}-{way}") for peer in (FED, *LOOPS) for way in peer.transports],
 )
-def test_the_bare_loops_pass_on_what_they_are_fed(peer: Any, transport: str) -> None:
+def test_this_server_and_the_bare_loops_pass_on_what_they_are_fed(peer: Any, transport: str) -> None:
     with started(peer) as running, measures.side(running.target, transport, running) as side:
         side.open(6, 3)
         published = side.publish(10.0, requests=12, batch=2, jobs=3)
@@ -150,7 +151,8 @@ def test_the_documents_have_their_markers_and_every_peer_its_file() -> None:
     for name in ("README.md", "docs/performance.md"):
         assert "<!-- peers: begin -->" in (root / name).read_text()
     for peer in PEERS:
-        assert (SERVERS / (f"{peer.source}.py" if peer.runs == "python" else peer.source)).exists()
+        if peer is not FED:
+            assert (SERVERS / (f"{peer.source}.py" if peer.runs == "python" else peer.source)).exists()
     pinned = (SERVERS.parent / "requirements.txt").read_text().lower()
     node = json.loads((SERVERS.parent / "package-lock.json").read_text())["packages"]
     for peer in PEERS:
