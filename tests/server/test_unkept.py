@@ -220,9 +220,13 @@ async def test_a_websocket_that_is_ahead_of_a_disk_that_fails_is_told_once_of_ea
 
 async def test_a_websocket_whose_answers_are_long_gets_no_further_ahead_of_the_disk(tmp_path: Path) -> None:
     """Else as many of them would be held as may be without an answer."""
-    async with slow(tmp_path) as it, session(it.at) as ws:
-        for name in "ab":
-            await ws.send("publish", ref=name * 100_000, updates=[{"jobId": name, "userId": "u"}])
+    async with slow(tmp_path) as it, session(it.at) as ws, trio.open_nursery() as nursery:
+
+        async def publish() -> None:  # which may find the socket full: the second is not read yet
+            for name in "ab":
+                await ws.send("publish", ref=name * 100_000, updates=[{"jobId": name, "userId": "u"}])
+
+        nursery.start_soon(publish)
         await until(lambda: it.broker._waiting_entries)
         await trio.testing.wait_all_tasks_blocked()
         assert it.broker._waiting_entries == 1
