@@ -220,7 +220,7 @@ def malformed_json(detail: str) -> ApiError:
 def time_ms(moment: datetime, field: str) -> int:
     """A time with zone as unix milliseconds. Raises ApiError 422 for one outside the years 1 to 9999 in UTC."""
     try:
-        utc = moment.astimezone(UTC)
+        utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
     except OverflowError:
         raise invalid_field(field, "is outside of the calendar") from None
     return (utc - _UNIX_START) // _MILLISECOND

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, Literal, TypeVar, cast
 
@@ -29,6 +30,7 @@ LOST: Final = "lost"
 RETRY: Final = "retry"
 
 _END_MS: Final = 253_402_300_800_000  # of the year 9999
+_MAX_HELD: Final = 128
 _UNFIT: Final = re.compile(r"[^A-Za-z0-9_.:@-]")
 
 
@@ -132,11 +134,19 @@ def job_id(queue: str, job: str, prefix: str = "") -> str:
     What an id may not have is replaced, and then a digest keeps it apart from others. In front of all stands the
     prefix, which keeps sources apart that have the same ids.
     """
+    return (_same_id if len(job) <= _MAX_HELD else _id)(queue, job, prefix)
+
+
+def _id(queue: str, job: str, prefix: str) -> str:
     name = _name(queue, job, prefix)
     if is_id(name):
         return name
     digest = blake2b(name.encode("utf-8", "replace"), digest_size=8).hexdigest()
     return f"{_UNFIT.sub('-', name)[:100]}.{digest}"
+
+
+# Of a job there are many events, and each asks for its id several times.
+_same_id = lru_cache(maxsize=4096)(_id)
 
 
 def _name(queue: str, job: str, prefix: str) -> str:
@@ -341,8 +351,13 @@ def _told(seen: Sighting) -> Fields:
     if seen.result is not None:
         fields.result = seen.result
     if 0 <= seen.at_ms < _END_MS:
-        fields.timestamp = datetime.fromtimestamp(seen.at_ms // 1000, UTC).replace(microsecond=seen.at_ms % 1000 * 1000)
+        fields.timestamp = _moment(seen.at_ms)
     return fields
+
+
+@lru_cache(maxsize=16)
+def _moment(at_ms: int) -> datetime:
+    return datetime.fromtimestamp(at_ms // 1000, UTC).replace(microsecond=at_ms % 1000 * 1000)
 
 
 def _says_more(known: Known, fields: Fields) -> bool:

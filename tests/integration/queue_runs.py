@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ class Load:
         exact: that every step of a job is seen, as the queue keeps them, or tells them all.
         announced: that a job is heard of before a worker has it.
         sampled: that only what is can be read, so that what was over by then is missed.
+        taken_away: whether the queue gave a job to another worker, by its id here, because the first one was starved
+            until its lock had run out.
         nameless: jobs that do this may end without a word of whose they are.
         forgotten: jobs that do this may be left waiting by the queue itself.
         deaf: that its workers have to be started anew when their Redis was.
@@ -54,6 +56,7 @@ class Load:
     exact: bool
     announced: bool = True
     sampled: bool = False
+    taken_away: Callable[[str], bool] = lambda job_id: False
     nameless: frozenset[str] = frozenset()
     forgotten: frozenset[str] = frozenset()
     deaf: bool = False
@@ -119,12 +122,17 @@ def bull_load(redis: RedisServer, start: Start, library: str) -> Load:
                 return "failed"
             return None if oracle.exists(f"bull:{queue}:{job}") else "cancelled"
 
+    def taken_away(job_id: str) -> bool:
+        queue, _, job = job_id.partition(":")
+        with redis.oracle() as oracle:
+            return int(oracle.hget(f"bull:{queue}:{job}", "stc") or 0) > 0
+
     # Of Bull's jobs that wait for their time it is only looked up that they do. Whose a job is stands in its hash,
     # which goes when it is removed: on a fast machine before the queue is found.
     return Load(
         {"queues.q": {"kind": "bull4" if old else "bullmq", "url": redis.url}},
         send, [partial(work, "video"), partial(work, "fragile")], truth, exact=not old, sampled=old,
-        nameless=frozenset(("removed",)),
+        taken_away=taken_away, nameless=frozenset(("removed",)),
     )  # fmt: skip
 
 
@@ -241,12 +249,12 @@ class Watcher(Reader):
         super()._take(message, cursor)
         self.seen.setdefault(message["jobId"], []).append(message)
 
-    def check_order(self, *, together: bool) -> None:
+    def check_order(self, *, shared: Collection[str]) -> None:
         """Every update once, in order, of its own jobs; within an attempt progress never went back.
 
         Args:
-            together: two workers may have been at a job at once: that of the attempt before went on without its lock,
-                and the queue says what both report.
+            shared: jobs at which two workers may have been at once: that of the attempt before went on without its
+                lock, and the queue says what both report.
         """
         assert not self.resets, self.transport
         assert self.offsets == sorted(set(self.offsets)), self.transport
@@ -254,7 +262,7 @@ class Watcher(Reader):
             assert [message["version"] for message in messages] == list(range(1, len(messages) + 1)), job_id
             assert {message["userId"] for message in messages} == {self.user}, job_id
             far = [(message["attempt"], message["progress"]) for message in messages]
-            far = [(attempt, progress) for attempt, progress in far if attempt == 1 or not together]
+            far = [(attempt, progress) for attempt, progress in far if attempt == 1 or job_id not in shared]
             assert far == sorted(far), (job_id, far)
 
 
@@ -271,9 +279,9 @@ PATHS = {
 }  # fmt: skip
 
 
-def expected(load: Load, does: str, *, calm: bool, stores_lost: bool) -> str:
+def expected(load: Load, does: str, *, calm: bool, stores_lost: bool, taken: bool) -> str:
     """What the steps of such a job must look like, as a pattern."""
-    if does == "die":
+    if does == "die" or (taken and not stores_lost):
         # Its queue lets it be tried again, or not. Where only what is can be read, all before its end may be missed.
         return "Q?(P[SQP]*)?[CF]" if load.sampled and not calm else "Q?P[SQP]*[CF]"
     path = PATHS[does]

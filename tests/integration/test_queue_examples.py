@@ -1,4 +1,4 @@
-"""`make example-celery` and the others: one command, and there are jobs to be seen."""
+"""`make example-celery` and the others: one command, and the dashboard shows jobs that move."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import trio
 
+from tests.integration.browser import NewPage
+from tests.integration.pages import ROWS, STATE
 from tests.support import ROOT, Address, until, until_so
 
 pytestmark = pytest.mark.slow
 
+PERCENT = "row.querySelector('.percent').textContent"
 LISTENING = re.compile(r"listening on http://[^ ]*:(\d+)")
 
 
@@ -31,7 +34,9 @@ async def jobs_of(at: Address) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["celery", "bullmq", "rq"])
-async def test_an_example_shows_jobs_with_progress_and_owners(kind: str, tmp_path: Path) -> None:
+async def test_an_example_shows_jobs_with_progress_and_owners(
+    kind: str, tmp_path: Path, new_page: NewPage, pictures: Path
+) -> None:
     log = tmp_path / "log"
     command = [sys.executable, str(ROOT / "tools" / "examples" / "live.py"), kind, "--port", "0"]
     with log.open("wb") as out:
@@ -50,6 +55,11 @@ async def test_an_example_shows_jobs_with_progress_and_owners(kind: str, tmp_pat
 
         await until_so(moves, every=0.1)
         assert {job["userId"] for job in await jobs_of(at)} <= {"alice", "bob", "carol"}
+        page = await new_page()
+        await page.open(f"{at.url}/")
+        await page.wait(f"{STATE} === 'live' && {ROWS}.some((row) => /[1-9]/.test({PERCENT}))")
+        (pictures / f"example-{kind}.png").write_bytes(await page.screenshot())
+        assert page.problems == []
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:

@@ -25,7 +25,7 @@ _HELD: Final = 8 * 1024 * 1024
 # Below what a silent connection is given.
 _BLOCK_MS: Final = 500
 # Under load events are read so often and not more: together they cost half of what they do one by one.
-_GATHER_S: Final = 0.02
+_GATHER_S: Final = 0.03
 _DISCOVER_S: Final = 2.0
 # For so long queues are looked for between two readings.
 _SEARCH_S: Final = 0.02
