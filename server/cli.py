@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = arguments.module
         command = importlib.import_module(name if "." in name else f"server.commands.{name}")
         status: int = command.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where descriptor 1 is closed
+            sys.stdout.flush()
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)
     except CommandError as error:
@@ -169,8 +170,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", metavar="K", help="(the command's name)")
     parser.add_argument("--attempt", type=int, metavar="N", help="which attempt it is, if it is not the first")
     parser.add_argument(
-        "--ttl", type=_number(above=0), metavar="SECONDS", help="its death shows so soon after this process dies"
-    )
+        "--ttl", type=_number(least=0), default=30.0, metavar="SECONDS",
+        help="its death shows so soon after this process dies (30); 0 for never",
+    )  # fmt: skip
     parser.add_argument(
         "--pattern", metavar="REGEX",
         help="progress in its output: groups percent, or done and total (45%%, 120/300 and 3 of 8 are found)",
@@ -212,10 +214,10 @@ def _client_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _number(above: float = -math.inf) -> Callable[[str], float]:
+def _number(above: float = -math.inf, least: float = -math.inf) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = float(text)
-        if not (math.isfinite(value) and value > above):
+        if not (math.isfinite(value) and value > above and value >= least):
             raise ValueError(text)
         return value
 

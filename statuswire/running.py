@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
-from typing import IO, Final
+from collections.abc import Iterator, Sequence
+from typing import IO, Final, TextIO
 from uuid import uuid4
 
 from statuswire.client import configure
-from statuswire.hooks.reporting import job_id
+from statuswire.hooks.reporting import MAX_CLIMBS, job_id
 from statuswire.jobs import Job, job
 
 # What commands usually print: 45%, 45.5 %, 120/300, [120/300], 3 of 8.
@@ -64,22 +64,32 @@ def run(arguments: Namespace) -> int:
     except re.error as error:
         print(f"statuswire: --pattern is no regular expression: {error}", file=sys.stderr)
         return 2
+    _have_outlets()
+    started: list[subprocess.Popen[bytes]] = []
+    stopped = _pass_signals_on(started)
     configure(arguments.url, arguments.token)
     name = os.path.basename(command[0])
     # Its arguments may be secret, so only its name is told.
     handle = job(arguments.job or job_id(f"{name}-{uuid4().hex[:12]}"), user=arguments.user,
-                 kind=arguments.kind or name, attempt=arguments.attempt, ttl=arguments.ttl)  # fmt: skip
+                 kind=arguments.kind or name, attempt=arguments.attempt, ttl=arguments.ttl or None)  # fmt: skip
+    # It may have been run before, or be believed dead because the server was not reached for long.
+    handle.may_climb(MAX_CLIMBS)
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except OSError as error:
         handle.fail(f"{name}: {error.strerror}")
         print(f"statuswire: {command[0]}: {error.strerror}", file=sys.stderr)
         return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
-    stopped = _pass_signals_on(process)
+    started.append(process)
+    for number in stopped:  # they came too early
+        process.send_signal(number)
     last = _Last()
     readers = [
-        threading.Thread(target=_read, args=(stream, out, handle, pattern, last), daemon=True)
-        for stream, out in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer))
+        threading.Thread(target=_read, args=(stream, out, handle, pattern, said), daemon=True)
+        for stream, out, said in (
+            (process.stdout, _bytes_of(sys.stdout), None),
+            (process.stderr, _bytes_of(sys.stderr), last),
+        )
     ]
     for reader in readers:
         reader.start()
@@ -97,7 +107,21 @@ class _Last:
     line = ""
 
 
-def _read(stream: IO[bytes] | None, out: IO[bytes], handle: Job, pattern: re.Pattern[str], last: _Last) -> None:
+def _have_outlets() -> None:
+    """What this process was started without is nowhere; a pipe to the command must not get its number."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _bytes_of(out: TextIO | None) -> IO[bytes]:
+    """Where bytes can be written; nowhere if this process was started without."""
+    return open(os.devnull, "wb") if out is None else out.buffer
+
+
+def _read(stream: IO[bytes] | None, out: IO[bytes], handle: Job, pattern: re.Pattern[str], last: _Last | None) -> None:
     assert stream is not None
     for line in _lines(stream.fileno(), out):
         words = line.decode("utf-8", "replace").strip()
@@ -106,7 +130,7 @@ def _read(stream: IO[bytes] | None, out: IO[bytes], handle: Job, pattern: re.Pat
         percent = progress_in(words, pattern)
         if percent is not None:
             handle.progress(percent, words[:200])
-        elif out is sys.stderr.buffer:
+        elif last is not None:
             last.line = words[:500]
 
 
@@ -127,14 +151,15 @@ def _lines(descriptor: int, out: IO[bytes]) -> Iterator[bytes]:
     yield held
 
 
-def _pass_signals_on(process: subprocess.Popen[bytes]) -> list[int]:
-    """Signals to this process are the command's. Returns those that came."""
+def _pass_signals_on(started: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Signals to this process are the command's, once it is started. Returns those that came."""
     came: list[int] = []
 
     def handle(number: int, _: object) -> None:
         came.append(number)
-        if process.poll() is None and not (number == signal.SIGINT and _in_foreground()):
-            process.send_signal(number)
+        for process in started:
+            if process.poll() is None and not (number == signal.SIGINT and _in_foreground()):
+                process.send_signal(number)
 
     for number in _SIGNALS:
         signal.signal(number, handle)

@@ -267,8 +267,12 @@ class Watcher(Reader):
 
 
 def steps(messages: list[dict[str, Any]]) -> str:
-    """The statuses a job went through, a letter for each, once in a row."""
-    return re.sub(r"(.)\1+", r"\1", "".join(LETTERS[message["status"]] for message in messages))
+    """The statuses a job went through, a letter for each, once in a row.
+
+    A worker that got no turn for so long that it was believed dead, and was heard again, was at it all the time.
+    """
+    path = re.sub(r"(.)\1+", r"\1", "".join(LETTERS[message["status"]] for message in messages))
+    return re.sub("P(SP)+", "P", path)
 
 
 # Of a job that does this, where nothing is missed. What may come several times depends on how slow the machine is.

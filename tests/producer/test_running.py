@@ -139,6 +139,33 @@ async def test_it_is_stopped_by_whoever_cancels_the_job_and_by_signals(tmp_path:
         assert ended["status"] == "cancelled"
 
 
+async def test_run_again_it_is_the_next_attempt(tmp_path: Path) -> None:
+    async with server() as at:
+        for attempt, end in ((1, "completed"), (2, "failed"), (3, "completed")):
+            await run(at, tmp_path, "true" if end == "completed" else "false", options=("--job", "nightly"))
+            job = await record(at, "nightly")
+            assert (job["attempt"], job["status"]) == (attempt, end)
+
+
+async def test_killed_itself_it_shows_and_without_output_it_runs(tmp_path: Path) -> None:
+    async with server() as at:
+        command = wrapped(at.url, "sleep", "60", options=("--user", "a", "--job", "j1", "--ttl", "0.3"))
+        process = subprocess.Popen(command, env=environment(tmp_path), start_new_session=True)  # noqa: ASYNC220
+        try:
+            await until(lambda: at.node.jobs.get("j1") is not None)
+            process.kill()
+            await until(lambda: b'"error":"lost"' in at.node.jobs.jobs["j1"].latest.body)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        script = 'exec "$@" >&- 2>&-'
+        inside = wrapped(at.url, "sh", "-c", "echo 50%; exit 7", options=("--user", "a", "--job", "j2"))
+        done = await trio.run_process(["sh", "-c", script, "sh", *inside], check=False, env=environment(tmp_path))
+        assert done.returncode == 7
+        await delivered(at.url, tmp_path)
+        assert (await record(at, "j2"))["progress"] == 50
+
+
 async def test_a_prompt_is_shown_and_its_answer_passed_on(tmp_path: Path) -> None:
     async with server() as at:
         script = 'printf "name? "; read name; printf "%s\\r50%%\\r" "$name" >&2; read end'
@@ -164,11 +191,11 @@ async def test_a_prompt_is_shown_and_its_answer_passed_on(tmp_path: Path) -> Non
 
 async def test_output_without_any_end_of_line_goes_on_and_is_not_gathered(tmp_path: Path) -> None:
     async with server() as at:
-        script = "import os; [os.write(1, bytes(range(14, 256)) * 200) for _ in range(400)]; os.write(1, b' 70%')"
+        script = "import os; [os.write(1, bytes(range(14, 256)) * 200) for _ in range(40)]; os.write(1, b' 70%')"
         done = await trio.run_process(
             wrapped(at.url, sys.executable, "-c", script), capture_stdout=True, env=environment(tmp_path)
         )
-        assert done.stdout == bytes(range(14, 256)) * 80_000 + b" 70%"
+        assert done.stdout == bytes(range(14, 256)) * 8_000 + b" 70%"
         await delivered(at.url, tmp_path)
         (job,) = at.node.jobs.jobs.values()
         assert (job.latest.status, b'"message"' in job.latest.body) == ("completed", True)
