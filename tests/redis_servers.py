@@ -147,14 +147,16 @@ class Sentinels:
             _, port = oracle.sentinel_get_master_addr_by_name("main")
         return next(server for server in self.servers if server.port == int(port))
 
-    def fail_over(self) -> bool:
-        """Ask the first sentinel to replace a master that is well. False if it does not know the replica well yet."""
-        with self.sentinels[0].oracle() as oracle:
-            try:
-                oracle.execute_command("SENTINEL", "FAILOVER", "main")
-            except redis.exceptions.ResponseError:
-                return False
-        return True
+    def fail_over(self, old: RedisServer) -> bool:
+        """Have the first sentinel replace a master that is well; to be asked until it says that it is done.
+
+        It gives up on a replica that is slow to answer, as on a busy machine; all being well, it does not try again.
+        """
+        if self.master() is not old:
+            return True
+        with self.sentinels[0].oracle() as oracle, suppress(redis.exceptions.ResponseError):
+            oracle.execute_command("SENTINEL", "FAILOVER", "main")
+        return False
 
     def _settled(self) -> bool:
         with self.sentinels[0].oracle() as oracle:

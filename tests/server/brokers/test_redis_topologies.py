@@ -55,9 +55,9 @@ async def test_sentinel_failover_of_a_living_master(tmp_path: Path) -> None:
     """The old master still answers for a while: sentinels say that there is a new one."""
     with running_sentinels(tmp_path, count=1) as redis_:
         async with witnessed(redis_.url) as witness:
-            old = witness.ups[0].address
-            await until(redis_.fail_over)
-            await until(lambda: witness.ups[-1].address != old)
+            old = redis_.master()
+            await until(lambda: redis_.fail_over(old))
+            await until(lambda: witness.ups[-1].address.port != old.port)
             assert await witness.client.call("SET", "a", 1, patience=3) == b"OK"
 
 
