@@ -42,28 +42,16 @@ class NodeInfo:
 
     Attributes:
         address: where it was reached.
-        run_id: changes with every start of the process (40 hex digits).
         version: such as ``(7, 0, 15)``.
         role: ``"master"`` or ``"slave"`` (Redis' word); ``"sentinel"`` for a sentinel.
         mode: ``"standalone"``, ``"cluster"`` or ``"sentinel"``.
-        replication_id: names a history of writes; a promoted replica begins a new one (``master_replid``).
-        replication_id2: the history it continues after a promotion (``master_replid2``; zeros if none).
-        replication_offset: bytes of that history.
-        replicas: connected now.
-        master_link: ``"up"`` or ``"down"`` on a replica, None on a master.
         evicts: its ``maxmemory-policy`` if that lets it drop keys, else None.
     """
 
     address: Address
-    run_id: str
     version: tuple[int, ...]
     role: str
     mode: str
-    replication_id: str
-    replication_id2: str
-    replication_offset: int
-    replicas: int
-    master_link: str | None
     evicts: str | None
 
 
@@ -94,7 +82,7 @@ async def connect(address: Address, url: RedisUrl, options: Options, kind: Kind 
 async def _open(address: Address, url: RedisUrl) -> Stream:
     try:
         plain = await trio.open_tcp_stream(address.host, address.port)  # sets TCP_NODELAY
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be the name of a host
         tried = error.__cause__
         reason = tried.exceptions[0] if isinstance(tried, ExceptionGroup) else tried or error
         raise RedisStartError(
@@ -210,15 +198,9 @@ def _examine(info: str, address: Address, url: RedisUrl, kind: Kind) -> NodeInfo
     policy = fields.get("maxmemory_policy", "noeviction")
     node = NodeInfo(
         address=address,
-        run_id=fields.get("run_id", ""),
         version=version,
         role=fields.get("role", mode),
         mode=mode,
-        replication_id=fields.get("master_replid", ""),
-        replication_id2=fields.get("master_replid2", ""),
-        replication_offset=int(fields.get("master_repl_offset", 0)),
-        replicas=int(fields.get("connected_slaves", 0)),
-        master_link=fields.get("master_link_status"),
         evicts=None if policy == "noeviction" or fields.get("maxmemory", "0") == "0" else policy,
     )
     oldest = OLDEST_CLUSTER if url.topology == "cluster" else OLDEST

@@ -77,7 +77,6 @@ class RedisUrl:
     sentinel_username: str | None = None
     sentinel_password: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = field(default=None, repr=False)
-    tls_check_host: bool = True
 
     def __str__(self) -> str:
         scheme = ("rediss" if self.tls else "redis") + ("" if self.topology == "single" else f"+{self.topology}")
@@ -124,7 +123,6 @@ def parse_redis_url(text: str) -> RedisUrl:
             raise RedisStartError(f"`{name}` in the Redis URL is for TLS: begin the URL with rediss, or leave it out.")
         if name in _SENTINEL_PARAMETERS and topology != "sentinel":
             raise RedisStartError(f"`{name}` in the Redis URL is for redis+sentinel:// only.")
-    check_host = query.get("verify_host", "yes") == "yes"
     return RedisUrl(
         topology=topology,
         addresses=addresses,
@@ -134,8 +132,7 @@ def parse_redis_url(text: str) -> RedisUrl:
         master_name=master_name,
         sentinel_username=query.get("sentinel_username"),
         sentinel_password=query.get("sentinel_password"),
-        tls=_tls_context(query, check_host) if tls else None,
-        tls_check_host=check_host,
+        tls=_tls_context(query) if tls else None,
     )
 
 
@@ -175,7 +172,7 @@ def _query(text: str, known: tuple[str, ...]) -> dict[str, str]:
     return query
 
 
-def _tls_context(query: dict[str, str], check_host: bool) -> ssl.SSLContext:
+def _tls_context(query: dict[str, str]) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=query.get("ca"))
         if "cert" in query:
@@ -183,5 +180,5 @@ def _tls_context(query: dict[str, str], check_host: bool) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         names = ", ".join(query[name] for name in ("ca", "cert", "key") if name in query)
         raise RedisStartError(f"The TLS files of the Redis URL ({names}) cannot be used: {error}.") from error
-    context.check_hostname = check_host
+    context.check_hostname = query.get("verify_host", "yes") == "yes"
     return context

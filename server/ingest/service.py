@@ -37,7 +37,6 @@ class Ingest:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._stopped = False
         self._stop = trio.Event()
         host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:64]
         self.name = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"

@@ -98,6 +98,7 @@ def test_bad_urls(text: str, hint: str) -> None:
 async def test_start_errors_say_what_to_do(shared_redis: RedisServer, tmp_path: Path) -> None:
     assert "cannot be reached" in await refusal(f"redis://127.0.0.1:{free_ports(1)[0]}")
     assert "cannot be reached" in await refusal("redis://no-such-host.invalid")
+    assert "cannot be reached" in await refusal(f"redis://{'long' * 20}.invalid")
     assert "has no database 99" in await refusal(f"{shared_redis.url}/99")
     assert "leave the password out" in await refusal(f"redis://:secret@127.0.0.1:{shared_redis.port}")
     assert "refuses user 'nobody'" in await refusal(f"redis://nobody:secret@127.0.0.1:{shared_redis.port}")
@@ -337,7 +338,6 @@ async def test_kill_and_restart(server: RedisServer) -> None:
         await client.call("PUBLISH", "news", "again")
         await until(lambda: witness.messages == [(b"news", b"again")])
         assert len(witness.ups) == 2
-        assert witness.ups[0].run_id != witness.ups[1].run_id
         assert (witness.ups[1].role, witness.ups[1].version[0] >= 6) == ("master", True)
         assert witness.lost == [frozenset({b"news"})]
         assert len(witness.downs) == 1
