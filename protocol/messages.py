@@ -241,7 +241,11 @@ def split_ids(
 
 def server_message(type_: str, **fields: Any) -> bytes:
     """JSON text of ``{"type":…, …fields}``; fields that are None are left out, and names are sent as they are."""
-    return msgspec.json.encode({"type": type_} | {name: value for name, value in fields.items() if value is not None})
+    message: dict[str, Any] = {"type": type_}
+    for name, value in fields.items():
+        if value is not None:
+            message[name] = value
+    return msgspec.json.encode(message)
 
 
 def whole(seconds: float) -> int | float:

@@ -71,6 +71,7 @@ MAX_UNANSWERED: Final = 64
 LONG_REF: Final = 1024
 # Publish messages of one turn that are decided in one go.
 MOST_GATHERED: Final = 64
+_SUBSCRIBED: Final = encode({"type": "subscribed"})
 # Of so many missed updates it is looked up at once whether any is wanted, of more as they are sent.
 FILTERED_AT_ONCE: Final = 1000
 
@@ -146,7 +147,7 @@ async def _subscribe(session: Session, message: Subscribe) -> None:
         session.min_interval_s = interval
     session.hub.attach(session, names, Want(wanted, form))
     session.node.counters.begin(resumed=begin.after is not None, lost=begin.lost)
-    head = {"type": "subscribed", "ref": message.ref} if message.ref is not None else {"type": "subscribed"}
+    head = _SUBSCRIBED if message.ref is None else encode({"type": "subscribed", "ref": message.ref})
     scope: dict[str, Any] = {"jobIds": job_ids or [], "denied": denied}
     if message.channels is not None:
         scope["channels"] = channels
@@ -154,7 +155,7 @@ async def _subscribe(session: Session, message: Subscribe) -> None:
     if begin.after is None:
         jobs = snapshot(session.node.jobs, names)
         last = scope | {"id": f"{history.epoch}:{history.last}", "recovered": False}
-        parts = session.framed(snapshot_parts(records(jobs, wanted, fields), "snapshot", encode(head), encode(last)))
+        parts = session.framed(snapshot_parts(records(jobs, wanted, fields), "snapshot", head, encode(last)))
         session.post(next(parts) if len(jobs) <= 1 else parts)
     else:
         missed = missed_updates(history, names, begin.after)
@@ -165,7 +166,7 @@ async def _subscribe(session: Session, message: Subscribe) -> None:
         # Not further than what the client has: the replay behind it takes the cursor on from there.
         cursor = f"{history.epoch}:{begin.after if missed else history.last}"
         (part,) = session.framed(
-            snapshot_parts((), "snapshot", encode(head), encode(scope | {"id": cursor, "recovered": True}))
+            snapshot_parts((), "snapshot", head, encode(scope | {"id": cursor, "recovered": True}))
         )
         session.post(part, replay(session.node, form, missed, wanted))
     session.wants_changed()
