@@ -3,8 +3,9 @@
 `python -m perf.soak [--seconds 1800] [--clients 150]`, or `make soak`. Users, jobs and transports change all the time,
 and so does how clients leave: some say goodbye, some reset the connection, some stop reading first. A probe measures
 how late updates are. Printed is a line for each window; exit status 1 if memory, descriptors, tasks or delivery times
-grew, or if anything was left once everybody had gone. Of delivery times that is what they are beyond `slowed`: by which
-factor others, who wanted to run as well, held up the server and its clients in that window.
+grew, or if anything was left once everybody had gone. Delivery times are by a clock that stands still while the clients
+do, and what counts of them is what they are beyond `slowed`: by which factor others, who wanted to run as well, held up
+the server in that window.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from urllib.parse import quote
 import jwt
 import trio
 
+from perf.crowded import LoopClock, slowed, waits_of
 from perf.measure import Target, server
 from perf.publish_ways import masked
 from server.poller import MAX_PARKED
@@ -82,6 +84,7 @@ class Soak:
         done: what clients did, by name.
         delays: of the probe in this window, seconds.
         over: set when clients are to stop coming.
+        clock: stands still while the clients do.
         waits: as of the window before, see ``waits_of``.
     """
 
@@ -91,6 +94,7 @@ class Soak:
     delays: list[float] = field(default_factory=list)
     over: bool = False
     number: int = 0
+    clock: LoopClock = field(default_factory=LoopClock)
     waits: dict[str, float] = field(default_factory=dict)
 
     def user(self) -> str:
@@ -289,7 +293,7 @@ async def probe(soak: Soak) -> None:
 
         async def publish() -> None:
             while True:
-                update = {"userId": "probe", "message": f"t={time.monotonic():.6f}"}
+                update = {"userId": "probe", "message": f"t={soak.clock():.6f}"}
                 await ask(soak, "POST", "/api/v2/jobs/probe/updates", update)
                 await stream.send_all(PONG)
                 await trio.sleep(1 / PROBES_PER_S)
@@ -297,7 +301,7 @@ async def probe(soak: Soak) -> None:
         nursery.start_soon(publish)
         rest = b""
         while data := await stream.receive_some(65536):
-            now = time.monotonic()
+            now = soak.clock()
             rest += data
             for found in re.finditer(rb'"status_update".*?"message":"t=([\d.]+)"', rest):
                 soak.delays.append(now - float(found[1]))
@@ -329,25 +333,6 @@ async def look(soak: Soak) -> dict[str, float]:
     }
 
 
-def waits_of(pid: int) -> dict[str, float]:
-    """For how long each thread of the server, and this one, could run and others did, and ``""`` what time it is; s."""
-    threads = [*Path(f"/proc/{pid}/task").iterdir(), Path("/proc/self")]
-    found = {"": time.monotonic()}
-    for thread in threads:
-        with suppress(FileNotFoundError):
-            found[str(thread)] = int((thread / "schedstat").read_text().split()[1]) / 1e9
-    return found
-
-
-def slowed(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """By which factor all of them together take longer on a machine that others use: an update goes through each."""
-    factor = 1.0
-    for name in before.keys() & after.keys() - {""}:
-        length = after[""] - before[""]
-        factor *= length / max(length / 100, length - (after[name] - before[name]))
-    return factor
-
-
 def grown(windows: Sequence[Mapping[str, float]]) -> list[str]:
     """What is more in the last quarter than it may be."""
     quarter = max(1, len(windows) // 4)
@@ -377,6 +362,7 @@ async def run(target: Target, seconds: float, clients: int, seed: int) -> Result
     windows = []
     print("  ".join(f"{name:>11}" for name in ("seconds", *before)), flush=True)
     async with trio.open_nursery() as everything:
+        everything.start_soon(soak.clock.run)
         everything.start_soon(probe, soak)
         async with trio.open_nursery() as crowd:
             for _ in range(clients):

@@ -12,7 +12,6 @@ import os
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 
 import trio
 
+from perf.crowded import LoopClock, slowed, waits_of
 from server.poller import MAX_PARKED
 from tests.hostility.attacks import ATTACKS, MIB, TLS_ATTACKS
 from tests.pacing import for_a_while
@@ -82,12 +82,6 @@ class Ground:
             with trio.CancelScope(shield=True):
                 found.update(await self.order())
 
-    def waits(self) -> list[tuple[float, float]]:
-        """Of server and readers each: the time, and for how long until now it could run and others did; seconds."""
-        now = time.perf_counter()
-        paths = [f"/proc/{pid}/schedstat" for pid in (self.at.process.pid, os.getpid())]
-        return [(now, int(Path(path).read_text().split()[1]) / 1e9) for path in paths]
-
     def memory(self) -> int:
         """Bytes of the server that are resident."""
         for line in Path(f"/proc/{self.at.process.pid}/status").read_text().splitlines():
@@ -128,17 +122,18 @@ def ground(directory: Path, trust: ssl.SSLContext | None = None, **tables: Mappi
 
 @dataclass
 class Readers:
-    """Ordinary readers, one of each kind, and the publisher of what they watch."""
+    """Ordinary readers, one of each kind, and who publishes what they watch. Their ``clock`` stands still with them."""
 
     delays: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, list[int]] = field(default_factory=dict)
     published: int = 0
     on: bool = True
+    clock: LoopClock = field(default_factory=LoopClock)
 
     def take(self, kind: str, message: Mapping[str, Any]) -> None:
         """Note one update."""
         if message.get("jobId") == JOB and "message" in message:
-            self.delays.setdefault(kind, []).append(time.perf_counter() - float(message["message"]))
+            self.delays.setdefault(kind, []).append(self.clock() - float(message["message"]))
             self.versions.setdefault(kind, []).append(message["version"])
 
     def p99(self) -> float:
@@ -155,7 +150,7 @@ class Readers:
         """Publish at a steady rate; each update has the time at which it was sent."""
         async with at.connect() as http:
             while self.on:
-                body = {"userId": "alice", "message": repr(time.perf_counter())}
+                body = {"userId": "alice", "message": repr(self.clock())}
                 answer = await http.request("POST", f"/api/v2/jobs/{JOB}/updates", body=body, headers=WORKER)
                 assert answer.status == 200, answer
                 self.published = answer.json["version"]
@@ -197,6 +192,7 @@ async def readers(at: Spawned) -> AsyncIterator[Readers]:
     found = Readers()
     await at.publish(JOB, WORKER, userId="alice")
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(found.clock.run)
         for kind in (found.websocket, found.sse, found.poll):
             ready = trio.Event()
             nursery.start_soon(kind, at, ready)
@@ -268,7 +264,7 @@ async def siege(
         victims.p99()
         await for_a_while(SECONDS / 2)
         before, start_memory, start_standing = victims.p99(), ground.memory(), await ground.standing()
-        start_waits = ground.waits()
+        start_waits = waits_of(ground.at.process.pid)
         peak = 0
 
         async def watch() -> None:
@@ -290,7 +286,7 @@ async def siege(
                 connects = attacked["connects"]
                 assert connects >= clients, attacked
             await victims.given()  # with what was held up by the attack and came only now
-            under, slowed = victims.p99(), _slowed(start_waits, ground.waits())
+            under, factor = victims.p99(), slowed(start_waits, waits_of(ground.at.process.pid))
             watching.cancel_scope.cancel()
 
         ended = trio.current_time()
@@ -307,24 +303,12 @@ async def siege(
         recovery = trio.current_time() - ended
         await newcomers_are_served(ground.at)
     report = Report(title or name, before, under, peak - start_memory, recovery, connects)
-    assert under <= slowed * NOTICEABLE_S, (report, slowed)
+    assert under <= factor * NOTICEABLE_S, (report, factor)
     assert report.growth <= memory, report
     assert "Traceback" not in ground.at.log()
     assert "connection_failed" not in ground.at.log()
     REPORTS.append(report)
     return report
-
-
-def _slowed(start: list[tuple[float, float]], end: list[tuple[float, float]]) -> float:
-    """By which factor the machine was too busy, with the attackers and whatever else, for the server and its readers.
-
-    What a server does with the time that it gets is its own affair; how much that is, is not.
-    """
-    factor = 1.0
-    for (began, before), (ended, after) in zip(start, end, strict=True):
-        length = ended - began
-        factor *= length / max(length / 100, length - (after - before))
-    return factor
 
 
 def _back(now: tuple[int, int, int], before: tuple[int, int, int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from perf.soak import WINDOWS, grown, leftovers, run, slowed, soaked
+from perf.soak import WINDOWS, grown, leftovers, run, soaked
 
 pytestmark = pytest.mark.slow
 NAMES = ("memory", "descriptors", "tasks", "sockets", "connections", "channels", "pending", "p99", "slowed")
@@ -31,13 +31,6 @@ def test_what_grows_is_said() -> None:
     for others, found in ((1.0, ["p99 grew from 50.0 to 200.0"]), (2.0, [])):
         slow = [*flat[:9], *[window | {"p99": 200.0, "slowed": others} for window in flat[9:]]]
         assert grown(slow) == found, "what others do on this machine is not the server's"
-
-
-def test_how_much_others_slow_it_down() -> None:
-    before = {"": 100.0, "a": 1.0, "b": 5.0, "gone": 3.0}
-    assert slowed(before, {"": 110.0, "a": 6.0, "b": 5.0, "new": 9.0}) == 2.0
-    assert slowed(before, {"": 110.0, "a": 6.0, "b": 10.0}) == 4.0
-    assert slowed({}, before) == 1.0
 
 
 def test_what_is_left_is_said() -> None:
