@@ -32,7 +32,7 @@ LOG: Final = logging.getLogger("statuswire")
 # After about this long the flusher looks whether a socket has something to read, and lets other tasks run if one has:
 # short enough that nobody notices a large channel being served. A pass through Trio's loop costs more than its own
 # 20 µs, since the caches are cold after it; looking costs 1 µs.
-YIELD_AFTER_S: Final = 0.002
+YIELD_AFTER_S: Final = 0.003
 # And after this long in any case, for tasks that wait for something else.
 YIELD_ALWAYS_S: Final = 0.005
 # Looking at the clock costs 50 ns; once in 16 sends (about 100 µs) is often enough.
@@ -458,6 +458,8 @@ class Hub:
         now = perf_counter()
         if now - self._ran > YIELD_ALWAYS_S or self._wanted():
             await trio.lowlevel.checkpoint()
+            if self._wanted():  # by chance it was this task's turn first, as in ``_take_along``
+                await trio.lowlevel.checkpoint()
             now = self._ran = perf_counter()
         return now
 

@@ -358,6 +358,35 @@ async def test_what_can_be_read_before_a_flush_goes_along(bench: Bench, nursery:
         reader.sent.clear()
 
 
+async def test_who_reads_has_a_turn_in_each_pause_of_a_flush(
+    bench: Bench, nursery: trio.Nursery, impatient: None
+) -> None:
+    """Whoever comes first in a pass of the loop."""
+    readers = [bench.reader("j/a") for _ in range(3 * hub_module.LOOK_EVERY)]
+    unread = sent = 0
+    served: list[int] = []
+
+    async def read() -> None:
+        nonlocal unread
+        unread = 0
+        served.append(sum(len(reader.sent) for reader in readers) - sent)
+
+    def send(data: bytes, /) -> int:
+        nonlocal unread
+        unread = 1
+        nursery.start_soon(read)
+        readers[0].sent.append(data)
+        return len(data)
+
+    readers[0].sock_send = send  # type: ignore[method-assign]
+    bench.hub._wanted = lambda: unread > 0
+    for _ in range(20):
+        bench.next()
+        await wait_all_tasks_blocked()
+        sent = sum(len(reader.sent) for reader in readers)
+    assert served == [hub_module.LOOK_EVERY] * 20
+
+
 @pytest.fixture
 def beat(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The flusher counts as busy, and the next beat is an hour away."""
