@@ -19,6 +19,7 @@ from server.answers import Response
 from server.exchange import Exchange
 from server.routes import ROUTES, Route
 from tests.conformance.http1_corpus import GROUPS, MAX_BODY, MAX_LINE, OK, SENTINEL, Case
+from tests.conformance.report import DOCUMENT
 from tests.conformance.results import Results
 from tests.integration.running import free_port
 from tests.nginx import running_nginx, write_configuration
@@ -221,6 +222,12 @@ OTHER = Heard("GET", "/b", "", "a", b"")
 )
 def test_what_is_more_lenient(ours: list[Heeded], theirs: list[Heeded], verdict: str) -> None:
     assert compare(ours, theirs) == verdict
+
+
+def test_the_page_is_about_this_corpus() -> None:
+    page = DOCUMENT.read_text(encoding="utf-8")
+    for group, table in GROUPS.items():
+        assert f"| {group} | {len(table)} |" in page, "`make conformance` writes it anew"
 
 
 async def test_http1_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: Results) -> None:
