@@ -25,6 +25,7 @@ from tests.fleet import TRANSPORTS
 from tests.integration.processes import Start, processes
 from tests.integration.queue_runs import (
     HERE,
+    LONG_S,
     SECRETS,
     Load,
     Watcher,
@@ -42,7 +43,6 @@ from tests.support import ADMIN, AUTH, PATIENCE_S, Address, server, spawned, unt
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 HANDOVER_S = 5.0
-LONG_S = 180.0  # two hundred jobs, on a machine that others use too
 LOADS: dict[str, Callable[[RedisServer, Start], Load]] = {
     "bullmq": partial(bull_load, library="bullmq"),
     "bullmq5": partial(bull_load, library="bullmq5"),
@@ -307,7 +307,7 @@ def check(
             if not re.fullmatch(pattern, path) or truth not in (None, found[name]["status"]):
                 wrong[name] = (does, pattern, path, truth, found[name])
     print(trouble, {does: dict(counts) for does, counts in paths.items()})
-    assert not wrong, (len(wrong), list(wrong.items())[:5])
+    assert not wrong, "\n".join(map(repr, wrong.items()))
     assert {name: job["userId"] for name, job in found.items()} == {name: user for name, (_, user) in names.items()}
     if stores_lost:
         return
