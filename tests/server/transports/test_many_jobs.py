@@ -201,10 +201,17 @@ async def test_a_poll_that_waits_holds_nothing_of_what_it_looked_through(
     many: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "UNFINISHED_FREE", 0)
+    hold, held = many.node.limits.hold, [0]
+
+    def holding(before: int, after: int) -> None:
+        hold(before, after)
+        held.append(many.node.limits.unfinished)
+
+    monkeypatch.setattr(many.node.limits, "hold", holding)
     async with connect(many) as http:
         await http.send(request_bytes("GET", "/api/v2/jobs/poll?timeout=60&kind=rare"))
-        await until(lambda: many.node.limits.unfinished)
         await until(lambda: many.node.polls)
+        assert max(held) > 0, "it did hold something"
         assert many.node.limits.unfinished == 0
 
 
