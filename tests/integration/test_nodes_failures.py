@@ -165,7 +165,9 @@ async def test_sentinels_replace_a_master_under_load(tmp_path: Path) -> None:
     with running_sentinels(tmp_path) as sentinels:
         async with nodes(sentinels.url) as running:
             async with under_load(running) as (watchers, more):
-                await trio.to_thread.run_sync(sentinels.master().kill)
+                old = sentinels.master()
+                await trio.to_thread.run_sync(old.kill)
+                await until(lambda: sentinels.master() is not old)
                 await more()
             epochs = {at.node.history.epoch for at in running}
             assert len(epochs) == 1
@@ -179,6 +181,9 @@ async def test_a_cluster_loses_a_master_under_load(tmp_path: Path) -> None:
             slot = int(oracle.execute_command("CLUSTER", "KEYSLOT", "{statuswire}"))
         async with nodes(cluster.url) as running:
             async with under_load(running) as (_, more):
-                await trio.to_thread.run_sync(cluster.owner(slot).kill)
+                owner = cluster.owner(slot)
+                await trio.to_thread.run_sync(owner.kill)
+                with cluster.replicas[cluster.masters.index(owner)].oracle() as heir:
+                    await until(lambda: heir.info("replication")["role"] == "master")
                 await more()
             assert running[0].node.history.epoch == running[1].node.history.epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +14,7 @@ import pytest
 import trio
 import trio.testing
 
+from server.brokers import redis_broker
 from server.brokers.redis_keys import shard_of
 from tests.redis_nodes import nodes, publish
 from tests.redis_servers import Proxy, RedisServer, running_proxy, running_server
@@ -26,6 +28,13 @@ def two_hours_ago() -> float:
     return time.time() - 7200
 
 
+@pytest.fixture
+def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes go by their own clocks, however far off those are and however long it takes them to publish."""
+    monkeypatch.setattr(redis_broker, "_CLOCK_OFF_S", math.inf)
+
+
+@pytest.mark.usefixtures("own_time")
 async def test_the_log_in_redis_is_bounded_by_age(redis: RedisServer) -> None:
     async with nodes(redis.url, auth=AUTH, history={"max_age": 60}) as (one, two):
         old = one.node.shared
@@ -83,6 +92,7 @@ async def one_is_cut_off(
         yield one, two, ws, proxy
 
 
+@pytest.mark.usefixtures("own_time")
 async def test_what_grew_old_while_a_node_was_away_is_not_lost(redis: RedisServer) -> None:
     async with one_is_cut_off(redis, two_hours_ago, history={"max_age": 60}) as (one, two, ws, proxy):
         for _ in range(20):
