@@ -66,14 +66,14 @@ async def test_a_server_that_was_stopped_ends_nobody_for_it() -> None:
     """A machine that sleeps hears nobody: that time does not count."""
 
     def stop() -> None:
-        time.sleep(1.5)
+        time.sleep(0.8)
 
     async with clean_server(server={"heartbeat": 0.1}, health=NO_PATIENCE) as server, session(server) as ws:
         await ws.subscribe()
         (reader,) = server.node.streams
-        for _ in range(3):
+        for _ in range(2):
             stop()
-            for _ in range(3):
+            for _ in range(2):
                 assert (await ws.receive())["type"] == "heartbeat"
         assert reader in server.node.streams
 
