@@ -80,7 +80,7 @@ export interface Options {
 export interface Watch<Item> extends AsyncIterable<Item> {
   /** What is known of it now. */
   readonly jobs: Job[];
-  /** Whether that is how things are; `false` while there is no connection. */
+  /** Whether that is how things are; `false` while there is no connection, and before the first answer. */
   readonly live: boolean;
   close(): void;
 }
@@ -116,7 +116,7 @@ export interface Client {
   /** Stored notifications up to this one need not come again. */
   ack(id: string): Promise<void>;
 
-  /** Call a function when `state` changes; returns one that ends it. */
+  /** Call a function when `state` changes, or a watch becomes live later than that; returns one that ends it. */
   onState(callback: (client: Client) => void): () => void;
   /** Connect now, as if nothing had ever failed. */
   reconnect(): void;

@@ -30,7 +30,8 @@ let lastLive = null; // the moment until which what is shown was true
 let whole = false; // all that the connection will begin with is here
 let scheduled = false;
 let choiceChanged = true;
-let nextView = 0;
+let nextView = 0; // when another order may be made
+let pendingView = 0; // the timer that waits for it
 let shown = 0;
 let running = 0;
 
@@ -200,7 +201,6 @@ function draw(now) {
   list.draw(live);
   timeline.draw(now);
 }
-let pendingView = 0;
 
 function arrange(now) {
   const began = performance.now();

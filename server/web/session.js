@@ -13,7 +13,7 @@ export function setToken(text) {
 }
 
 /** A refusal, in the server's words where it has some. */
-export class Refusal extends Error {
+class Refusal extends Error {
   constructor(status, code, message) {
     super(message);
     this.status = status;

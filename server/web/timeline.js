@@ -36,8 +36,8 @@ export function createTimeline({ root, ask, complain, onClose, schedule }) {
   for (const [title, text] of facts) rows.append(el("div", "", el("dt", "", title), text));
   const state = el("p", "quiet");
   const list = el("ol", "updates");
-  const cancel = button("Cancel job", () => remove("cancel"));
-  const discard = button("Delete job", () => remove("delete"), "danger");
+  const cancel = button("Cancel job", () => stop("cancel"));
+  const discard = button("Delete job", () => stop("delete"), "danger");
   const head = el("div", "line", name, badge, value, button("Close", () => api.close(), "push"));
   list.setAttribute("aria-label", "Updates, newest first");
   list.tabIndex = 0;
@@ -155,7 +155,8 @@ export function createTimeline({ root, ask, complain, onClose, schedule }) {
     progress.draw(updates.map((record, at) => [(times[at] - times[0]) / span, (record.progress ?? 0) / 100]));
   }
 
-  async function remove(how) {
+  /** Cancel or delete the job, once a person has agreed. */
+  async function stop(how) {
     const id = jobId;
     const words = {
       cancel: [`Ask the worker of ${id} to stop?`, "Cancel job"],

@@ -247,6 +247,12 @@ async def test_a_hidden_page_may_pause(new_page: NewPage) -> None:
         await publish(at, progress=2)
         await page.run("hide(false)")
         await page.wait("client.live && seen.length === 1")
+        # Whoever has disconnected is not told later that it is offline.
+        await page.run("hide(true), client.disconnect(), states.splice(0), 0")
+        await page.run("new Promise((done) => setTimeout(done, 100))")
+        assert await page.run("[client.state, ...states]") == ["closed"]
+        await page.run("hide(false), client.reconnect(), 0")
+        await until_live(page)
 
 
 async def test_a_socket_that_died_meanwhile_is_found_out_when_the_page_is_looked_at(new_page: NewPage) -> None:

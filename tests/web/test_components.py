@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -65,26 +64,31 @@ def bundle(directory: Path, entry: str, *flags: str) -> Path:
     return made
 
 
+def write_page(directory: Path, at: Address, script: str) -> None:
+    """A page with a place for React and a script, with React bundled beside it and the client from a server."""
+    bundle(directory, "react-all.mjs")
+    imports = {
+        "react": "./react-all.mjs",
+        "react-dom/client": "./react-all.mjs",
+        "statuswire-client": f"{at.url}/client.js",
+        "statuswire-react": f"{at.url}/react.js",
+    }
+    (directory / "index.html").write_text(
+        f"""<!doctype html><link rel="icon" href="data:,"><div id="root"></div>
+        <script type="importmap">{json.dumps({"imports": imports})}</script>
+        <script type="module">{script}</script>"""
+    )
+
+
 async def shows(page: Page, name: str, text: str) -> None:
     """Wait for the text of an element."""
     await page.wait(f"document.getElementById('{name}')?.textContent === {json.dumps(text)}")
 
 
 async def test_hooks_in_strict_mode(new_page: NewPage, tmp_path: Path) -> None:
-    bundle(tmp_path, "react-all.mjs")
-    shutil.copy(ROOT / "tests" / "web" / "react-page.mjs", tmp_path)
     with application(tmp_path) as url:
         async with server(cors={"origins": [url]}) as at:
-            imports = {
-                "react": "./react-all.mjs",
-                "react-dom/client": "./react-all.mjs",
-                "statuswire-react": f"{at.url}/react.js",
-            }
-            (tmp_path / "index.html").write_text(
-                f"""<!doctype html><link rel="icon" href="data:,"><div id="root"></div>
-                <script type="importmap">{json.dumps({"imports": imports})}</script>
-                <script type="module" src="react-page.mjs"></script>"""
-            )
+            write_page(tmp_path, at, (ROOT / "tests" / "web" / "react-page.mjs").read_text())
             page = await new_page()
             await page.open(f"{url}/index.html")
             await shows(page, "job", "- - true open")
@@ -118,37 +122,97 @@ async def test_hooks_in_strict_mode(new_page: NewPage, tmp_path: Path) -> None:
 
 
 async def test_a_hook_with_settings_has_its_own_connection(new_page: NewPage, tmp_path: Path) -> None:
-    bundle(tmp_path, "react-all.mjs")
     with application(tmp_path) as url:
         async with server(cors={"origins": [url]}) as at:
-            imports = {"react": "./react-all.mjs", "statuswire-react": f"{at.url}/react.js"}
-            (tmp_path / "index.html").write_text(
-                f"""<!doctype html><link rel="icon" href="data:,"><div id="root"></div>
-                <script type="importmap">{json.dumps({"imports": imports})}</script>
-                <script type="module">
-                    import {{ StrictMode, createElement, createRoot }} from "./react-all.mjs";
-                    import {{ useTaskProgress }} from "statuswire-react";
-                    const said = (window.said = []);
-                    const options = {{ url: "{at.url}", transports: ["sse"],
-                        onConnect: () => said.push("connect"), onDisconnect: () => said.push("disconnect") }};
-                    function Task() {{
-                        const {{ progress, connection }} = useTaskProgress("job-1", options);
-                        return createElement("p", {{ id: "task" }}, `${{progress?.progress}} ${{connection}}`);
-                    }}
-                    const root = createRoot(document.getElementById("root"));
-                    root.render(createElement(StrictMode, null, createElement(Task)));
-                    window.unmount = () => root.unmount();
-                </script>"""
+            write_page(
+                tmp_path,
+                at,
+                f"""
+                import {{ StrictMode, createElement }} from "react";
+                import {{ createRoot }} from "react-dom/client";
+                import {{ useTaskProgress }} from "statuswire-react";
+                const said = (window.said = []);
+                const options = {{ url: "{at.url}", transports: ["sse"],
+                    onConnect: () => said.push("connect"), onDisconnect: () => said.push("disconnect") }};
+                function Task() {{
+                    const {{ progress, connection }} = useTaskProgress("job-1", options);
+                    return createElement("p", {{ id: "task" }}, `${{progress?.progress}} ${{connection}}`);
+                }}
+                const root = createRoot(document.getElementById("root"));
+                root.render(createElement(StrictMode, null, createElement(Task)));
+                window.unmount = () => root.unmount();
+                """,
             )
             await publish(at, progress=30)
             page = await new_page()
             await page.open(f"{url}/index.html")
             await shows(page, "task", "30 open")
-            await until(lambda: [stream.transport for stream in at.node.streams].count("sse") == 1)
+            await until(lambda: [stream.transport for stream in at.node.streams] == ["sse"])
             assert await page.run("said") == ["connect"]
             await page.run("unmount()")
             await page.wait("said.length === 2")
             await until(lambda: not [stream for stream in at.node.streams if stream.transport == "sse"])
+            assert page.problems == []
+
+
+async def test_hooks_are_given_something_else(new_page: NewPage, tmp_path: Path) -> None:
+    with application(tmp_path) as url:
+        async with server(cors={"origins": [url]}) as at:
+            write_page(tmp_path, at, (ROOT / "tests" / "web" / "react-changes.mjs").read_text())
+
+            async def tell(data: str) -> None:
+                body = {"target": "channel", "targetId": "news", "event": "e", "data": data}
+                assert (await at.post("/api/sse/message", body)).status == 200
+
+            def transports() -> list[str]:
+                return sorted(stream.transport for stream in at.node.streams)
+
+            await publish(at, "hers", userId="ann", progress=10)
+            await publish(at, "his", userId="ben", progress=20)
+            page = await new_page()
+            await page.open(f"{url}/index.html")
+            await page.wait("window.ready")
+            await page.run("render({ user: 'ann', reader: 'ann', id: 'hers' })")
+            await shows(page, "jobs", "hers")
+            await shows(page, "job", "10 true")
+            await tell("one")
+            await shows(page, "news", "one")
+
+            # Another user's jobs, another reader's news, another job.
+            await page.run("render({ user: 'ben', reader: 'ben', id: 'his' })")
+            await shows(page, "jobs", "his")
+            await shows(page, "job", "20 true")
+            await shows(page, "news", "")
+            await tell("two")
+            await shows(page, "news", "two")
+            # One that there is not is known not to be there; nothing to watch at all is fine.
+            await page.run("render({ user: 'ben', reader: 'ben', id: 'nobody-knows' })")
+            await shows(page, "job", " true")
+            await page.run("render({ user: 'ben', reader: 'ben', id: null })")
+            await shows(page, "job", " true")
+
+            # Gone, and back: meanwhile nothing is watched.
+            await page.run("render({})")
+            await until(lambda: not any(stream.wants for stream in at.node.streams))
+            await publish(at, "his", userId="ben", progress=30)
+            await page.run("render({ user: 'ben', reader: 'ben', id: 'his' })")
+            await shows(page, "job", "30 true")
+            await shows(page, "jobs", "his")
+            assert set(transports()) <= {"sse", "longpoll"}, "the client that was provided"
+
+            # A connection of its own is its own: it can be ended, and made again, alone; other settings are another.
+            await page.run("render({ user: 'ben', reader: 'ben', id: 'his', own: ['websocket'] })")
+            await shows(page, "own", "10 true open")
+            await until(lambda: transports().count("websocket") == 1)
+            await page.run("task.disconnect()")
+            await shows(page, "own", "10 false closed")
+            await until(lambda: "websocket" not in transports())
+            assert await page.run("client.live")
+            await page.run("task.reconnect()")
+            await shows(page, "own", "10 true open")
+            await page.run("render({ user: 'ben', reader: 'ben', id: 'his', own: ['poll'] })")
+            await shows(page, "own", "10 true polling")
+            await until(lambda: "websocket" not in transports())
             assert page.problems == []
 
 

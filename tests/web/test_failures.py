@@ -163,6 +163,26 @@ async def test_a_server_that_is_cut_off_from_its_store(new_page: NewPage, redis:
         assert await page.run("clients.flatMap((one) => one.missed)") == []
 
 
+async def test_a_log_that_is_lost_while_a_page_looks_on(new_page: NewPage, redis: RedisServer) -> None:
+    """Redis comes back empty: what it knows now replaces what was known, in every client, and none is loaded anew."""
+    async with server(store={"url": redis.url}, limits={"poll_timeout": 1.0}) as at:
+        for job_id in ("stays", "goes"):
+            for progress in (10, 20, 30):
+                await publish(at, job_id, progress=progress)
+        page = await new_page()
+        await start_all(page, at.url, {"all": True})
+        await until_all(page, "one.client.live && one.watched.jobs.length === 2")
+        await trio.to_thread.run_sync(redis.kill)
+        await trio.to_thread.run_sync(redis.start)
+        await until_answered(at, "/ready", 200)
+        await publish(at, "stays", progress=5)
+        now = "one.client.live && one.watched.live && one.watched.jobs.map((job) => job.progress).join() === '5'"
+        await until_all(page, now)
+        await until_all(page, "one.seen.some((job) => job.type === 'job_deleted' && job.jobId === 'goes')")
+        await publish(at, "stays", progress=50)
+        await until_all(page, "one.seen.at(-1).progress === 50 && one.seen.at(-1).version === 2")
+
+
 @asynccontextmanager
 async def stopped(page: Page) -> AsyncIterator[None]:
     """The process of a page stands still, as all do when a laptop is closed: no event tells it."""
@@ -239,6 +259,18 @@ async def test_the_tab_that_leads_falls_asleep(new_page: NewPage, how: str) -> N
         for page in pages:
             await saw_all(page, last["version"])
         await until(lambda: len(at.node.streams) == 1)
+
+
+async def test_the_tab_that_leads_crashes(new_page: NewPage) -> None:
+    async with server() as at:
+        leader, *others = await share_one(new_page, at.url, 3)
+        (stream,) = at.node.streams
+        async with busy(lambda number: publish(at, message=str(number))):
+            os.kill(await process_of(leader), signal.SIGKILL)
+            await until(lambda: len(at.node.streams) == 1 and stream not in at.node.streams)
+        last = await publish(at, status="completed")
+        for page in others:
+            await saw_all(page, last["version"])
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["alone", "shared"])

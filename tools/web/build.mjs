@@ -15,7 +15,7 @@ const { minify } = packages("terser");
 // Properties that are nobody's business but the client's own: they get short names, the same in all files.
 const PRIVATE =
   "StatusError alone apply bearer changed complain connection controller cursor doubtful end expect fail feed feeds " +
-  "fetch final fresh heard heardAt http index key kind known listen listeners liveAt locate names options probe query refuse relay renewIn " +
+  "fetch final fresh heard heardAt http index key kind known learned listen listeners liveAt locate names options probe query refuse relay renewIn " +
   "renewed shown silence start stop store synced told topics vouch wanted";
 
 // Numbers with names become numbers: neither of the two takes them for constants once files are joined.
@@ -75,7 +75,10 @@ function writeClassic(code) {
   const [ending, names] = /export\{(.*)\};?$/.exec(code);
   const exports = names.split(",").map((one) => one.split(" as "));
   // Scripts that are no modules find out otherwise where they came from.
-  const body = code.slice(0, -ending.length).replaceAll("import.meta.url", "void 0");
+  const body = code.slice(0, -ending.length).replace("import.meta.url", "globalThis.document?.currentScript?.src");
   write("client.cjs", `"use strict";${body}${exports.map(([own, name]) => `exports.${name}=${own};`).join("")}`);
-  write("client.iife.js", `var statuswire=(()=>{${body}return{${exports.map(([own, name]) => `${name}:${own}`)}}})();`);
+  // To one from elsewhere browsers do not say relative to what it imports.
+  const [, here] = /(\w+)=import\.meta\.url/.exec(code);
+  const script = body.replace('import("./share.js")', `import(new URL("share.js",${here}))`);
+  write("client.iife.js", `var statuswire=(()=>{${script}return{${exports.map(([own, name]) => `${name}:${own}`)}}})();`);
 }

@@ -1,7 +1,7 @@
 // Keeps one link alive: which transport, when to try again, and what to say of it meanwhile.
 
 import { openLongPolls, openPolls, openSocket, openStreams } from "./links.js";
-import { StatusError } from "./http.js";
+import { StatusError, asError } from "./http.js";
 
 const OPENERS = { websocket: openSocket, sse: openStreams, longpoll: openLongPolls, poll: openPolls };
 
@@ -73,7 +73,7 @@ export function createConnection({ http, store, options, onState, complain }) {
     one.fail = (why) => {
       if (over) return;
       one.end();
-      if (link === one) return lost(one, why);
+      if (link === one) return lost(one, asError(why));
       trial = undefined;
       if (index + 1 < link?.index) open(index + 1, true);
       else lookUpward();
@@ -89,7 +89,7 @@ export function createConnection({ http, store, options, onState, complain }) {
       vouch(live) {
         if (one.alone !== (one.alone = live === false) && link === one && one.live) sayLive(lookUpward());
       },
-      expect: (ms) => (one.silence = ms),
+      expect: (ms) => (one.silence = ms || HEARTBEAT_MS),
       live: () => over || one.live || nowLive(one),
       fail: one.fail,
     }));
@@ -142,28 +142,26 @@ export function createConnection({ http, store, options, onState, complain }) {
     }
     if (why.status === 401 || why.final) return close(why);
     if (one.live) {
-      // A short life makes it no more patient than a few failures do, and lets none be forgotten.
-      failures = Date.now() - one.liveAt > STABLE_MS ? 0 : failures < 2 ? failures + 1 : failures;
+      if (Date.now() - one.liveAt > STABLE_MS) failures = 0;
       say("connecting", why);
     } else {
-      tried += 1;
       // What is in the way of one transport may let another one through. Who says when to come back is the server itself.
-      if (tried < transports.length && why.delay === undefined) return go();
+      if (++tried < transports.length && why.delay === undefined) return go();
       tried = 0;
-      failures += 1;
       say("offline", why);
       complain(why);
     }
     if (!autoReconnect) return close(why);
-    if ((attempts += 1) > maxReconnectAttempts) return close(new StatusError("gave_up", why.message, { cause: why }));
-    const delay = Math.min(why.delay ?? 0, LONGEST_MS);
-    due = performance.now() + delay;
-    goIn(Math.max(delay, Math.random() * Math.min(CAP_MS, reconnectDelay * 2 ** failures)));
+    if (++attempts > maxReconnectAttempts) return close(new StatusError("gave_up", why.message, { cause: why }));
+    due = performance.now() + Math.min(why.delay ?? 0, LONGEST_MS);
+    goIn(Math.random() * Math.min(CAP_MS, reconnectDelay * 2 ** failures));
+    // A short life makes it no more patient than a few failures do, and lets none be forgotten.
+    failures += !one.live || failures < 2;
   }
 
   function goIn(ms) {
     clearTimeout(timer);
-    timer = setTimeout(go, ms);
+    timer = setTimeout(go, Math.max(ms, due - performance.now()));
   }
 
   function go() {
@@ -182,6 +180,7 @@ export function createConnection({ http, store, options, onState, complain }) {
   function close(why) {
     wanted = false;
     drop();
+    clearTimeout(hidden);
     clearInterval(tick);
     listening?.abort();
     say("closed", why);
@@ -212,9 +211,8 @@ export function createConnection({ http, store, options, onState, complain }) {
   function wake() {
     clearTimeout(hidden);
     asleep = false;
-    if (!wanted) return;
-    if (link) return check(true);
-    goIn(due - performance.now());
+    if (link) check(true);
+    else goIn(0);
   }
 
   function sleep(why) {
@@ -252,9 +250,9 @@ export function createConnection({ http, store, options, onState, complain }) {
       tickedAt = Date.now();
       tick = setInterval(check, TICK_MS);
       listening = new AbortController();
-      for (const event in handlers) {
-        (/v|ee|su/.test(event) ? globalThis.document : globalThis)?.addEventListener?.(event, handlers[event], listening);
-      }
+      // Those of the document come by here, too.
+      listening.capture = true;
+      for (const event in handlers) globalThis.addEventListener?.(event, handlers[event], listening);
       say("connecting");
       go();
     },

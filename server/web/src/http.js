@@ -13,6 +13,10 @@ export class StatusError extends Error {
   }
 }
 
+/** What a request or an answer failed by, in our words. */
+export const asError = (error) =>
+  error instanceof StatusError ? error : new StatusError(/Time/.test(error) ? "timeout" : "unreachable");
+
 // The shorter of these before its end a token is renewed.
 const EARLY_MS = 30_000;
 const EARLY_SHARE = 0.2;
@@ -99,7 +103,10 @@ export function createHttp(base, getToken) {
     bearer,
     locate,
     fetch: request,
-    json: async (path, options) => (await request(path, options)).json(),
+    json: (path, options) =>
+      request(path, options)
+        .then((answer) => answer.status === 204 || answer.json())
+        .catch((error) => Promise.reject(asError(error))),
     /** Milliseconds until the token should be renewed; Infinity if it needs not. */
     renewIn: () => renewAt - Date.now(),
     /** The token was not accepted: the next one has to be another. */

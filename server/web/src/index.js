@@ -7,7 +7,7 @@ import { call, createStore, hasEnded, topicOf } from "./store.js";
 export { StatusError };
 
 const QUEUE = 1000;
-const HERE = import.meta.url ?? globalThis.document?.currentScript?.src;
+const HERE = import.meta.url;
 
 export function connect(options = {}) {
   const { url = HERE && new URL(".", HERE), getToken, since, onProgress, onError, onConnect, onDisconnect } = options;
@@ -16,7 +16,7 @@ export function connect(options = {}) {
   const http = createHttp(base, getToken);
   const watchers = new Set();
   const complain = (error) => call(onError, error);
-  const store = createStore({ since, changed: () => way.changed(), shown: onProgress });
+  const store = createStore({ since, changed: () => way.changed(), learned: () => client.live && tell(), shown: onProgress });
   const parts = { http, store, options, onState, complain, StatusError };
   parts.connection = createConnection({
     ...parts,
@@ -29,7 +29,7 @@ export function connect(options = {}) {
 
   async function start() {
     wanted = true;
-    if (options.share && way === parts.connection && globalThis.navigator?.locks) {
+    if (options.share && way === parts.connection && globalThis.document && navigator.locks) {
       // Most pages do without: it is a file of its own.
       way = await (loading ??= import("./share.js").then((share) => share.createShare(parts), (error) => (complain(error), way)));
     }
@@ -46,6 +46,10 @@ export function connect(options = {}) {
     // Open or polling.
     Object.assign(client, now, { live: /p/.test(now.state) });
     if (client.live !== wasLive) call(wasLive ? onDisconnect : onConnect, client);
+    tell();
+  }
+
+  function tell() {
     for (const watcher of [...watchers]) call(watcher, client);
   }
 
@@ -96,7 +100,7 @@ export function connect(options = {}) {
       return {
         close: () => closing.abort(),
         get live() {
-          return client.live && !over.aborted;
+          return client.live && !over.aborted && !!store.topics.get(topicOf(what))?.synced;
         },
         get jobs() {
           return store.known(topicOf(what));
@@ -120,9 +124,7 @@ export function connect(options = {}) {
 
     cancel: async (jobId) => (await ask(jobId, "/cancel", "POST")).job,
 
-    async ack(id) {
-      await http.fetch("api/sse/ack", { method: "POST", body: { type: "ack", id } });
-    },
+    ack: (id) => http.json("api/sse/ack", { method: "POST", body: { type: "ack", id } }),
 
     onState(callback) {
       watchers.add(callback);

@@ -36,7 +36,8 @@ class JobProgress extends (globalThis.HTMLElement ?? Object) {
   static observedAttributes = ["job", "url"];
   #client;
   #job;
-  #close;
+  #watched;
+  #off;
   #parts;
   #filled;
   #said;
@@ -83,8 +84,8 @@ class JobProgress extends (globalThis.HTMLElement ?? Object) {
   }
 
   disconnectedCallback() {
-    this.#close?.();
-    this.#close = undefined;
+    this.#watched?.close();
+    this.#off?.();
   }
 
   attributeChangedCallback() {
@@ -98,21 +99,17 @@ class JobProgress extends (globalThis.HTMLElement ?? Object) {
     drawSoon(this);
     if (!job) return;
     const { client } = this;
-    const watch = client.watch(job, (record) => {
+    this.#watched = client.watch(job, (record) => {
       this.#job = record.type === "job_deleted" ? undefined : record;
       drawSoon(this);
     });
-    const off = client.onState(() => drawSoon(this));
-    this.#close = () => {
-      watch.close();
-      off();
-    };
+    this.#off = client.onState(() => drawSoon(this));
   }
 
   draw() {
     const { fill, label } = this.#parts;
     const job = this.#job;
-    const live = Boolean(this.#close) && this.client.live;
+    const live = Boolean(this.#watched?.live);
     const status = job?.status ?? "unknown";
     // 0 until somebody reports a progress: while it is worked on, that is no number to show.
     const known = job && (job.progress || job.steps || status !== "processing");

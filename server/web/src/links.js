@@ -120,7 +120,12 @@ export function openSocket(to) {
     socket.onmessage = ({ data }) => {
       if (over) return;
       to.heard();
-      for (const line of data.split("\n")) receive(JSON.parse(line));
+      try {
+        for (const line of data.split("\n")) receive(JSON.parse(line));
+      } catch {
+        // Whatever speaks there, it is not the server, or no longer.
+        to.fail();
+      }
     };
     socket.onclose = ({ code, reason }) => {
       // The server also says 1008 to those whom it took for dead.
@@ -162,7 +167,7 @@ function openLoops(to, step) {
       }
     })().catch((error) => {
       if (signal.aborted) return;
-      if (!error.final || !error.status) return end(error);
+      if (!error.final || !error.status) return to.fail(error);
       // Not allowed: that is no reason to give up the others.
       to.complain(error);
       settle();
@@ -190,14 +195,10 @@ function openLoops(to, step) {
     changed();
   }
 
-  function end(error) {
-    to.fail(error instanceof StatusError ? error : new StatusError(/Time/.test(error) ? "timeout" : "unreachable"));
-  }
-
   queueMicrotask(() => {
     changed();
     // With nothing to watch, whether the server answers is all there is to know.
-    if (!loops.size) to.http.json("api/v2/jobs?limit=1").then(to.live, end);
+    if (!loops.size) to.http.json("api/v2/jobs?limit=1").then(to.live, to.fail);
   });
   return { stop, changed, renewed: again, probe: again };
 }

@@ -10,21 +10,25 @@ const NONE = [];
 export const StatusContext = createContext();
 
 let common;
-const useClient = () => useContext(StatusContext) ?? (globalThis.window && (common ??= connect()));
+function useClient(hasOwn, own) {
+  const given = useContext(StatusContext);
+  return hasOwn ? own : (given ?? (globalThis.window && (common ??= connect())));
+}
 
 const none = () => none;
 
-/** `what` is a list of things to watch; `read(news, last, watch)` makes a value, here called `name`, of what comes. */
-function useWatch(client, what, name, read, start, paused) {
-  const source = useMemo(() => {
-    let now = { live: false, state: "connecting", [name]: start };
+/** `what` is a list of things to watch; `read(newest, last, news, watch)` makes a value, here called `name`, of what comes. */
+function useWatch(client, what, name, read, isOn, start) {
+  const [subscribe, get] = useMemo(() => {
+    let now = { state: "connecting", live: false, [name]: start };
     return [
       (changed) => {
         let news = [];
         let planned;
         const update = () => {
-          const { live, state, transport, error } = client;
-          const next = { live, state, transport, error, [name]: news[0] ? read(news, now[name], watches[0]) : now[name] };
+          const { state, transport, error } = client;
+          const live = (watches[0] ?? client).live;
+          const next = { live, state, transport, error, [name]: news[0] ? read(news.at(-1), now[name], news, watches[0]) : now[name] };
           news = [];
           planned = false;
           for (const key in next) if (next[key] !== now[key]) return changed((now = next));
@@ -45,29 +49,28 @@ function useWatch(client, what, name, read, start, paused) {
       () => now,
     ];
   }, [client, JSON.stringify(what)]);
-  return useSyncExternalStore(client && !paused ? source[0] : none, source[1], source[1]);
+  return useSyncExternalStore(client && isOn ? subscribe : none, get, get);
 }
 
-const latest = (news) => news.at(-1);
-const present = (news) => (latest(news).type === "job_deleted" ? undefined : latest(news));
+const present = (job) => (job.type === "job_deleted" ? undefined : job);
 
-export const useJobStatus = (jobId) => useWatch(useClient(), jobId ? [jobId] : NONE, "job", present);
+export const useJobStatus = (jobId) => useWatch(useClient(), jobId ? [jobId] : NONE, "job", present, true);
 
-export const useJobs = (what = {}) => useWatch(useClient(), [what], "jobs", (news, last, watch) => watch.jobs, NONE);
+export const useJobs = (what = {}) => useWatch(useClient(), [what], "jobs", (job, last, news, watch) => watch.jobs, true, NONE);
 
 export const useNotifications = ({ userId, channels = NONE } = {}) =>
   useWatch(
     useClient(),
     ["", ...channels].map((channel) => ({ channel, userId })),
     "notifications",
-    (news, last) => [...last, ...news].slice(-KEPT),
+    (one, last, news) => [...last, ...news].slice(-KEPT),
+    true,
     NONE,
   );
 
 const STATUS = { queued: "pending", processing: "running", stalled: "running", cancelled: "failed" };
 
-function asTask(news) {
-  const { jobId: taskId, status, result: results, error, ...rest } = latest(news);
+function asTask({ jobId: taskId, status, result: results, error, ...rest }) {
   return { ...rest, taskId, status: STATUS[status] ?? status, results, error: status === "cancelled" ? status : error };
 }
 
@@ -78,20 +81,19 @@ const useTelling = (value, callback, after) => useEffect(() => {
   }, [value]);
 
 export function useTaskProgress(taskId, { onProgress, onError, onConnect, onDisconnect, ...options } = {}) {
-  const settings = JSON.stringify(options);
-  const isShared = settings === "{}";
-  const shared = useClient();
+  // With settings of its own it has a connection of its own.
+  const hasOwn = Object.keys(options)[0];
   const [own, setOwn] = useState();
   const [wanted, want] = useState(true);
-  const client = isShared ? shared : own;
-  // With settings of its own it has a connection of its own.
+  const client = useClient(hasOwn, own);
   useEffect(() => {
-    if (isShared) return;
-    const made = connect(options);
-    setOwn(made);
-    return made.disconnect;
-  }, [settings]);
-  const { progress, live, state, error } = useWatch(client, taskId ? [taskId] : NONE, "progress", asTask, undefined, !wanted);
+    if (hasOwn && wanted) {
+      const made = connect(options);
+      setOwn(made);
+      return made.disconnect;
+    }
+  }, [JSON.stringify(options), wanted]);
+  const { progress, live, state, error } = useWatch(client, taskId ? [taskId] : NONE, "progress", asTask, wanted);
   const isConnected = wanted && live;
   useTelling(progress, onProgress);
   useTelling(error, onError);
@@ -101,10 +103,7 @@ export function useTaskProgress(taskId, { onProgress, onError, onConnect, onDisc
     error: error?.message ?? progress?.error,
     isConnected,
     connection: wanted ? state : "closed",
-    reconnect() {
-      want(true);
-      client?.reconnect();
-    },
+    reconnect: () => (wanted ? client?.reconnect() : want(true)),
     disconnect: () => want(false),
   };
 }

@@ -150,9 +150,10 @@ export function createShare({ http, store, connection, onState, complain, Status
       stopped = new AbortController();
       const { signal } = stopped;
       onState({ state: "connecting", transport: null });
-      const token = await http.bearer().catch(complain);
+      // Without a token it is not known whose tabs to share with.
+      const user = await http.bearer().then((token) => claims(token).sub, (error) => (complain(error), id));
       if (signal.aborted) return;
-      name = `statuswire:${http.locate("")}:${claims(token).sub}`;
+      name = `statuswire:${http.locate("")}:${user}`;
       bus = new BroadcastChannel(name);
       bus.onmessage = hear;
       // Held from before others hear of this tab until it is gone, or wants nothing any more.
@@ -160,8 +161,9 @@ export function createShare({ http, store, connection, onState, complain, Status
       navigator.locks.request(name + id, { signal }, stay).catch(() => {});
       heardAt = askedAt = 0;
       tick = setInterval(look, ASK_MS);
-      for (const [event, target] of [["freeze", document], ["pagehide", window]]) target.addEventListener(event, sleep, stopped);
-      for (const [event, target] of [["resume", document], ["pageshow", window]]) target.addEventListener(event, wake, stopped);
+      stopped.capture = true;
+      for (const event of ["freeze", "pagehide"]) addEventListener(event, sleep, stopped);
+      for (const event of ["resume", "pageshow"]) addEventListener(event, wake, stopped);
       join();
     },
 

@@ -25,7 +25,7 @@ export const topicOf = (what) =>
   : "channel" in what ? `channel:${what.channel ?? ""}`
   : "all:";
 
-export function createStore({ since, changed, shown }) {
+export function createStore({ since, changed, learned, shown }) {
   const topics = new Map(); // key -> {kind, name, feed, synced, listeners}
   const jobs = new Map(); // jobId -> record
   const gone = new Map(); // jobId -> {createdAt, version, id}: deleted, by the message `id`
@@ -134,7 +134,12 @@ export function createStore({ since, changed, shown }) {
           }
         }
         for (const job of message.jobs) put({ ...job, type }, message.reset);
-        for (const [key, topic] of topics) topic.synced ||= keys.includes(key);
+        let isNews;
+        for (const key of keys) {
+          const topic = topics.get(key);
+          if (topic && !topic.synced) isNews = topic.synced = true;
+        }
+        if (isNews) learned();
       } else if (type === "job_deleted") drop(message);
       else if (type === "notification") {
         if (!notices.has(id)) {
