@@ -154,7 +154,7 @@ class Follower:
         """Return when all that these channels have is shown, and as far as ``cursor``.
 
         Raises:
-            ApiError: 503 ``store_unavailable`` if Redis is away and it is not.
+            ApiError: 503 ``store_unavailable`` if Redis is away and it is not, or the cursor is ahead of what is.
         """
         shards = self.shards_of(names)
         now = trio.current_time()
@@ -164,8 +164,7 @@ class Follower:
         if not missing and not self.ahead(cursor):
             return
         if self.client.away is not None and self.arrived:
-            if not missing:
-                return  # a cursor that cannot be checked now: it is answered like one that is ahead of the log
+            # Nor is a reader who has been further given an older state for a newer one.
             raise unavailable(f"Redis is away: {self.client.away}")
         with trio.move_on_after(FOLLOW_S):
             while True:
