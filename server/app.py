@@ -25,6 +25,7 @@ from server.logs import log_event
 from server.node import LOG, Node
 from server.socketio import receive
 from server.systemd import HandedOver, take_sockets
+from server.wheel import STOOD_STILL
 
 if TYPE_CHECKING:
     from server.callbacks import Callbacks
@@ -322,14 +323,12 @@ def _raise_descriptor_limit(connections: int) -> int | None:
 async def _check_health(node: Node) -> None:
     """Look at the live connections from time to time, and end those that are stale."""
     while True:
-        interval = node.config.health.check_interval
-        due = trio.current_time() + interval
+        due = trio.current_time() + node.config.health.check_interval
         await trio.sleep_until(due)
-        now = trio.current_time()
-        deaf_s = now - due if now - due > interval else 0.0  # stopped, as a machine may be: nobody could be heard then
+        if trio.current_time() - due > STOOD_STILL:
+            continue  # what came meanwhile has not been read yet
         for count, stream in enumerate(list(node.streams), 1):
             if stream in node.streams:
-                stream.heard_at = min(now, stream.heard_at + deaf_s)
                 stream.check_health()
             if count % HEALTH_PORTION == 0:
                 await trio.lowlevel.checkpoint()

@@ -19,7 +19,7 @@ RESOLUTION: Final = 0.01
 _TURN: Final = 0.001
 # Later than this nothing is unless the whole process stood still: it was stopped, or its machine was. What came
 # meanwhile waits in the sockets, and its senders are not to be given up unheard: so it is read first, for so long.
-_STOOD_STILL: Final = 2.0
+STOOD_STILL: Final = 2.0
 _CATCH_UP: Final = 0.2
 # Empty slots are dropped together once there are this many and they are the majority.
 _EMPTY_FROM: Final = 1024
@@ -93,9 +93,9 @@ class Wheel:
     async def run(self) -> None:
         """Fire what is due, until cancelled."""
         while True:
-            if self._due and trio.current_time() - self._due[0] * RESOLUTION > _STOOD_STILL:
-                await trio.sleep(_CATCH_UP)
+            if self._due and trio.current_time() - self._due[0] * RESOLUTION > STOOD_STILL:
                 self.resumed = trio.current_time()
+                await trio.sleep(_CATCH_UP)
             turn_ends = trio.current_time() + _TURN
             while self._due and self._due[0] * RESOLUTION <= trio.current_time():
                 timers = self._slots.pop(heappop(self._due))
