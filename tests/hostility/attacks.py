@@ -465,6 +465,16 @@ ATTACKS: Final = {
     "10,000 connects": Attack(crowd, 10_000, 10_000 * 16 * KIB + SLACK),
 }
 
+# What is reported besides: these have servers of their own.
+SCARCITIES: Final = (
+    "no descriptors",
+    "unfinished bodies, short of memory",
+    "unfinished messages, short of memory",
+    "crowd of one address",
+    "half TLS handshakes",
+    "jumps of the clock",
+)
+
 # Against a server that speaks TLS.
 TLS_ATTACKS: Final = {
     "half handshakes": Attack(half_a_handshake, 1500, 1500 * 60 * KIB + SLACK),

@@ -23,7 +23,7 @@ import trio
 
 from perf.crowded import LoopClock, slowed, waits_of
 from server.poller import MAX_PARKED
-from tests.hostility.attacks import ATTACKS, MIB, TLS_ATTACKS
+from tests.hostility.attacks import ATTACKS, MIB, SCARCITIES, TLS_ATTACKS
 from tests.pacing import for_a_while
 from tests.streams import event_stream, session
 from tests.support import (
@@ -302,6 +302,7 @@ async def siege(
         assert _back(standing, start_standing), f"{name}: {standing} is left of {start_standing}"
         recovery = trio.current_time() - ended
         await newcomers_are_served(ground.at)
+    assert (title or name) in (*ATTACKS, *SCARCITIES), "that is in no table of docs/limits.md"
     report = Report(title or name, before, under, peak - start_memory, recovery, connects)
     assert under <= factor * NOTICEABLE_S, (report, factor)
     assert report.growth <= memory, report

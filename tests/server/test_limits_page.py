@@ -9,7 +9,7 @@ from server import config_load, inbox, node, publishing, tls
 from server.config_rules import toml
 from server.routes import jobs, webhooks
 from server.transports import websocket, websocket_messages
-from tests.hostility.attacks import ATTACKS
+from tests.hostility.attacks import ATTACKS, SCARCITIES
 from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
@@ -70,4 +70,4 @@ def test_other_pages_lead_here() -> None:
 
 def test_the_page_says_what_readers_felt_under_every_attack() -> None:
     _, _, table = PAGE.partition("| attack | connects |")
-    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == list(ATTACKS)
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == [*ATTACKS, *SCARCITIES]
