@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from protocol.queues.bullmq import EVENTS
-from protocol.queues.payload import message_of, percent_of, read_json, reason, result_of, stage_of
+from protocol.queues.payload import failure, message_of, percent_of, read_json, result_of, stage_of
 from protocol.queues.sighting import RETRY, Sighting
 
 TAKEN: Final = frozenset(("waiting", "active", "progress", "completed", "failed", "stalled", "removed"))
@@ -45,7 +45,7 @@ def read_message(queue: str, event: str, data: str, at_ms: int, *, results: bool
         report = document.get("progress")
         seen.progress, seen.message, seen.stage = percent_of(report), message_of(report), stage_of(report)
     elif event == "failed":
-        seen.error = seen.message = reason(document.get("val")) or "failed"
+        seen.error = seen.message = failure(document.get("val"))
     elif event == "completed" and results:
         value = document.get("val")
         seen.result = result_of(read_json(value) if isinstance(value, str) else value)

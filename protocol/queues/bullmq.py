@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from protocol.queues.payload import message_of, owner_at, percent_of, read_json, reason, result_of, stage_of, text
+from protocol.queues.payload import failure, message_of, owner_at, percent_of, read_json, result_of, stage_of, text
 from protocol.queues.sighting import RETRY, Sighting
 from protocol.update import CANCELLED, COMPLETED, FAILED, PROCESSING, QUEUED
 
@@ -95,7 +95,7 @@ def read_event(queue: str, entry_id: str, fields: Mapping[str, str], *, results:
     elif event == "stalled":
         seen.message, seen.again = "stalled", True
     elif event == "failed":
-        seen.error = seen.message = reason(fields.get("failedReason")) or "failed"
+        seen.error = seen.message = failure(fields.get("failedReason"))
     elif event == "completed" and results:
         seen.result = result_of(read_json(fields.get("returnvalue")))
     elif event == "removed":
@@ -144,7 +144,7 @@ def read_hash(queue: str, job: str, data: Mapping[str, str], place: str, seq: in
         # It counts the attempts that are over: one that failed for good is among them.
         seen.attempt = max(1, started + (status not in (COMPLETED, FAILED)) if started else 1)
     if status == FAILED:
-        seen.error = seen.message = reason(data.get("failedReason")) or "failed"
+        seen.error = seen.message = failure(data.get("failedReason"))
     elif status == COMPLETED and results:
         seen.result = result_of(read_json(data.get("returnvalue")))
     if place == "delayed":

@@ -109,6 +109,12 @@ def reason(value: object) -> str | None:
     return text(told)
 
 
+def failure(value: object) -> str:
+    """The same of what has failed, whatever it says; in JavaScript anything may be thrown."""
+    found = reason(value)
+    return "failed" if found in (None, "null", "undefined") else found
+
+
 def last_error(trace: str) -> str:
     """The last line of a traceback, which names the exception; of a group the line that is about all of it.
 

@@ -113,7 +113,7 @@ async def test_two_that_both_believe_it_is_their_turn(redis: RedisServer) -> Non
 
             assert second._lease is not None
             second._lease._key = b"{statuswire}:queue:another"  # so nobody else has it
-            await until(lambda: first.sessions and second.sessions, within=LONG_S)
+            await until(lambda: first.trouble is None and second.trouble is None, within=LONG_S)
             for step in range(EVENTS):
                 await trio.to_thread.run_sync(write, oracle, step)
                 await for_a_while(0.02)  # each is read by itself

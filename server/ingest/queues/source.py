@@ -59,7 +59,6 @@ class Source(ABC):
         taker: the way into the log.
         trouble: why nothing is taken in just now, None while all is well.
         standby: another node has its turn.
-        sessions: how many have begun.
     """
 
     def __init__(self, node: Node, name: str, config: Queue) -> None:
@@ -68,7 +67,6 @@ class Source(ABC):
         self.taker = Taker(node, name, config.id_prefix, self._is_turn)
         self.trouble: str | None = "not connected yet"
         self.standby = False
-        self.sessions = 0
         self._node = node
         self._lease: Lease | None = None
         if node.shared is not None:
@@ -117,7 +115,6 @@ class Source(ABC):
             await self._node.broker.follow([EVERYTHING])
             await self.taker.begin()
             async with open_client(self.config.url) as client:
-                self.sessions += 1
                 await self.session(client)
             nursery.cancel_scope.cancel()
 
@@ -169,9 +166,9 @@ class Source(ABC):
         self._saved = await self._node.broker.load_mark(f"queue:{self.name}")
         return self._saved
 
-    async def save_mark(self, text: str, *, now: bool = False) -> None:
+    async def save_mark(self, text: str) -> None:
         """Note how far this one is, now and then. After a crash a second's worth is read again."""
-        if text != self._saved and (now or trio.current_time() >= self._next_mark):
+        if text != self._saved and trio.current_time() >= self._next_mark:
             self._next_mark = trio.current_time() + _MARK_EVERY_S
             await self._node.broker.save_mark(f"queue:{self.name}", text)
             self._saved = text
@@ -181,8 +178,8 @@ class Heard:
     """What is published on patterns of channels, in order, as long as everything is heard.
 
     Args:
+        url: of the Redis.
         patterns: of channels.
-        limit: messages that may wait.
     """
 
     def __init__(self, url: str, patterns: Sequence[str]) -> None:

@@ -110,6 +110,14 @@ def test_the_same_from_every_queue() -> None:
             assert not [word for word in HIDDEN if word in seen.error], (said, seen.error)
 
 
+@pytest.mark.parametrize("said", ["null", "undefined", "", None])
+def test_what_was_thrown_says_nothing(said: str | None) -> None:
+    fields = {"event": "failed", "jobId": "1"} | ({} if said is None else {"failedReason": said})
+    for seen in (read_event("q", "1-1", fields), read_hash("q", "1", fields, "failed", 1, results=False)):
+        assert seen is not None
+        assert seen.error == seen.message == "failed"
+
+
 @pytest.mark.parametrize("state", ["FAILURE", "RETRY", "REVOKED", "REJECTED"])
 def test_of_celery_what_an_exception_was_given(state: str) -> None:
     for said, _ in ERRORS:
