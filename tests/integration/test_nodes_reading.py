@@ -10,9 +10,9 @@ import trio
 import trio.testing
 
 from tests.redis_nodes import nodes, publish
-from tests.redis_servers import RedisServer
+from tests.redis_servers import RedisServer, running_proxy
 from tests.streams import event_stream, session
-from tests.support import AUTH, bearer, server, spawned, token, until
+from tests.support import AUTH, bearer, server, spawned, token, until, until_answered
 
 pytestmark = pytest.mark.slow
 
@@ -119,3 +119,27 @@ async def test_a_killed_nodes_readers_go_on_at_another(redis: RedisServer, tmp_p
             begun = await ws.subscribe(last_seen=cursor)
             assert begun["recovered"]
             assert [(await ws.receive())["version"] for _ in range(3)] == [2, 3, 4]
+
+
+async def test_a_node_that_is_cut_off_shows_nobody_an_older_state(redis: RedisServer) -> None:
+    """Whoever has been further on another node is refused, on every way of reading; its own readers are served."""
+    async with (
+        running_proxy(redis.port) as to_redis,
+        server(store={"url": redis.url}) as one,
+        server(store={"url": f"redis://127.0.0.1:{to_redis.port}"}) as two,
+    ):
+        first = (await one.publish("job-1", userId="anonymous", progress=1)).json["id"]
+        await until_answered(two, "/api/v2/jobs/job-1", 200)
+        to_redis.stop_passing()
+        to_redis.cut()
+        await until_answered(two, "/ready", 503)
+        further = (await one.publish("job-1", userId="anonymous", progress=2)).json["id"]
+        for path in ("poll?timeout=0&", "stream?"):
+            answer = await two.get(f"/api/v2/jobs/{path}jobIds=job-1&last_seen={further}")
+            assert answer.status == 503, path
+        answer = await two.get(f"/api/v2/jobs/poll?timeout=0&jobIds=job-1&last_seen={first}")
+        assert (answer.status, answer.json["reset"], answer.json["live"]) == (200, False, False)
+        to_redis.pass_again()
+        await until_answered(two, "/ready", 200)
+        answer = await two.get(f"/api/v2/jobs/poll?timeout=0&jobIds=job-1&last_seen={further}")
+        assert (answer.status, answer.json["reset"], answer.json["updates"]) == (200, False, [])
