@@ -28,6 +28,10 @@ def test_what_grows_is_said() -> None:
     assert grown(late) == ["memory grew from 100.0 to 120.0"]
     early = [window | {"memory": 50.0} for window in flat[:2]] + flat[2:]
     assert grown(early) == [], "until its bounds are full it may grow"
+    crowded = [*flat[:9], *[window | {"descriptors": 60.0, "sockets": 60.0} for window in flat[9:]]]
+    assert grown(crowded) == [], "more clients are no growth"
+    leaking = [*flat[:9], *[window | {"descriptors": 60.0} for window in flat[9:]]]
+    assert grown(leaking) == ["descriptors grew from 0.0 to 50.0"]
     for others, found in ((1.0, ["p99 grew from 50.0 to 200.0"]), (2.0, [])):
         slow = [*flat[:9], *[window | {"p99": 200.0, "slowed": others} for window in flat[9:]]]
         assert grown(slow) == found, "what others do on this machine is not the server's"
