@@ -280,7 +280,9 @@ def check(
     trouble: str,
 ) -> None:
     """Every record ended as the queue says, and its owner alone saw every step of it in order."""
-    nameless = {name for name in names if names[name][0] in load.nameless and found[name]["userId"] == "queue:q"}
+    # Whose it was may have been said while no node listened.
+    unnamed = load.nameless if trouble == "none" else load.nameless | {"removed"}
+    nameless = {name for name in names if names[name][0] in unnamed and found[name]["userId"] == "queue:q"}
     names = {name: (does, "queue:q" if name in nameless else user) for name, (does, user) in names.items()}
     for name in names.keys() - nameless:
         parent, child, _ = name.partition("-part-")
