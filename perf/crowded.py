@@ -42,7 +42,7 @@ def waits_of(pid: int) -> dict[str, float]:
     """For how long each thread of a process could run and others did, and ``""`` what time it is; seconds."""
     found = {"": time.monotonic()}
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, ProcessLookupError):
             found[str(thread)] = int((thread / "schedstat").read_text().split()[1]) / 1e9
     return found
 

@@ -121,7 +121,7 @@ async def connect(soak: Soak) -> trio.SocketStream:
 
 
 async def ask(soak: Soak, method: str, path: str, body: object = None, headers: str = WORKER) -> tuple[int, bytes]:
-    """One request on a connection of its own: status and body. Raises OSError if there is no answer."""
+    """One request on a connection of its own: status and body. Raises OSError, AssertionError if there is no answer."""
     text = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n{headers}"  # 1.0: answers without chunks
     if text:
@@ -133,7 +133,7 @@ async def ask(soak: Soak, method: str, path: str, body: object = None, headers: 
         async for data in stream:
             answer += data
     if not answer:
-        raise ConnectionResetError("no answer")
+        raise AssertionError("no answer")
     return int(answer[9:12]), answer.partition(b"\r\n\r\n")[2]
 
 

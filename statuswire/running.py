@@ -152,17 +152,23 @@ def _lines(descriptor: int, out: IO[bytes]) -> Iterator[bytes]:
 
 
 def _pass_signals_on(started: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Signals to this process are the command's, once it is started. Returns those that came."""
+    """Signals to this process are the command's, once it is started. Returns those that came.
+
+    Those that are ignored here (by ``nohup``, say) stay so, for the command too.
+    """
     came: list[int] = []
 
     def handle(number: int, _: object) -> None:
         came.append(number)
         for process in started:
-            if process.poll() is None and not (number == signal.SIGINT and _in_foreground()):
+            # Of several, one is certainly not the terminal's, or the first did not help.
+            given = number == signal.SIGINT and came.count(number) == 1 and _in_foreground()
+            if process.poll() is None and not given:
                 process.send_signal(number)
 
     for number in _SIGNALS:
-        signal.signal(number, handle)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handle)
     return came
 
 

@@ -27,7 +27,8 @@ MAX_READ: Final = 1024 * 1024
 
 _TRACEBACK: Final = "Traceback (most recent call last)"
 # What stands in front of that word in the same line, or is a line of its own.
-_RULED: Final = re.compile(r"[\s|+]*(Exception Group )?\Z")
+_GROUP: Final = "Exception Group "
+_RULES: Final = " \t\r\n\f\v|+"
 # A line of a stack, as Python has them or JavaScript. What a line of a message begins with is no such reason.
 _FRAME: Final = re.compile(r'\s*File "|\s+at \S|at .*:\d+:\d+\)?\s*$')
 
@@ -103,7 +104,7 @@ def reason(value: object) -> str | None:
         return None
     value = dedent(value).strip()
     before, mark, _ = value.partition(_TRACEBACK)
-    told = _without_frames(_RULED.sub("", before) if mark else before)
+    told = _without_frames(before.removesuffix(_GROUP).rstrip(_RULES) if mark else before)
     if mark and not told:
         told = _without_frames(last_error(value))
     return text(told)

@@ -106,6 +106,8 @@ class SqliteBroker(LocalBroker):
                     await self._keep_group()
             if not pause.cancelled_caught:
                 continue
+            if not self._group.empty or self._group.submissions:
+                self._wake.set()  # it was waiting for the writer when the pause was over
             if self._away:
                 await self._probe()
             else:

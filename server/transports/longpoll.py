@@ -10,7 +10,6 @@ from itertools import chain
 from operator import attrgetter
 from typing import Final, NamedTuple
 
-from protocol.errors import ApiError
 from protocol.notice import heard, parse_channels, reaches
 from protocol.polling import parse_client_id, parse_timeout, poll_body
 from protocol.update import NOTIFICATION, Update
@@ -21,7 +20,7 @@ from server.auth import Identity, bad_token
 from server.channel import Reader, Want
 from server.config import Config
 from server.cursors import Client
-from server.exchange import Deferred, Disconnected, Exchange
+from server.exchange import Deferred, Exchange
 from server.node import Node
 from server.notices import check_join, owed
 from server.reading import Start, channel_jobs, channels_for, missed_updates, over, snapshot, start_from
@@ -132,6 +131,7 @@ class WaitingPoll(Reader, Deferred):
 
     def log_lost(self) -> None:
         """The log began anew: answer with a reset, soon, as all at once would keep the loop for long."""
+        self._epoch = ""  # whatever it is called now: it may have kept its name
         self.exchange.node.hub.soon(self, partial(self.exchange.connection.wake, self))
 
     def leave(self) -> None:
@@ -151,7 +151,9 @@ class WaitingPoll(Reader, Deferred):
         lost = node.history.epoch != self._epoch or (not is_time and after < node.history.first - 1)
         begin = Start(None, None if lost else after, lost)  # the client does not have all of that: it acknowledges none
         if lost and _many(node, question, begin):
-            return _made_as_it_is_sent(self.exchange, question, begin, timed_out=late)
+            # Held beforehand, as it can still be refused.
+            self.exchange.connection.hold(len(channel_jobs(node.jobs, question.names[0])) * JOB_BYTES)
+            return _made_as_it_is_sent(node, question, begin, timed_out=late)
         return _response(node, question, _tell(node, question, begin, timed_out=late))
 
 
@@ -263,18 +265,14 @@ def _response(node: Node, question: Question, told: Told) -> Response:
     return Response(200, WaitingPoll.headers, told.body, then)
 
 
-def _made_as_it_is_sent(exchange: Exchange, question: Question, begin: Start, *, timed_out: bool) -> Response:
+def _made_as_it_is_sent(node: Node, question: Question, begin: Start, *, timed_out: bool) -> Response:
     """An answer for which many are looked through, where nothing can be awaited: others have turns as it is sent."""
-    node = exchange.node
     made: list[Response] = []
 
     def pieces() -> Iterator[bytes]:
         found: list[Found] = []
-        try:
-            for _ in steps(_collect(node, question, begin, exchange.connection.hold), found):
-                yield b""
-        except ApiError as error:
-            raise Disconnected from error  # it has begun: all that can be said is that it ends
+        for _ in steps(_collect(node, question, begin), found):
+            yield b""
         response = _response(node, question, _told(node, question, begin, found[0], timed_out=timed_out))
         made.append(response)
         yield from (response.body,) if isinstance(response.body, bytes) else response.body

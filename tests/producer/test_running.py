@@ -139,6 +139,23 @@ async def test_it_is_stopped_by_whoever_cancels_the_job_and_by_signals(tmp_path:
         assert ended["status"] == "cancelled"
 
 
+async def test_what_is_ignored_here_is_ignored_there(tmp_path: Path) -> None:
+    """Under ``nohup`` a command outlives its terminal."""
+    async with server() as at:
+        wait = 'until test -e "$0"; do sleep 0.02; done; exit 3'
+        command = wrapped(at.url, "sh", "-c", wait, str(tmp_path / "go"), options=("--user", "a", "--job", "j1"))
+        process = subprocess.Popen(["nohup", *command], env=environment(tmp_path), stdin=subprocess.DEVNULL)  # noqa: ASYNC220
+        try:
+            await until(lambda: at.node.jobs.get("j1") is not None)
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGHUP)
+            (tmp_path / "go").touch()
+            assert await trio.to_thread.run_sync(process.wait) == 3
+        finally:
+            process.kill()
+            process.wait()
+
+
 async def test_run_again_it_is_the_next_attempt(tmp_path: Path) -> None:
     async with server() as at:
         for attempt, end in ((1, "completed"), (2, "failed"), (3, "completed")):

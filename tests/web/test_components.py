@@ -188,6 +188,8 @@ async def test_hooks_are_given_something_else(new_page: NewPage, tmp_path: Path)
             # One that there is not is known not to be there; nothing to watch at all is fine.
             await page.run("render({ user: 'ben', reader: 'ben', id: 'nobody-knows' })")
             await shows(page, "job", " true")
+            await page.run("render({ user: 'ben', reader: 'ben', id: 'his' })")
+            await shows(page, "job", "20 true")
             await page.run("render({ user: 'ben', reader: 'ben', id: null })")
             await shows(page, "job", " true")
 

@@ -79,6 +79,7 @@ function writeClassic(code) {
   write("client.cjs", `"use strict";${body}${exports.map(([own, name]) => `exports.${name}=${own};`).join("")}`);
   // To one from elsewhere browsers do not say relative to what it imports.
   const [, here] = /(\w+)=import\.meta\.url/.exec(code);
-  const script = body.replace('import("./share.js")', `import(new URL("share.js",${here}))`);
-  write("client.iife.js", `var statuswire=(()=>{${script}return{${exports.map(([own, name]) => `${name}:${own}`)}}})();`);
+  const script = body.replace('import("./share.js")', `import(new URL("share.js",${here}||location))`);
+  // In this order it is a byte less, which is what there was to spare.
+  write("client.iife.js", `var statuswire=(()=>{${script}return{${exports.reverse().map(([own, name]) => `${name}:${own}`)}}})()`);
 }

@@ -16,6 +16,7 @@ from server.brokers.redis_client import Client
 from server.ingest.intake import AT_ONCE
 from server.ingest.queues.bull import Watch, describe, look, prefix_of
 from server.ingest.queues.source import Search, Source, ask, escaped, texts
+from server.ingest.queues.taker import Open
 
 # Of each stream at a time: as many as were not too much before.
 _COUNT: Final = 500
@@ -48,7 +49,7 @@ class BullMq(Source):
         self._behind: dict[str, None] = {}
         watch = Watch(self.taker, self.config)
         self._unchecked: list[str] = []
-        self._missing: list[str] = []
+        self._missing: dict[str, int] = {}
         self._next_check = trio.current_time() + _CHECK_EVERY_S
         self._queues: dict[str, str] = {}
         for queue in self.config.queues:
@@ -80,7 +81,8 @@ class BullMq(Source):
                 if searched:
                     self.well()
                 await watch.look(client)
-                await self._look_for_the_removed(client)
+                if searched:  # else there may be streams that nobody has read yet
+                    await self._look_for_the_removed(client)
             if searched:  # else it would forget the places of those that are not found yet
                 await self.save_mark(msgspec.json.encode(self._queues).decode())
             if caught_up and not search:
@@ -151,23 +153,29 @@ class BullMq(Source):
     async def _look_for_the_removed(self, client: Client) -> None:
         """Jobs of a queue that was drained, cleaned or obliterated: there is no event of that.
 
-        One that is missing before and after all events were read has not ended otherwise.
+        One that is missing, and of which all events were read since without one about it, has not ended otherwise.
         """
         if trio.current_time() < self._next_check:
             return
         self._next_check = trio.current_time() + _CHECK_EVERY_S
         now_ms = round(time.time() * 1000)
-        gone = [self.taker.open[name] for name in self._missing if name in self.taker.open]
+        # Its id may have been used again since, or its end only been read now: then its record has moved on.
+        found = ((self.taker.open.get(name), seq) for name, seq in self._missing.items())
+        gone = [one for one, seq in found if one is not None and self._seq(one) == seq]
         await self.taker.take(
             [Sighting(job=one.job, queue=one.queue, at_ms=now_ms, status=CANCELLED, removed=True) for one in gone]
         )
         if not self._unchecked:
             self._unchecked = list(self.taker.open)
         part, self._unchecked = self._unchecked[:_CHECKED], self._unchecked[_CHECKED:]
-        part = [name for name in part if name in self.taker.open]
-        prefix, jobs = prefix_of(self.config), self.taker.open
-        there = await ask(client, [("EXISTS", job_key(prefix, jobs[name].queue, jobs[name].job)) for name in part])
-        self._missing = [name for name, found in zip(part, there, strict=True) if not found]
+        jobs = {name: one for name in part if (one := self.taker.open.get(name)) and one.queue not in self._behind}
+        seqs, prefix = [self._seq(one) for one in jobs.values()], prefix_of(self.config)
+        there = await ask(client, [("EXISTS", job_key(prefix, one.queue, one.job)) for one in jobs.values()])
+        self._missing = {name: seq for name, seq, exists in zip(jobs, seqs, there, strict=True) if not exists}
+
+    def _seq(self, one: Open) -> int:
+        known = self.taker.known(one.queue, one.job)
+        return -1 if known is None else known.seq
 
 
 def _places(mark: str | None) -> dict[str, str]:

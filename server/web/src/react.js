@@ -12,8 +12,9 @@ export const StatusContext = createContext();
 let common;
 function useClient(hasOwn, own) {
   const given = useContext(StatusContext);
-  return hasOwn ? own : (given ?? (globalThis.window && (common ??= connect())));
+  return hasOwn ? own : (given ?? (globalThis.document && (common ??= connect())));
 }
+
 
 const none = () => none;
 
@@ -27,8 +28,8 @@ function useWatch(client, what, name, read, isOn, start) {
         let planned;
         const update = () => {
           const { state, transport, error } = client;
-          const live = (watches[0] ?? client).live;
-          const next = { live, state, transport, error, [name]: news[0] ? read(news.at(-1), now[name], news, watches[0]) : now[name] };
+          const live = (watch ?? client).live;
+          const next = { live, state, transport, error, [name]: news[0] ? read(news.at(-1), now[name], news, watch) : now[name] };
           news = [];
           planned = false;
           for (const key in next) if (next[key] !== now[key]) return changed((now = next));
@@ -37,7 +38,7 @@ function useWatch(client, what, name, read, isOn, start) {
         const plan = () => (planned ||= setTimeout(() => (document.hidden ? update() : requestAnimationFrame(update))));
         const stopped = new AbortController();
         // Notifications reach every watch of a channel: the first is enough.
-        const watches = what.map((one, index) => client.watch(one, (item) => index || plan(news.push(item)), stopped));
+        const [watch] = what.map((one, index) => client.watch(one, (item) => index || plan(news.push(item)), stopped));
         const off = client.onState(plan);
         plan();
         return () => {
@@ -75,24 +76,25 @@ function asTask({ jobId: taskId, status, result: results, error, ...rest }) {
 }
 
 const useTelling = (value, callback, after) => useEffect(() => {
-    if (!value) return;
-    callback?.(value);
-    return after;
+    if (value) {
+      callback?.(value);
+      return after;
+    }
   }, [value]);
 
 export function useTaskProgress(taskId, { onProgress, onError, onConnect, onDisconnect, ...options } = {}) {
-  // With settings of its own it has a connection of its own.
-  const hasOwn = Object.keys(options)[0];
+  // With settings of its own it has a connection of its own, and another one if they change, as far as that can be seen.
+  const settings = JSON.stringify(options, (key, value) => value?.name ?? value);
   const [own, setOwn] = useState();
   const [wanted, want] = useState(true);
-  const client = useClient(hasOwn, own);
+  const client = useClient(settings[2], own);
   useEffect(() => {
-    if (hasOwn && wanted) {
+    if (settings[2] && wanted) {
       const made = connect(options);
       setOwn(made);
       return made.disconnect;
     }
-  }, [JSON.stringify(options), wanted]);
+  }, [settings, wanted]);
   const { progress, live, state, error } = useWatch(client, taskId ? [taskId] : NONE, "progress", asTask, wanted);
   const isConnected = wanted && live;
   useTelling(progress, onProgress);

@@ -13,7 +13,7 @@ import pytest
 from protocol.queues.bull4 import read_message
 from protocol.queues.bullmq import read_event, read_hash
 from protocol.queues.celery import Told, read_events, read_result
-from protocol.queues.payload import reason
+from protocol.queues.payload import reason, text
 from protocol.queues.rq import read_job
 
 # What stands in stacks alone.
@@ -153,3 +153,10 @@ def test_of_celery_what_repr_makes_of_an_exception(exception: str, shown: str) -
     (told,) = read_events(json.dumps(envelope | {"body": json.dumps(event)}), 1)
     assert isinstance(told, Told)
     assert not [word for word in HIDDEN if word in (told.seen.message or "")]
+
+
+def test_many_blanks_before_a_traceback_take_no_time() -> None:
+    """So many took minutes, when they were looked for by a pattern that begins anew at each of them."""
+    assert reason("boom" + " |+" * 100_000 + "x Traceback (most recent call last):\n  File") == text(
+        "boom" + " |+" * 100_000 + "x"
+    )

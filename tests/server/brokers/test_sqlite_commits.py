@@ -13,10 +13,12 @@ import trio.testing
 
 from protocol.errors import ApiError
 from protocol.notice import decode_notice
+from server.brokers import sqlite
 from server.brokers.base import Accepted, Delete, Notify
 from server.brokers.local import Group
 from server.brokers.sqlite_file import SqliteFile
 from tests.contract.harness import Rig, publish, running
+from tests.pacing import for_a_while
 from tests.server.brokers.disks import BIG, away, file_of, fill_up, flaky, held, make_room
 from tests.support import until
 
@@ -237,6 +239,17 @@ async def test_too_much_waiting_is_refused(path: Path) -> None:
     await rig.broker.close()  # commits what was accepted
     assert rig.record("a")["version"] == 3
     assert (rig.broker._waiting_entries, rig.broker._waiting_bytes) == (0, 0)
+
+
+async def test_what_waits_for_the_writer_when_the_house_is_kept_is_not_forgotten(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "HOUSEKEEPING_S", 0.01)
+    async with running("sqlite", path) as rig:
+        async with rig.broker._writing:  # as while a mark is saved
+            submission = rig.broker.submit([publish("a", userId="u")])
+            await for_a_while(0.1)
+        await until(lambda: submission.kept)
 
 
 async def test_close_commits_what_waits(path: Path) -> None:

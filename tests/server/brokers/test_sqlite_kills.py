@@ -22,6 +22,8 @@ from tests.support import PATIENCE_S, ROOT
 
 pytestmark = pytest.mark.slow
 
+# Publishes answered before a process may be killed.
+DONE = 60
 KILLS = int(os.environ.get("KILLS", "4"))
 WORKERS = 12
 
@@ -88,7 +90,7 @@ async def one_life(path: Path, life: int, seconds: float) -> list[str]:
     assert process.stdout is not None
     data = b""
     with trio.fail_after(PATIENCE_S):
-        while b" gone" not in data or b"done" not in data:  # it is at it
+        while b" gone" not in data or data.count(b"done ") < DONE:  # it is at it
             piece = await process.stdout.receive_some()
             assert piece, "the writer ended by itself"
             data += piece
@@ -141,4 +143,4 @@ async def test_killed_at_any_moment(path: Path) -> None:
                     found = rig.record(name)["message"] + "!" * job.latest.ended
                     assert found in states, (life, name, states, found)
     assert len(epochs) == 1
-    assert counts["done"] > 50 * KILLS, counts
+    assert counts["done"] >= DONE * KILLS, counts

@@ -172,6 +172,43 @@ async def test_jobs_that_are_gone_without_an_event_are_cancelled(
         assert {one.job for one in source.taker.open.values()} == {"3", "4", "5"}
 
 
+async def test_a_job_whose_id_is_used_again_is_not_gone(
+    redis: RedisServer, oracle: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash is missing for a moment, and the event of its end has not been read then."""
+    looks = 0
+
+    async def slow(client: Any, commands: Any) -> Any:
+        nonlocal looks
+        answers = await ask(client, commands)
+        if commands and commands[0][0] == "EXISTS":
+            looks += 1
+            if not answers[0]:
+                with oracle.pipeline() as together:
+                    together.xadd("bull:video:events", {"event": "completed", "jobId": "0", "prev": "active"})
+                    together.hset("bull:video:0", mapping={"name": "encode", "data": '{"userId":"user_789"}'})
+                    for event in ("added", "waiting", "active"):
+                        together.xadd("bull:video:events", {"event": event, "jobId": "0"})
+                    together.execute()
+        return answers
+
+    ask = bullmq.ask
+    monkeypatch.setattr(bullmq, "ask", slow)
+    monkeypatch.setattr(bullmq, "_CHECK_EVERY_S", 0.01)
+    oracle.hset("bull:video:meta", mapping=BULLMQ["meta_hash"])
+    oracle.hset("bull:video:0", mapping={"name": "encode", "data": '{"userId":"user_789"}'})
+    for event in ("waiting", "active"):
+        oracle.xadd("bull:video:events", {"event": event, "jobId": "0"})
+    async with server(store={"url": "memory:"}, **table(redis, "bullmq")) as one:
+        await until_status(one.node, "video:0", "processing")
+        await until_up(one.node)
+        oracle.delete("bull:video:0")
+        await until(lambda: shown(one.node, "video:0")["attempt"] == 2)
+        before = looks
+        await until(lambda: looks > before + 2)
+        assert status(one.node, "video:0") == "processing"
+
+
 @pytest.mark.slow
 async def test_a_job_whose_worker_has_died_is_stalled_and_then_failed(
     redis: RedisServer, oracle: redis_py.Redis

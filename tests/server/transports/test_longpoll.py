@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,17 +251,20 @@ async def test_a_poll_that_wants_nothing_of_what_the_log_is_trimmed_of_misses_no
             assert (versions(answer), answer.json["reset"]) == ([(job_id, 11)], False)
 
 
-async def test_a_log_that_began_anew_while_a_poll_waits_is_a_reset(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["newepoch", "the same"])
+async def test_a_log_that_began_anew_while_a_poll_waits_is_a_reset(name: str) -> None:
+    """Also under its name, as it does where a node has missed so much that it loads everything again."""
     async with server() as at:
         await at.publish("a", userId="alice")
         old = at.node.history.epoch
+        new = old if name == "the same" else name
 
         async def lose() -> None:
-            at.node.history.restart("newepoch", 7)
-            at.node.log_lost("newepoch")
+            at.node.history.restart(new, 7)
+            at.node.log_lost(new)
 
         answer = await waiting(at, f"timeout=60&last_seen={old}:1", lose)
-        assert (versions(answer), answer.json["reset"], seen(answer)) == ([("a", 1)], True, "newepoch:7")
+        assert (versions(answer), answer.json["reset"], seen(answer)) == ([("a", 1)], True, f"{new}:7")
 
 
 async def test_a_large_backlog_comes_in_several_answers_without_a_hole() -> None:
