@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,6 +22,8 @@ from perf.publish import publish
 
 SECRET = "a secret for a benchmark, 32 bytes or more"
 SCRAPES_PER_S = 1.0
+# Jobs, those of them that have not ended, and how many are published at once.
+KEPT, LIVE, AT_ONCE = 1_000_000, 100_000, 1000
 PUBLISH: dict[str, dict[str, object]] = {
     "publish, one by one": {"connections": 16, "depth": 1},
     "publish, in batches of 100": {"connections": 2, "depth": 1, "batch": 100},
@@ -37,6 +41,7 @@ class Feature:
     flags: tuple[str, ...] = ()
     token: bool = False
     scraped: bool = False
+    kept: int = 0
 
 
 FEATURES = (
@@ -46,6 +51,7 @@ FEATURES = (
     Feature("store Redis", "redis:"),
     Feature("metrics, scraped every second", scraped=True),
     Feature("log level debug", flags=("--log-level", "debug")),
+    Feature(f"{KEPT:,} jobs kept, {LIVE:,} of them live", kept=KEPT),
 )
 PLAIN = Feature("plain")
 
@@ -67,15 +73,30 @@ def started(feature: Feature, program: str | None) -> Iterator[tuple[Target, Cli
         store = feature.store
         if store == "redis:":
             store = f"redis://127.0.0.1:{stack.enter_context(redis_server()).port}"
-        target = stack.enter_context(server(store, program, flags=feature.flags))
+        flags = feature.flags
+        if feature.kept:
+            config = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".toml"))
+            config.write(f"[history]\nmax_jobs = {2 * feature.kept}\n")
+            config.flush()
+            flags = ("--config", config.name)
+        target = stack.enter_context(server(store, program, flags=flags))
         client = Client(LOAD_CORE)
         stack.enter_context(client)
         if feature.token:
             token = jwt.encode({"sub": "bench", "admin": True}, SECRET, algorithm="HS256")
             client.header = f"Authorization: Bearer {token}\r\n"
+        for start in range(0, feature.kept, AT_ONCE):
+            jobs = (_job(number) for number in range(start, start + AT_ONCE))
+            target.ask("POST", "/api/v2/updates", json.dumps(list(jobs)).encode())
         if feature.scraped:
             stack.enter_context(_scraping(target))
         yield target, client
+
+
+def _job(number: int) -> dict[str, object]:
+    """One of those that are kept; every tenth is still at work."""
+    status = "processing" if number % (KEPT // LIVE) == 0 else "completed"
+    return {"jobId": f"kept-{number}", "userId": f"user-{number % 10_000}", "status": status, "message": "encoding"}
 
 
 @contextlib.contextmanager
