@@ -288,7 +288,7 @@ def expected(load: Load, does: str, *, calm: bool, stores_lost: bool, taken: boo
     """What the steps of such a job must look like, as a pattern."""
     if does == "die" or (taken and not stores_lost):
         # Its queue lets it be tried again, or not. Where only what is can be read, all before its end may be missed.
-        return "Q?(P[SQP]*)?[CF]" if load.sampled and not calm else "Q?P[SQP]*[CF]"
+        return "Q?(P[SQP]*)?[CF]" if load.sampled else "Q?P[SQP]*[CF]"
     path = PATHS[does]
     if stores_lost:
         # What a worker had in hand when Redis went away is taken up again, and its job may have failed of it.
