@@ -49,7 +49,6 @@ async def test_the_log_in_redis_is_bounded_by_age(redis: RedisServer) -> None:
             def length() -> int:
                 return sum(oracle.xlen(key) for key in logs)
 
-            assert length() == 300
             # Each log keeps its newest entry: those who have read it know by it that they missed nothing.
             await until(lambda: length() == len(logs))
         fresh = await publish(one, "job-3", progress=3)
